@@ -1,0 +1,34 @@
+"""Fixtures that many tests share: the small model in the repository and text to measure it with."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def novels_8m() -> Path:
+    """A Llama of 8 million parameters, trained on novels."""
+    return REPOSITORY / "tests" / "assets" / "novels-8m"
+
+
+@pytest.fixture(scope="session")
+def validation_text() -> Path:
+    """Text of the same kind that novels-8m was not trained on."""
+    shared = Path(os.environ.get("VLLM_COMPRESS_SHARED", REPOSITORY.parent / "shared"))
+    path = shared / "data" / "novels-validation.txt"
+    if not path.is_file():
+        pytest.skip(
+            "needs data/novels-validation.txt in the folder that VLLM_COMPRESS_SHARED names"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def some_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand tokens of English that every clone has: the licence."""
+    path = tmp_path_factory.mktemp("text") / "license.txt"
+    path.write_bytes((REPOSITORY / "LICENSE").read_bytes())
+    return path
