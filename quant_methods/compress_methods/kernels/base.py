@@ -1,0 +1,35 @@
+"""What a kernel is: a runtime layout and a product with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from compress_methods.formats.base import Format, Prepared
+
+
+class Kernel(ABC):
+    """Stateless; `name` travels in `Prepared`, the tensors beside it."""
+
+    name: ClassVar[str]
+    gathers: ClassVar[bool] = False
+
+    @abstractmethod
+    def supports(self, fmt: Format, rows: int, cols: int, device: torch.device) -> bool:
+        """Whether this kernel multiplies a [rows, cols] matrix of that format on that device."""
+
+    @abstractmethod
+    def prepare(self, fmt: Format, stored: list[Tensor], rows: int, cols: int) -> list[Tensor]:
+        """Stored tensors, in the order of `fmt.tensors`, to runtime tensors (owned copies)."""
+
+    @abstractmethod
+    def matmul(self, fmt: Format, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
+        """[tokens, cols] -> [tokens, rows] in x.dtype."""
+
+    def embed(self, fmt: Format, ids: Tensor, prepared: Prepared) -> Tensor:
+        """Rows `ids` [n] -> [n, cols] float32; only where `gathers`."""
+        raise NotImplementedError(f"{self.name} cannot look rows up")
