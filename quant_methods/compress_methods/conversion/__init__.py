@@ -1,0 +1,1 @@
+"""The offline conversion: recipe, plan, calibration, units, verification, report."""

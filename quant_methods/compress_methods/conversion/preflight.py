@@ -1,0 +1,111 @@
+"""What a conversion will take: disk, memory, time. Estimated from shapes, and from this machine's
+speed measured for a fraction of a second."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress_methods.conversion.plan import Plan
+from compress_methods.errors import OutputError
+from compress_methods.skeleton import Skeleton
+
+BASE_BYTES = 400 * 2**20
+RTN_BYTES_PER_SECOND = 120e6
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds a conversion will need. `disk` is the peak in the output directory."""
+
+    disk: int
+    memory: int
+    seconds: float
+
+
+def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool) -> Estimate:
+    """Peak disk, peak memory and rough time of a conversion."""
+    largest = max((j.target.rows * j.target.cols for j in plan.jobs), default=0)
+    seconds = plan.original_bytes / RTN_BYTES_PER_SECOND
+    memory = BASE_BYTES + plan.compressed_bytes // max(1, len(plan.units)) + 2 * FLOAT * 2**23
+    if calibrated:
+        settings = plan.recipe.calibration
+        sequences = settings.samples + 2 * settings.held_out
+        hidden = skeleton.model.get_input_embeddings().weight.shape[1]
+        states = sequences * settings.length * hidden * FLOAT
+        block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks)
+        columns = max(
+            (j.target.cols for j in plan.jobs if j.algorithm.needs == "hessian"), default=0
+        )
+        memory += states + 2 * FLOAT * block + 4 * FLOAT * columns**2 + 3 * FLOAT * largest
+        seconds += _forward_flops(plan, skeleton) / _flops_per_second()
+    return Estimate(estimate_disk(plan, skeleton, calibrated), memory, seconds)
+
+
+def _forward_flops(plan: Plan, skeleton: Skeleton) -> float:
+    settings = plan.recipe.calibration
+    tokens = (settings.samples + settings.held_out) * settings.length
+    total = 0.0
+    inputs: set[tuple[str, int]] = set()
+    for target in skeleton.targets.values():
+        if target.kind == "blocks":
+            total += 4.0 * tokens * target.rows * target.cols
+    for job in plan.jobs:
+        if job.algorithm.needs == "hessian":
+            parent = job.target.module.rpartition(".")[0]
+            if (parent, job.target.cols) not in inputs:
+                inputs.add((parent, job.target.cols))
+                total += 2.0 * tokens * job.target.cols**2
+            total += 2.0 * job.target.rows * job.target.cols**2
+    return total
+
+
+def _flops_per_second() -> float:
+    a = torch.rand(1024, 1024)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return 3 * 2 * 1024**3 / (time.perf_counter() - began)
+
+
+def require_room(plan: Plan, skeleton: Skeleton, out: Path, calibrated: bool) -> None:
+    """`OutputError` when the output's file system has no room or the place can't be written."""
+    place = existing_parent(out)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OutputError(f"{place}: cannot be written to")
+    needed = estimate_disk(plan, skeleton, calibrated) - written(out)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"{place}: {free / 2**20:.0f} MiB free, the conversion needs {needed / 2**20:.0f} MiB"
+        )
+
+
+def existing_parent(out: Path) -> Path:
+    """The output directory, or the nearest directory above it that exists."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def estimate_disk(plan: Plan, skeleton: Skeleton, calibrated: bool) -> int:
+    """Bytes the output directory holds at its fullest."""
+    settings = plan.recipe.calibration
+    if not calibrated:
+        return plan.compressed_bytes
+    hidden = skeleton.model.get_input_embeddings().weight.shape[1]
+    sequences = settings.samples + 2 * settings.held_out
+    return plan.compressed_bytes + 2 * sequences * settings.length * int(hidden) * FLOAT
+
+
+def written(out: Path) -> int:
+    """Bytes of files already there."""
+    return sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.exists() else 0

@@ -1,0 +1,174 @@
+"""The recipe: one YAML file that says what becomes of which modules.
+
+    formats:
+      w4: {format: integer, bits: 4, group_size: 128, symmetric: true}
+    modules:
+      - match: blocks
+        format: w4
+        algorithm: {algorithm: gptq, damping: 0.01}
+    calibration: {samples: 64, length: 512, seed: 0, held_out: 8}
+
+`match` is `blocks` (every linear layer inside the decoder blocks, routers excepted), `embedding`
+(the token table), `lm_head`, an exact Hugging Face module name, `re:` and a regular expression that
+matches the whole name, or a list of these. The first rule that matches wins; modules no rule
+matches are kept as they are. `algorithm` is a name or a mapping with its parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress_methods.algorithms import ALGORITHMS, Algorithm
+from compress_methods.conversion.calibration import CalibrationSettings
+from compress_methods.conversion.names import recipe_names
+from compress_methods.errors import FormatError, RecipeError, nearest
+from compress_methods.formats import Format, format_from_dict
+from compress_methods.registry import build_dataclass
+from compress_methods.resources import config_path
+
+KEYS = ("formats", "modules", "calibration")
+MODULE_KEYS = ("match", "format", "algorithm")
+DEFAULT_ALGORITHM = "rtn"
+
+
+@dataclass(frozen=True)
+class ModuleRule:
+    """One entry of `modules`."""
+
+    match: tuple[str, ...]
+    format: str
+    algorithm: Algorithm
+
+    def matches(self, module: str, kind: str) -> bool:
+        """`kind` is `blocks`, `embedding`, `lm_head` or empty, as `Skeleton.kind` gives it."""
+        return any(
+            pattern in (kind, module)
+            or (pattern.startswith("re:") and re.fullmatch(pattern[3:], module) is not None)
+            for pattern in self.match
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. `sha256` identifies its meaning, not its comments."""
+
+    name: str
+    formats: dict[str, Format]
+    modules: tuple[ModuleRule, ...]
+    calibration: CalibrationSettings
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(rule.algorithm.needs != "nothing" for rule in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "formats": {name: fmt.to_dict() for name, fmt in self.formats.items()},
+            "modules": [
+                {
+                    "match": list(rule.match),
+                    "format": rule.format,
+                    "algorithm": {
+                        "algorithm": rule.algorithm.name,
+                        **dataclasses.asdict(rule.algorithm),
+                    },
+                }
+                for rule in self.modules
+            ],
+            "calibration": dataclasses.asdict(self.calibration),
+        }
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """A recipe by shipped name, from a YAML file, or from a mapping; raises `RecipeError`."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return parse_recipe(recipe, "recipe", "custom")
+    path = Path(recipe)
+    if not path.exists() and str(recipe) in recipe_names():
+        path = config_path("recipes", f"{recipe}.yaml")
+    if not path.is_file():
+        raise RecipeError(
+            f"recipe {str(recipe)!r}: neither a file nor a recipe name; "
+            f"{nearest(str(recipe), recipe_names())}"
+        )
+    try:
+        block = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        reason = " ".join(str(problem).split())
+        raise RecipeError(f"{path}: not readable as YAML ({reason})") from problem
+    return parse_recipe(block, str(path), path.stem)
+
+
+def parse_recipe(block: Any, where: str, name: str) -> Recipe:
+    """Validate a recipe's mapping; errors name `where` and the key."""
+    if not isinstance(block, Mapping):
+        raise RecipeError(f"{where}: expected a mapping, found {type(block).__name__}")
+    _known(block, KEYS, where)
+    formats_block = block.get("formats")
+    if not isinstance(formats_block, Mapping) or not formats_block:
+        raise RecipeError(f"{where}: formats is {formats_block!r}, expected a non-empty mapping")
+    try:
+        formats = {
+            str(key): format_from_dict(spec, f"{where}: formats.{key}")
+            for key, spec in formats_block.items()
+        }
+    except FormatError as problem:
+        raise RecipeError(str(problem)) from problem
+    modules = block.get("modules")
+    if not isinstance(modules, list) or not modules:
+        raise RecipeError(f"{where}: modules is {modules!r}, expected a non-empty list")
+    rules = tuple(
+        _rule(entry, formats, f"{where}: modules[{i}]") for i, entry in enumerate(modules)
+    )
+    calibration = build_dataclass(
+        CalibrationSettings, block.get("calibration") or {}, f"{where}: calibration", RecipeError
+    )
+    return Recipe(name, formats, rules, calibration)
+
+
+def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
+    if not isinstance(entry, Mapping):
+        raise RecipeError(f"{where}: expected a mapping, found {entry!r}")
+    _known(entry, MODULE_KEYS, where)
+    match = entry.get("match")
+    patterns = tuple(match) if isinstance(match, list) else (match,)
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise RecipeError(f"{where}: match is {match!r}, expected a text or a list of texts")
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as problem:
+            raise RecipeError(f"{where}: match {pattern!r}: {problem}") from problem
+    name = str(entry.get("format"))
+    if name not in formats:
+        raise RecipeError(f"{where}: unknown format {name!r}; {nearest(name, formats)}")
+    spec = entry.get("algorithm", DEFAULT_ALGORITHM)
+    if isinstance(spec, str):
+        spec = {"algorithm": spec}
+    algorithm = ALGORITHMS.build(spec, "algorithm", where, RecipeError)
+    try:
+        algorithm.check_format(formats[name])
+    except RecipeError as problem:
+        raise RecipeError(f"{where}: {problem}") from problem
+    return ModuleRule(patterns, name, algorithm)
+
+
+def _known(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in block:
+        if key not in keys:
+            raise RecipeError(f"{where}: unknown key {key!r}; {nearest(str(key), keys)}")

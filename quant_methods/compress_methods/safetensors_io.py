@@ -1,0 +1,225 @@
+"""Reading and writing safetensors files without mapping them: headers, single tensors, slabs of
+rows, and a writer whose shapes are known before its values.
+
+`pread` instead of mmap keeps the resident memory of a conversion to what is being worked on. The
+layout is the one of the safetensors project: 8 bytes little-endian header length, JSON header,
+then raw little-endian data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_methods.errors import CheckpointError
+from compress_methods.formats.base import TensorSpec
+
+TO_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+FROM_TORCH = {dtype: name for name, dtype in TO_TORCH.items()}
+MAX_HEADER = 100_000_000
+SLAB_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where its bytes are."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    nbytes: int
+
+    def read(self, first: int = 0, count: int | None = None) -> Tensor:
+        """The tensor, or `count` entries of its first axis from `first`, as an owned copy."""
+        shape = self.shape
+        width = self.nbytes
+        if count is not None:
+            width = self.nbytes // self.shape[0]
+            shape = (count, *self.shape[1:])
+        out = torch.empty(shape, dtype=self.dtype)
+        if out.numel():
+            _pread(self.path, out, self.start + first * width)
+        return out
+
+    def slabs(self, multiple: int = 1, limit: int = SLAB_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) pieces of at most `limit` bytes, cut at multiples of `multiple`."""
+        if not self.shape:
+            yield 0, self.read()
+            return
+        row = max(1, self.nbytes // max(1, self.shape[0]))
+        step = max(multiple, limit // row // multiple * multiple)
+        for first in range(0, self.shape[0], step):
+            yield first, self.read(first, min(step, self.shape[0] - first))
+
+
+def _pread(path: Path, out: Tensor, offset: int) -> None:
+    view = out.view(-1).view(torch.uint8).numpy().data
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < len(view):
+            got = os.preadv(file.fileno(), [view[done : done + 2**30]], offset + done)
+            if got == 0:
+                raise CheckpointError(f"{path}: file ended at byte {offset + done}")
+            done += got
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Entries of one file by tensor name, after checking that header and file size agree."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path}: not a safetensors file (or cut off: {size} bytes)")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, name, e, 8 + length) for name, e in header.items()}
+    except FileNotFoundError as problem:
+        raise CheckpointError(f"{path}: no such file") from problem
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"{path}: damaged safetensors header ({problem})") from problem
+    end = max((e.start + e.nbytes for e in entries.values()), default=8 + length)
+    if size != end:
+        raise CheckpointError(f"{path}: {size} bytes, but its header describes {end}")
+    return entries
+
+
+def _entry(path: Path, name: str, spec: Mapping[str, Any], base: int) -> Entry:
+    if spec["dtype"] not in TO_TORCH:
+        raise CheckpointError(f"{path}: {name} has dtype {spec['dtype']}, which is not supported")
+    dtype = TO_TORCH[spec["dtype"]]
+    start, end = spec["data_offsets"]
+    shape = tuple(int(n) for n in spec["shape"])
+    if math.prod(shape) * dtype.itemsize != end - start:
+        raise CheckpointError(
+            f"{path}: {name} is {list(shape)} {spec['dtype']}, but has {end - start} bytes"
+        )
+    return Entry(name, path, shape, dtype, base + start, end - start)
+
+
+class Writer:
+    """Writes one file to `<path>.tmp`, tensor after tensor in the order of `specs`, then renames.
+
+    `put` takes a tensor whole or in consecutive pieces. Leaving the `with` block normally fsyncs
+    and renames; an error removes the temporary file.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self._left = {name: spec.nbytes for name, spec in specs.items()}
+        self._order = list(specs)
+        self._header = _encode_header(specs)
+
+    def __enter__(self) -> Writer:
+        self._file = self.temporary.open("wb")
+        self._file.write(self._header)
+        return self
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Append `tensor` to `name`, which must be the first tensor that is not complete."""
+        while self._order and self._left[self._order[0]] == 0 and self._order[0] != name:
+            self._order.pop(0)
+        size = tensor.numel() * tensor.element_size()
+        if not self._order or self._order[0] != name or size > self._left[name]:
+            raise ValueError(f"{name}: written out of order, or more than its header says")
+        self._left[name] -= size
+        if size:
+            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                missing = [name for name, left in self._left.items() if left]
+                if missing:
+                    raise ValueError(f"{self.path}: {missing[0]} was not written whole")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+            if error is None:
+                self.temporary.replace(self.path)
+                fsync_directory(self.path.parent)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _encode_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": FROM_TORCH[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Atomically write a file of tensors that are all in memory."""
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with Writer(path, specs) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
+
+
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """All tensors of a file (or the named ones), as owned copies."""
+    entries = read_header(path)
+    return {name: entries[name].read() for name in (names or entries)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically write a small text file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
