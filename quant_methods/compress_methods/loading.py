@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from compress_methods.compressed import open_compressed, read_entries, read_json
 from compress_methods.errors import CheckpointError
+from compress_methods.formats import Format
 from compress_methods.quantization_config import QUANT_METHOD
 from compress_methods.skeleton import build_skeleton, checkpoint_names
 
@@ -24,6 +26,7 @@ def is_compressed(directory: str | Path) -> bool:
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """A transformers causal LM in eval mode, every compressed matrix unpacked to `dtype`.
 
+    Activations that a format quantizes are quantized here too.
     Raises `CheckpointError` for a damaged directory or a parameter that is not there.
     """
     path = Path(directory)
@@ -39,6 +42,10 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
                 weight = weight.T.contiguous()
             values[f"{matrix.module}.weight"] = weight.to(dtype)
         known = dict.fromkeys(values) | dict.fromkeys(entries)
+        for name, module in skeleton.model.named_modules():
+            fmt = checkpoint.spec.format_for(name)
+            if fmt is not None and not isinstance(module, nn.Embedding):
+                quantize_inputs(module, fmt)
     else:
         entries = read_entries(path)
         known = dict.fromkeys(entries)
@@ -53,6 +60,13 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
         )
     skeleton.model.tie_weights()
     return skeleton.model.eval()
+
+
+def quantize_inputs(module: nn.Module, fmt: Format) -> RemovableHandle:
+    """Make a linear layer treat its input as the format does (int8 activations)."""
+    return module.register_forward_pre_hook(
+        lambda _, inputs: (fmt.quantize_activations(inputs[0]), *inputs[1:])
+    )
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -328,3 +328,46 @@ def test_an_output_of_another_recipe_or_of_something_else(novels_8m: Path, tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file"):
         convert(novels_8m, recipe(), tmp_path / "file", quiet=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma3Text", "Phi3", "OPT", "GPT2"]
+)
+def test_every_family_goes_through_the_blocks_as_transformers_runs_it(
+    kind: str, novels_8m: Path, some_text: Path, tmp_path: Path
+) -> None:
+    """GPTQ, int8 activations, compressed token table: held-out KL is that of the whole models."""
+    from transformers import AutoTokenizer
+
+    from compress_methods.conversion.calibration import CalibrationSettings, load_tokens
+    from compress_methods.evaluate import Sums, compare_logits
+    from tests.e2e.tiny import make_model
+
+    model = make_model(kind, tmp_path / "model", vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(novels_8m / name, model)
+    mixed = recipe(4, 64, "gptq", symmetric=False)
+    mixed["formats"]["w8"] = {"format": "integer", "bits": 8, "group_size": -1}
+    mixed["formats"]["w8a8"] = {**mixed["formats"]["w8"], "activations": "int8"}
+    mixed["modules"].insert(0, {"match": "embedding", "format": "w8"})
+    down = r"re:.*\.(down_proj|fc2|mlp\.c_proj)"
+    mixed["modules"].insert(1, {"match": down, "format": "w8a8"})
+    report = convert(model, mixed, tmp_path / "out", calibration=some_text, quiet=True)
+    settings = CalibrationSettings(**SMALL)
+    held = load_tokens(some_text, AutoTokenizer.from_pretrained(model), settings)[
+        SMALL["samples"] :
+    ]
+    base, compressed = load_model(model), load_model(tmp_path / "out")
+    sums = Sums()
+    with torch.no_grad():
+        for row in held:
+            pair = [m(row[None]).logits[0, :-1] for m in (base, compressed)]
+            sums += compare_logits(*pair, row[1:])
+    expected = sums.result()
+    assert report["held_out"]["kl"] == pytest.approx(expected.kl, rel=2e-2, abs=1e-6)
+    assert report["held_out"]["base_perplexity"] == pytest.approx(
+        expected.base_perplexity, rel=1e-4
+    )
+    assert expected.kl > 0
+    layers = len([m for m in report["modules"] if ".1." in m or ".0." in m])
+    assert layers == {"Phi3": 8, "OPT": 12, "GPT2": 8}.get(kind, 14)

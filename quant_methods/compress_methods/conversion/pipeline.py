@@ -230,9 +230,9 @@ class _Run:
         assert converter.states is not None
         assert self.tokens is not None
         held = self.tokens[plan.recipe.calibration.samples :]
-        sums = compare_held_out(
-            converter.runner, converter.states, held, {"base": base, "compressed": compressed}
-        )
+        weights = {"base": base, "compressed": compressed}
+        fmt = None if job is None else job.format
+        sums = compare_held_out(converter.runner, converter.states, held, weights, fmt)
         self.held_out = sums.result().to_dict()
 
 

@@ -8,6 +8,7 @@ states moved on through the compressed block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.plan import Job, Unit
 from compress_methods.errors import CalibrationError
 from compress_methods.evaluate import Sums, compare_logits
-from compress_methods.formats import TensorSpec
+from compress_methods.formats import Format, TensorSpec
+from compress_methods.loading import quantize_inputs
 from compress_methods.progress import Progress
 from compress_methods.safetensors_io import Writer, read_header
 from compress_methods.skeleton import Skeleton
@@ -171,6 +173,8 @@ class Converter:
             short = {key.removeprefix(f"{name}."): t for key, t in tensors.items()}
             values = job.format.unpack(short)
             weight.copy_(values.T if job.target.transposed else values)
+            if name != self.skeleton.head:
+                quantize_inputs(module, job.format)
             self._step(job)
         return stored, modules
 
@@ -245,9 +249,14 @@ def embedding_rows(converter: Converter, unit: Unit, rows: Tensor) -> dict[str, 
 
 
 def compare_held_out(
-    runner: BlockRunner, states: Mapping[str, Tensor], tokens: Tensor, weights: Mapping[str, Tensor]
+    runner: BlockRunner,
+    states: Mapping[str, Tensor],
+    tokens: Tensor,
+    weights: Mapping[str, Tensor],
+    head_format: Format | None,
 ) -> Sums:
     """Held-out sequences through both heads, `weights` `base` and `compressed` [vocab, hidden]."""
+    head = runner.skeleton.module(runner.skeleton.head)
     sums = Sums()
     name = f"{runner.skeleton.head}.weight"
     shared = weights["base"] is weights["compressed"]
@@ -257,6 +266,9 @@ def compare_held_out(
         for which, key in (("base", HELD_BASE), ("compressed", HELD_COMPRESSED)):
             if not shared:
                 runner.load({name: weights[which]})
-            logits[which] = runner.logits(states[key][i : i + 1])[0, :-1]
+            with ExitStack() as stack:
+                if which == "compressed" and head_format is not None:
+                    stack.callback(quantize_inputs(head, head_format).remove)
+                logits[which] = runner.logits(states[key][i : i + 1])[0, :-1]
         sums += compare_logits(logits["base"], logits["compressed"], tokens[i, 1:])
     return sums

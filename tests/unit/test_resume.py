@@ -1,0 +1,156 @@
+"""Conversions that are killed, starved of disk or started twice."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compress_methods import convert
+from compress_methods.compressed import INCOMPLETE, open_compressed
+from compress_methods.errors import CheckpointError, OutputError
+
+KILLS = 10
+RECIPE = """
+formats: {w: {format: integer, bits: 4, group_size: 128}}
+modules: [{match: blocks, format: w, algorithm: gptq}]
+calibration: {samples: 8, length: 128, held_out: 4}
+"""
+PROGRAM = """
+import sys
+from compress_methods import convert
+print("ready", flush=True)
+convert(sys.argv[1], sys.argv[2], sys.argv[3], calibration=sys.argv[4], quiet=True)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    """All files that must not depend on when they were written."""
+    skip = {"report.json", "README.md"}
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in skip}
+
+
+def start(*arguments: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_result_has_the_same_bytes(
+    novels_8m: Path, some_text: Path, recipe: Path, tmp_path: Path
+) -> None:
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    began = time.monotonic()
+    process = start(novels_8m, recipe, undisturbed, some_text)
+    assert process.wait() == 0
+    usual = time.monotonic() - began
+    moments = random.Random(0)
+    kills = progressed = 0
+    while kills < KILLS:
+        process = start(novels_8m, recipe, out, some_text)
+        time.sleep(moments.uniform(0, 0.4 * usual))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if (out / INCOMPLETE).exists():
+            progressed += bool(list(out.glob("block-*.safetensors")))
+            with pytest.raises(CheckpointError, match="not finished"):
+                open_compressed(out)
+        elif out.exists() and (out / "report.json").exists():
+            for path in out.iterdir():
+                path.unlink()
+    assert progressed > 0
+    process = start(novels_8m, recipe, out, some_text)
+    assert process.wait() == 0
+    assert weights(out) == weights(undisturbed)
+    assert not (out / ".work").exists()
+
+
+def test_a_second_process_is_turned_away(
+    novels_8m: Path, some_text: Path, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(novels_8m, recipe, out, some_text)
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / ".work" / "journal.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(OutputError, match="another process is converting into it"):
+            convert(novels_8m, recipe, out, calibration=some_text, quiet=True)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB, less than the result takes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_too_little_disk_is_known_before_anything_is_written(
+    small_disk: Path, novels_8m: Path, some_text: Path, recipe: Path
+) -> None:
+    with pytest.raises(OutputError, match=r"6 MiB free, the conversion needs \d+ MiB"):
+        convert(novels_8m, recipe, small_disk / "out", calibration=some_text, quiet=True)
+    assert not (small_disk / "out").exists()
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(
+    small_disk: Path,
+    novels_8m: Path,
+    some_text: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from compress_methods.conversion import pipeline
+
+    monkeypatch.setattr(pipeline, "require_room", lambda *_: None)
+    out = small_disk / "out"
+    with pytest.raises(OutputError, match=r"No space left on device.*same command continues"):
+        convert(novels_8m, recipe, out, calibration=some_text, quiet=True)
+    assert (out / INCOMPLETE).exists()
+    assert not list(out.rglob("*.tmp"))
+    journal = (out / ".work" / "journal.jsonl").read_text().splitlines()
+    finished = [out / json.loads(line)["file"] for line in journal[1:]]
+    assert finished
+    stamps = [path.stat().st_mtime_ns for path in finished]
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    convert(novels_8m, recipe, out, calibration=some_text, quiet=True)
+    assert [path.stat().st_mtime_ns for path in finished] == stamps
+    convert(novels_8m, recipe, tmp_path / "plain", calibration=some_text, quiet=True)
+    assert weights(out) == weights(tmp_path / "plain")
+
+
+def test_an_unwritable_place_is_one_line(novels_8m: Path, recipe: Path) -> None:
+    with pytest.raises(OutputError, match="/proc"):
+        convert(novels_8m, recipe, Path("/proc/out"), quiet=True)
