@@ -1,0 +1,28 @@
+"""vllm-compress inside vLLM: serves checkpoints whose quant_method is `vllm_compress`.
+
+vLLM calls `register` in every process through the entry point `vllm.general_plugins`, also when it
+serves some other model. So importing this package loads nothing, and `register` never raises: a
+broken installation costs one warning, and only compressed models then fail to load.
+"""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("vllm.vllm_compress")
+
+
+def register() -> None:
+    """Make vLLM know the quantization method; may be called any number of times."""
+    try:
+        from vllm_compress.config import register_config
+        from vllm_compress.deployment import declare_environment
+
+        declare_environment()
+        register_config()
+    except Exception as problem:
+        logger.warning(
+            "vllm-compress is not available, compressed models will not load (%s: %s)",
+            type(problem).__name__,
+            problem,
+        )

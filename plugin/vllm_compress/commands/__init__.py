@@ -1,0 +1,1 @@
+"""The commands of `vllm-compress`, one module each: `add_parser(subparsers)`, `run(args)`."""

@@ -1,0 +1,1 @@
+"""Layer methods of vLLM for compressed matrices: generic over formats."""

@@ -1,0 +1,118 @@
+"""CompressedEmbedding: input embeddings and output heads, tied or not, in any format.
+
+vLLM pads the vocabulary and divides it over ranks; the stored matrix has no padding, so a rank
+holds the rows that exist, and the logits of padding are zeros (vLLM cuts them off). A tied head has
+no tensors of its own: it takes those of the embedding, once they are prepared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from compress_methods.errors import CheckpointError
+from vllm_compress.config import Target
+from vllm_compress.layers import loading, vllm_kernels
+
+
+class CompressedEmbedding(QuantizeMethodBase):
+    """Made anew for each vocabulary layer."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.format = target.format
+        self.collector: loading.Collector | None = loading.Collector([target])
+        self.stored = list(target.format.tensors(*target.shape))
+        self.owner: tuple[Module, CompressedEmbedding] | None = None
+        self.names: list[str] = []
+        self.plan = ""
+        self.vllm_kernel: vllm_kernels.VllmKernel | None = None
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        assert self.collector is not None
+        if self.target.shape != (layer.org_vocab_size, input_size):
+            raise CheckpointError(
+                f"{self.target.module}: compressed as {list(self.target.shape)}, but the model's "
+                f"is [{layer.org_vocab_size}, {input_size}]; config.json and weights disagree"
+            )
+        self.dtype = params_dtype
+        shard = layer.shard_indices
+        self.rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)
+        self.pad = layer.num_embeddings_per_partition - (self.rows[1] - self.rows[0])
+        loading.check_cuts(self.target, [self.rows], (0, input_size), layer.tp_size)
+        self.collector.attach(layer)
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Module:
+        owner = embed_tokens.quant_method
+        if not isinstance(owner, CompressedEmbedding):
+            raise CheckpointError(
+                f"{self.target.module} is compressed, but the embedding it is tied to is not"
+            )
+        self.owner = (embed_tokens, owner)
+        for name in self.stored:
+            layer.register_parameter(name, getattr(embed_tokens, name))
+        return layer
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.collector is None:
+            return
+        if self.owner is not None:
+            self._take_from_owner(layer, *self.owner)
+        else:
+            self._prepare(layer)
+        self.collector = None
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        return torch.ops.vllm_compress.embedding(
+            input_, self._tensors(layer), self.dtype, self.plan
+        )
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.vllm_kernel is not None:
+            return self.vllm_kernel.apply(layer, x, bias)
+        return torch.ops.vllm_compress.linear(x, self._tensors(layer), bias, self.plan)
+
+    def _tensors(self, layer: Any) -> list[Tensor]:
+        return [getattr(layer, name) for name in self.names]
+
+    def _prepare(self, layer: Any) -> None:
+        assert self.collector is not None
+        tensors = self.collector.dummy().get(None, {})
+        loading.check(self.target, tensors)
+        cols = self.target.shape[1]
+        (piece, rows), *_ = loading.cut(self.target, tensors, [self.rows], (0, cols))
+        pieces = [({n: t.to(layer.weight_packed.device) for n, t in piece.items()}, rows)]
+        head = isinstance(layer, ParallelLMHead)
+        if head:
+            self.vllm_kernel = vllm_kernels.build(
+                layer, self.format, pieces, cols, self.dtype, self.stored, pad=self.pad
+            )
+        if self.vllm_kernel is None:
+            plan, runtime = loading.prepare(
+                self.format, pieces, cols, gather=not head, pad=self.pad
+            )
+            self.plan = plan.text()
+            self.names = loading.install(layer, self.stored, runtime)
+
+    def _take_from_owner(self, layer: Any, module: Module, owner: CompressedEmbedding) -> None:
+        owner.process_weights_after_loading(module)
+        self.names, self.plan = owner.names, owner.plan
+        for name in self.stored:
+            delattr(layer, name)
+        for name, tensor in module.named_parameters(recurse=False):
+            if name.startswith(loading.MAIN):
+                layer.register_parameter(name, tensor)

