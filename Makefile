@@ -12,7 +12,7 @@ help: ## list the targets
 setup: ## make .venv, about three minutes once, then nothing
 	@deploy/setup.sh
 
-demo: setup ## compress a small model, serve it, compare it with the original
+demo: setup ## compress a small model, serve it, ask it, read its metrics
 	@$(PYTHON) -m vllm_compress.demo
 
 test: setup ## all tests, those that start vLLM servers too
@@ -26,7 +26,7 @@ check: setup ## lint, formatting, types
 	@echo "ruff format" && $(PYTHON) -m ruff format --check .
 	@echo "mypy"        && $(PYTHON) -m mypy
 
-bench: setup ## measure kernels and serving on this machine
+bench: setup ## measure quality, memory and serving on this machine
 	@$(PYTHON) -m tests.benchmarks
 
 clean: ## remove caches and build products, keep .venv

@@ -102,36 +102,36 @@ class Integer(Format):
             )
         return out
 
-    def fit(self, weight: Tensor, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Scales (already rounded to their stored dtype) and zeros of each group of `weight`.
-
-        `shrink` < 1 (a number, or [rows, groups]) covers that fraction of each group's range and
-        clips what lies beyond it.
-        """
+    def extent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest value each group has to reach, zero included: [rows, groups] each."""
         grouped = self._grouped(weight)
-        top = 2**self.bits - 1
         if self.symmetric:
-            width = 2 * grouped.abs().amax(-1) * shrink
-            low = None
-        else:
-            low = grouped.amin(-1).clamp(max=0) * shrink
-            width = grouped.amax(-1).clamp(min=0) * shrink - low
-        scales = (width / top).to(DTYPES[self.scale_dtype])
+            high = grouped.abs().amax(-1)
+            return -high, high
+        return grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales (rounded to their stored dtype) and zeros of groups that reach from low to high."""
+        top = 2**self.bits - 1
+        scales = ((high - low) / top).to(DTYPES[self.scale_dtype])
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        zeros = None
-        if low is not None:
-            zeros = (-low / scales.float()).round().clamp(0, top).to(torch.uint8)
-        return scales, zeros
+        if self.symmetric:
+            return scales, None
+        return scales, (-low / scales.float()).round_().clamp_(0, top).to(torch.uint8)
+
+    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros with which every value of `weight` is within its group's range."""
+        return self.grid(*self.extent(weight))
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Nearest codes of `values`; scales and zeros broadcast against them. Float, not packed."""
         offset = 2 ** (self.bits - 1) if zeros is None else zeros
-        return (values / scales + offset).round_().clamp_(0, 2**self.bits - 1)
+        return (values / scales).add_(offset).round_().clamp_(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """scale * (code - zero) in float32; scales and zeros broadcast against the codes."""
         offset = 2 ** (self.bits - 1) if zeros is None else zeros.float()
-        return (codes.float() - offset) * scales.float()
+        return (codes.float() - offset).mul_(scales.float())
 
     def nearest(self, weight: Tensor) -> IntegerSolution:
         return self.round_to(weight, *self.fit(weight))

@@ -1,0 +1,98 @@
+"""What each recipe costs in quality: novels-8m, on a novel it has not seen.
+
+All shipped recipes, and round-to-nearest at the bits and groups of each GPTQ recipe, so that what
+GPTQ wins is visible. GPTQ is calibrated on text sampled from the model itself, once for all.
+Needs the validation text (folder `shared` beside the repository, or VLLM_COMPRESS_SHARED).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
+RECIPES = ("int8", "int8-dynamic", "int4-rtn", "int4-gptq", "int3-gptq", "int2-gptq")
+PLAIN_BITS = (4, 3, 2)
+
+
+def validation_text() -> Path:
+    """The text, or an exit that says where it should be."""
+    shared = Path(os.environ.get("VLLM_COMPRESS_SHARED", REPOSITORY.parent / "shared"))
+    path = shared / "data" / "novels-validation.txt"
+    if not path.is_file():
+        sys.exit(
+            "quality needs data/novels-validation.txt in the folder VLLM_COMPRESS_SHARED names"
+        )
+    return path
+
+
+def plain(bits: int) -> dict[str, Any]:
+    """Round to nearest without clipping search, at the GPTQ recipes' bits and groups."""
+    return {
+        "formats": {"w": {"format": "integer", "bits": bits, "group_size": 128}},
+        "modules": [{"match": "blocks", "format": "w", "algorithm": "rtn"}],
+    }
+
+
+def run() -> dict[str, Any]:
+    from compress_methods import convert
+    from compress_methods.conversion import pipeline
+    from compress_methods.conversion.calibration import sample_from_model
+    from compress_methods.evaluate import evaluate
+
+    sampled: dict[Any, Any] = {}
+
+    def sample_once(directory: Path, tokenizer: Any, settings: Any, progress: Any) -> Any:
+        if settings not in sampled:
+            sampled[settings] = sample_from_model(directory, tokenizer, settings, progress)
+        return sampled[settings]
+
+    pipeline.sample_from_model = sample_once
+    text = validation_text()
+    rows = []
+    cases: list[tuple[str, Any]] = [(name, name) for name in RECIPES]
+    cases += [(f"(int{bits} rtn, no clipping)", plain(bits)) for bits in PLAIN_BITS]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in cases:
+            out = Path(folder) / "out"
+            report = convert(MODEL, recipe, out, quiet=True)
+            measured = evaluate(out, MODEL, text)
+            shutil.rmtree(out)
+            rows.append(
+                {
+                    "recipe": name,
+                    "bytes": report["bytes_after"],
+                    "bytes_before": report["bytes_before"],
+                    "matrix_bits_per_weight": report["compressed_bits_per_weight"],
+                    **measured.to_dict(),
+                }
+            )
+    return {"model": MODEL.name, "rows": rows}
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| recipe | bits | bytes | perplexity | KL, nats/token | same top token |"]
+    lines.append("|---|---|---|---|---|---|")
+    first = results["rows"][0]
+    lines.append(
+        f"| original | 16 | {first['bytes_before'] / 1e6:.2f} MB | {first['base_perplexity']:.2f} "
+        "| 0 | 100% |"
+    )
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['recipe']} | {row['matrix_bits_per_weight']:.2f} "
+            f"| {row['bytes'] / 1e6:.2f} MB | {row['perplexity']:.2f} "
+            f"| {row['kl']:.5f} | {row['top1_agreement']:.1%} |"
+        )
+    by_name = {row["recipe"]: row for row in results["rows"]}
+    ratios = []
+    for bits in PLAIN_BITS:
+        rtn = by_name[f"(int{bits} rtn, no clipping)"]["kl"]
+        ratios.append(f"{bits} bits {by_name[f'int{bits}-gptq']['kl'] / rtn:.3f}")
+    tokens = results["rows"][0]["tokens"]
+    return "\n".join([*lines, "", f"KL of GPTQ / KL of RTN: {', '.join(ratios)} ({tokens} tokens)"])
