@@ -27,8 +27,7 @@ from compress_methods.errors import CompressError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tests/assets/novels-8m"
-RECIPE = ".demo/int4-gptq.yaml"
-CALIBRATION = {"samples": 16, "length": 256, "held_out": 2}
+RECIPE = "int4-gptq"
 OUT = ".demo/novels-8m-int4"
 LOG = ".demo/serve.log"
 NAME = "novels-int4"
@@ -77,17 +76,6 @@ def show(command: list[str], settings: dict[str, str] | None = None) -> None:
 def invocation(command: list[str]) -> list[str]:
     """The same for this interpreter, whether or not its scripts are on PATH."""
     return [sys.executable, "-m", "vllm_compress.cli", *command]
-
-
-def write_recipe() -> None:
-    """int4-gptq with less calibration text, which the model has to write first."""
-    import yaml
-
-    from compress_methods.resources import config_path
-
-    recipe = yaml.safe_load(config_path("recipes", "int4-gptq.yaml").read_text())
-    recipe["calibration"] |= CALIBRATION
-    (ROOT / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
 
 
 def run(command: list[str]) -> None:
@@ -199,10 +187,9 @@ def demo(port: int | None) -> None:
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     (ROOT / OUT).parent.mkdir(exist_ok=True)
     (ROOT / OUT).with_name(".gitignore").write_text("*\n")
-    write_recipe()
     clock.heading("Compress a model of 8 million parameters to 4 bits")
-    print("(the recipe int4-gptq, with less calibration text than usual to be quick)")
-    run(["convert", MODEL, "--recipe", RECIPE, "--output", OUT])
+    print("(calibrated on text that the model first writes itself)")
+    run(["convert", MODEL, "--recipe", RECIPE, "-o", OUT])
     clock.heading("What came out")
     run(["inspect", OUT])
     clock.heading("Serve it with vLLM (eager: slower tokens, quicker start)")

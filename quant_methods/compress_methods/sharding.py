@@ -7,6 +7,7 @@ those of the transformers model families vLLM serves.
 
 from __future__ import annotations
 
+from compress_methods.compressed import CompressedCheckpoint
 from compress_methods.errors import FormatError
 from compress_methods.formats import Format
 
@@ -16,7 +17,7 @@ ROW_PARALLEL = frozenset(
 VOCABULARY = ("embedding", "lm_head")
 
 
-def check_sharding(module: str, kind: str, shape: tuple[int, int], fmt: Format, ways: int) -> None:
+def check_matrix(module: str, kind: str, shape: tuple[int, int], fmt: Format, ways: int) -> None:
     """Raise `FormatError` unless [rows, cols] = `shape` can be split over `ways` ranks.
 
     `kind` is what `Skeleton.kind` says; a vocabulary is padded by vLLM, so its rows always fit.
@@ -34,3 +35,11 @@ def check_sharding(module: str, kind: str, shape: tuple[int, int], fmt: Format, 
             f"{module}: {size} {what} over tensor-parallel {ways} are {each} each, "
             f"no multiple of {unit} ({fmt.describe()}); choose a smaller group_size"
         )
+
+
+def check_sharding(checkpoint: CompressedCheckpoint, ways: int) -> None:
+    """`check_matrix` for every matrix of a compressed checkpoint."""
+    for matrix in checkpoint.matrices.values():
+        table = matrix.module == checkpoint.spec.embedding
+        kind = VOCABULARY[0] if table or matrix.module.endswith("lm_head") else ""
+        check_matrix(matrix.module, kind, (matrix.rows, matrix.cols), matrix.format, ways)

@@ -83,10 +83,7 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not compressed by vllm-compress; to plan one give --recipe")
     checkpoint = open_compressed(path)
     ways = args.tensor_parallel_size
-    vocabulary = {checkpoint.spec.embedding, *checkpoint.spec.tied, "lm_head"}
-    for matrix in checkpoint.matrices.values():
-        kind = "embedding" if matrix.module in vocabulary else "blocks"
-        check_sharding(matrix.module, kind, (matrix.rows, matrix.cols), matrix.format, ways)
+    check_sharding(checkpoint, ways)
     compressed = sum(m.nbytes for m in checkpoint.matrices.values())
     dense = sum(e.nbytes for e in checkpoint.dense.values())
     result = {

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     _add_deployment(mine)
     found, theirs = mine.parse_known_args(args.rest)
     deployment = found.deployment if found.deployment is not None else args.deployment
-    check_model(args.model)
+    check_model(args.model, _tensor_parallel(theirs))
     if deployment is not None:
         os.environ[VARIABLE] = check_name(deployment)
     if find_spec("vllm") is None:
@@ -74,7 +74,17 @@ def _usage(message: str) -> Any:
     raise CompressError(message)
 
 
-def check_model(model: str) -> None:
+def _tensor_parallel(arguments: list[str]) -> int:
+    """What vLLM's own flag asks for; what it cannot read, vLLM will complain about."""
+    theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    theirs.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    try:
+        return max(1, int(theirs.parse_known_args(arguments)[0].tensor_parallel_size))
+    except (argparse.ArgumentError, SystemExit):
+        return 1
+
+
+def check_model(model: str, ranks: int = 1) -> None:
     """Refuse what vLLM would fail on late or not at all. Hub ids and plain models pass."""
     path = Path(model).expanduser()
     if not path.exists():
@@ -83,11 +93,14 @@ def check_model(model: str) -> None:
         return
     if path.is_dir():
         from compress_methods.compressed import INCOMPLETE, open_compressed, read_json
+        from compress_methods.sharding import check_sharding
 
         if not (path / "config.json").exists() and not (path / INCOMPLETE).exists():
             return  # vLLM knows formats that have none
         if (path / INCOMPLETE).exists() or _method(read_json(path / "config.json")):
-            _announce(open_compressed(path))
+            checkpoint = open_compressed(path)
+            check_sharding(checkpoint, ranks)
+            _announce(checkpoint)
 
 
 def _method(config: dict[str, Any]) -> bool:

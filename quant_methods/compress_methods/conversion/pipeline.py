@@ -39,7 +39,7 @@ from compress_methods.conversion.units import (
 from compress_methods.errors import CompressError, OutputError
 from compress_methods.progress import Progress
 from compress_methods.safetensors_io import read_tensors, write_tensors
-from compress_methods.sharding import check_sharding
+from compress_methods.sharding import check_matrix
 from compress_methods.skeleton import Skeleton, build_skeleton
 
 TOKENS = "tokens.safetensors"
@@ -69,7 +69,7 @@ def open_job(
     for job in plan.jobs:
         target = job.target
         shape = (target.rows, target.cols)
-        check_sharding(target.module, target.kind, shape, job.format, tensor_parallel_size)
+        check_matrix(target.module, target.kind, shape, job.format, tensor_parallel_size)
     return Opened(skeleton, source, plan)
 
 

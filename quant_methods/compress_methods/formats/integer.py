@@ -111,7 +111,7 @@ class Integer(Format):
         return grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales (rounded to their stored dtype) and zeros of groups that reach from low to high."""
+        """Scales, rounded to their stored dtype, and zeros of groups reaching from low to high."""
         top = 2**self.bits - 1
         scales = ((high - low) / top).to(DTYPES[self.scale_dtype])
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
