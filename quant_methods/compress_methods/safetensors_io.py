@@ -39,7 +39,7 @@ TO_TORCH = {
 }
 FROM_TORCH = {dtype: name for name, dtype in TO_TORCH.items()}
 MAX_HEADER = 100_000_000
-SLAB_BYTES = 32 * 2**20
+SLAB_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)

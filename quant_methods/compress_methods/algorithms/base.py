@@ -107,10 +107,9 @@ def relative_error(weight: Tensor, values: Tensor, gathered: Gathered = None) ->
 
     def energy(matrix: Tensor) -> float:
         if isinstance(gathered, Hessian):
-            return float((matrix @ gathered.mean()).mul_(matrix).sum(dtype=torch.float64))
-        squares = matrix.square()
-        if gathered is not None:
-            squares *= gathered.squares
-        return float(squares.sum(dtype=torch.float64))
+            moved = matrix @ gathered.mean()
+        else:
+            moved = matrix if gathered is None else matrix * gathered.squares
+        return float(torch.linalg.vecdot(moved, matrix).sum(dtype=torch.float64))
 
     return energy(weight - values) / max(energy(weight), 1e-30)

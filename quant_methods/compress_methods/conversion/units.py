@@ -82,7 +82,7 @@ class Converter:
             window = fmt.slice(stored, (rows, cols), rows=(first, first + len(slab)))
             for name, tensor in window.items():
                 tensor.copy_(packed[name])
-            here = float(weight.square().sum(dtype=torch.float64))
+            here = float(torch.linalg.vecdot(weight, weight).sum(dtype=torch.float64))
             error += relative_error(weight, fmt.unpack(packed)[: len(slab)]) * here
             energy += here
         facts = self._facts(job, error / max(energy, 1e-30), None)
