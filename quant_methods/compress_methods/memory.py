@@ -7,6 +7,8 @@ container's limit (cgroup v2) leaves less; on systems that tell neither, nothing
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +21,7 @@ from compress_methods.progress import size_text
 from compress_methods.quantization_config import QUANT_METHOD
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -36,6 +39,20 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def peak_bytes() -> int:
+    """Most memory this process has had resident.
+
+    Not `ru_maxrss` where that can be helped: it survives exec, so it starts with what the parent
+    process had.
+    """
+    try:
+        lines = STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return usage if sys.platform == "darwin" else usage * 1024
 
 
 def parameters(directory: Path) -> Counter[torch.dtype]:

@@ -1,6 +1,6 @@
 """Run the benchmarks named on the command line, or all; print tables, keep JSON.
 
-    python -m tests.benchmarks [quality] [memory] [serving]
+    python -m tests.benchmarks [quality] [rtn] [gptq] [layers] [serving]
 
 Each module has `run() -> dict` and `table(results) -> str`. Results go to
 tests/benchmarks/results/NAME.json with the machine they were measured on.
@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-NAMES = ("quality", "memory", "serving")
+NAMES = ("quality", "rtn", "gptq", "layers", "serving")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -1,18 +1,16 @@
-"""Peak memory, rate and linearity of conversions, each in a process of its own.
+"""Peak memory and rate of conversions of random Llamas, each in a process of its own.
 
-Random Llamas: int4-rtn of 3 billion parameters in four shards, int4-gptq of 1 billion, and the time
-of both recipes at 4, 8 and 16 layers. Calibration of the large GPTQ run is cut to 8 + 2 sequences
-(memory hardly depends on it: the states of 64 + 8 add 0.25 GiB here; time does), and so said.
+What `rtn`, `gptq` and `layers` share.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,17 @@ THREE_B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 
 ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 SMALL = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
 VOCABULARY = 128256
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random Llama and what is done to it; a recipe that is no name is calibrated on text."""
+
+    name: str
+    shape: dict[str, int]
+    recipe: Any
+    shards: int = 1
+    vocabulary: int = VOCABULARY
 
 
 def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: int) -> int:
@@ -90,29 +99,20 @@ def gptq(samples: int) -> dict[str, Any]:
     return {**recipe, "calibration": {"samples": samples, "length": 512, "held_out": 2}}
 
 
-def run() -> dict[str, Any]:
+def measure(cases: list[Case]) -> dict[str, Any]:
+    """Make each model, convert it in a process of its own, delete both."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        text = place / "text.txt"
-        text.write_text((REPOSITORY / "LICENSE").read_text() * 4)
-        cases: list[tuple[str, dict[str, int], int, int, Any, Path | None]] = [
-            ("3B, int4-rtn", THREE_B, 4, VOCABULARY, "int4-rtn", None),
-            ("1B, int4-gptq (8 + 2 sequences)", ONE_B, 2, VOCABULARY, gptq(8), text),
-        ]
-        for layers in (4, 8, 16):
-            shape = {**SMALL, "num_hidden_layers": layers}
-            cases.append((f"{layers} layers, int4-rtn", shape, 1, 4096, "int4-rtn", None))
-            cases.append((f"{layers} layers, int4-gptq", shape, 1, 4096, gptq(8), text))
-        for i, (name, shape, shards, vocabulary, recipe, calibration) in enumerate(cases):
-            model, out = place / f"m{i}", place / f"o{i}"
-            size = make_llama(model, shape, shards, vocabulary)
-            measured = convert_apart(model, recipe, out, calibration)
-            rows.append({"case": name, "bytes": size, **measured})
-            print(rows[-1], file=sys.stderr, flush=True)
-            subprocess.run(["rm", "-r", str(model), str(out)], check=True)
-    own = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"rows": rows, "largest_child_bytes": own}
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            text = place / "text.txt"
+            text.write_text((REPOSITORY / "LICENSE").read_text() * 4)
+            size = make_llama(place / "model", case.shape, case.shards, case.vocabulary)
+            calibration = None if isinstance(case.recipe, str) else text
+            measured = convert_apart(place / "model", case.recipe, place / "out", calibration)
+        rows.append({"case": case.name, "bytes": size, **measured})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return {"rows": rows}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ def test_rtn_needs_less_memory_than_the_model_is_large(tmp_path: Path) -> None:
     size = make_llama(tmp_path / "model", SHAPE, shards=4, vocabulary=4096)
     measured = convert_apart(tmp_path / "model", "int4-rtn", tmp_path / "out", None)
     assert size > 950e6
-    assert measured["peak_bytes"] < 0.8 * size
+    assert measured["peak_bytes"] < 0.7 * size
 
 
 def test_gptq_needs_no_more_memory_for_more_layers(tmp_path: Path, some_text: Path) -> None:

@@ -9,7 +9,6 @@ any forward pass happens at all.
 from __future__ import annotations
 
 import hashlib
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from compress_methods.conversion.units import (
     read_matrix,
 )
 from compress_methods.errors import CompressError, OutputError
+from compress_methods.memory import peak_bytes
 from compress_methods.progress import Progress
 from compress_methods.safetensors_io import read_tensors, write_tensors
 from compress_methods.sharding import check_matrix
@@ -116,7 +116,7 @@ def convert(
             "calibration": _calibration_facts(job.plan, path, run.tokens),
             "held_out": run.held_out,
             "seconds": time.monotonic() - began,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_bytes(),
         }
         return finish(journal, job.plan, job.source, facts, quiet=quiet)
     except OSError as problem:

@@ -1,0 +1,17 @@
+"""int4-gptq of 1 billion parameters: peak memory and MB/s.
+
+Calibrated on 8 + 2 sequences instead of 64 + 8. Memory hardly depends on it (the states of the
+others would add 0.25 GiB), time does: about seven times as much of it goes into forward passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.benchmarks.memory import ONE_B, Case, gptq, measure, table
+
+__all__ = ["run", "table"]
+
+
+def run() -> dict[str, Any]:
+    return measure([Case("1B, int4-gptq (8 + 2 sequences)", ONE_B, gptq(8), shards=2)])
