@@ -6,6 +6,8 @@ container's limit (cgroup v2) leaves less; on systems that tell neither, nothing
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import resource
 import sys
@@ -23,6 +25,7 @@ from compress_methods.quantization_config import QUANT_METHOD
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
+M_MMAP_THRESHOLD = -3
 
 
 def available_bytes() -> int | None:
@@ -53,6 +56,16 @@ def peak_bytes() -> int:
     except (OSError, StopIteration):
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return usage if sys.platform == "darwin" else usage * 1024
+
+
+def return_large_blocks() -> None:
+    """Have the C library (glibc) give tensors from 1 MiB back to the system as soon as they go.
+
+    By default it keeps up to 32 MiB pieces in its heap, which then grows a little with every block
+    of a conversion: tensors come and go in sizes that do not fit each other's gaps.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def parameters(directory: Path) -> Counter[torch.dtype]:

@@ -36,7 +36,7 @@ from compress_methods.conversion.units import (
     read_matrix,
 )
 from compress_methods.errors import CompressError, OutputError
-from compress_methods.memory import peak_bytes
+from compress_methods.memory import peak_bytes, return_large_blocks
 from compress_methods.progress import Progress
 from compress_methods.safetensors_io import read_tensors, write_tensors
 from compress_methods.sharding import check_matrix
@@ -186,6 +186,7 @@ class _Run:
             return
         if unit is not None and unit.block is None:
             return
+        return_large_blocks()
         skeleton, settings = self.job.skeleton, self.job.plan.recipe.calibration
         runner = BlockRunner(skeleton, batch_size(settings.samples, settings.held_out))
         tables = {f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"}
