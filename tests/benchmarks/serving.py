@@ -1,4 +1,4 @@
-"""Speed of real vLLM servers, one after another in one run: bf16 and the formats that have a kernel.
+"""Speed of real vLLM servers, one after another in one run: bf16 and formats that have a kernel.
 
 A random Llama of 1.2 billion parameters (Llama-3.2-1B shape, vocabulary 128,256), round to nearest,
 since speed does not depend on the values. Eager, all cores; a prompt of 64 tokens, then `TOKENS`
