@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from compress_methods.algorithms import ALGORITHMS
 from compress_methods.algorithms.base import Hessian, InputNorms, relative_error
@@ -82,22 +80,24 @@ def test_gptq_is_optimal_brain_quantization_column_by_column(cols: int) -> None:
     assert float((ours == theirs).float().mean()) > 0.97
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    st.sampled_from((2, 3, 4)), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 1000)
-)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
 def test_gptq_beats_rounding_on_the_layers_output(
-    bits: int, symmetric: bool, act_order: bool, clip: bool, seed: int
+    bits: int, symmetric: bool, act_order: bool, clip: bool
 ) -> None:
-    x = correlated(600, 128, seed)
-    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
-    fmt, hessian = Integer(bits, 32, symmetric), gathered(x)
-    algorithm = GPTQ(act_order=act_order, clip=clip)
-    gptq = fmt.values(algorithm.solve(weight, algorithm.prepare(hessian), fmt))
-    rtn = fmt.values(RoundToNearest().solve(weight, None, fmt))
-    assert relative_error(weight, gptq, hessian) < 0.9 * relative_error(weight, rtn, hessian)
-    exact = ((weight - gptq) @ x.T).square().sum() / (weight @ x.T).square().sum()
-    assert relative_error(weight, gptq, hessian) == pytest.approx(float(exact), rel=1e-3)
+    fmt, algorithm = Integer(bits, 32, symmetric), GPTQ(act_order=act_order, clip=clip)
+    for seed in range(3):
+        x = correlated(600, 128, seed)
+        weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
+        hessian = gathered(x)
+        gptq = fmt.values(algorithm.solve(weight, algorithm.prepare(hessian), fmt))
+        rtn = fmt.values(RoundToNearest().solve(weight, None, fmt))
+        found = relative_error(weight, gptq, hessian)
+        assert found < 0.75 * relative_error(weight, rtn, hessian)
+        exact = ((weight - gptq) @ x.T).square().sum() / (weight @ x.T).square().sum()
+        assert found == pytest.approx(float(exact), rel=1e-3)
 
 
 def test_an_input_that_never_fires_is_rounded_to_nearest() -> None:

@@ -4,10 +4,12 @@ GPTQ (Frantar et al., 2023, arXiv:2210.17323). With H = mean of x x^T and U the 
 factor of its inverse (H^-1 = U^T U), for column j: e = (w_j - q_j) / U_jj; w_k -= e * U_jk for all
 k > j. Minimizes ||(W - Q) X||^2 greedily.
 
-Here: U comes from one Cholesky factorization and one triangular inverse, never from H^-1 itself
+Here: scales are fitted to the weights as they were, before any column moves (fitting each group
+when it is reached, on weights that already carry other columns' errors, lost more at every setting
+tried). U comes from one Cholesky factorization and one triangular inverse, never from H^-1 itself
 (flip H, factor, flip back, invert), in float32 or better; damping adds `damping` * mean(diag H)
 and grows tenfold until the factorization succeeds. `act_order` rounds columns of large diag H
-first, with the groups' scales fixed beforehand, so that no index tensor is stored. An input that
+first; since scales are fixed beforehand, no index tensor is stored. An input that
 was never active in calibration is rounded to nearest: it has no correlations to use.
 
 Needs calibration tokens, ideally several times the columns. Fails where H is far from full rank and
@@ -73,12 +75,9 @@ class GPTQ(Algorithm):
 
     def solve(self, weight: Tensor, prepared: Factor, fmt: Format) -> IntegerSolution:
         assert isinstance(fmt, Integer)
-        scales = zeros = None
-        if self.act_order or self.clip or fmt.group_size < 0:
-            scales, zeros = (
-                search_scales(fmt, weight, prepared.diagonal) if self.clip else fmt.fit(weight)
-            )
-        return sweep(weight, prepared, fmt, scales, zeros)
+        if self.clip:
+            return sweep(weight, prepared, fmt, *search_scales(fmt, weight, prepared.diagonal))
+        return sweep(weight, prepared, fmt, *fmt.fit(weight))
 
 
 def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
@@ -109,21 +108,15 @@ def factorize(hessian: Tensor, damping: float, act_order: bool) -> Factor:
 
 
 def sweep(
-    weight: Tensor, factor: Factor, fmt: Integer, scales: Tensor | None, zeros: Tensor | None
+    weight: Tensor, factor: Factor, fmt: Integer, scales: Tensor, zeros: Tensor | None
 ) -> IntegerSolution:
-    """Round `weight` [rows, cols] column by column, in lazy blocks of 128.
-
-    Without `scales`, each group is fitted when its first column is reached, on the weights as
-    updated so far; that needs columns in their natural order.
-    """
+    """Round `weight` [rows, cols] to given scales, column by column, in lazy blocks of 128."""
     rows, cols = weight.shape
     group = cols if fmt.group_size < 0 else fmt.group_size
-    grids: dict[int, tuple[Tensor, Tensor | None]] = {}
-    if scales is not None:
-        grids = {
-            g: (scales[:, g].float(), None if zeros is None else zeros[:, g].float())
-            for g in range(scales.shape[1])
-        }
+    grids = [
+        (scales[:, g].float(), None if zeros is None else zeros[:, g].float())
+        for g in range(scales.shape[1])
+    ]
     left = weight.T[factor.order].contiguous()
     codes = torch.empty_like(left, dtype=torch.uint8)
     order = factor.order.tolist()
@@ -132,23 +125,13 @@ def sweep(
         upper = factor.upper[start:end, start:end]
         errors = torch.empty(end - start, rows, device=weight.device)
         for i in range(end - start):
-            g = order[start + i] // group
-            if g not in grids:
-                s, z = fmt.fit(left[start + i : start + i + group].T)
-                grids[g] = (s[:, 0].float(), None if z is None else z[:, 0].float())
+            grid = grids[order[start + i] // group]
             w = left[start + i]
-            q = fmt.encode(w, *grids[g])
+            q = fmt.encode(w, *grid)
             codes[start + i] = q.to(torch.uint8)
-            errors[i] = (w - fmt.decode(q, *grids[g])) / upper[i, i]
+            errors[i] = (w - fmt.decode(q, *grid)) / upper[i, i]
             left[start + i + 1 : end].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
         left[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
     restored = torch.empty_like(codes)
     restored[factor.order] = codes
-    columns = [grids[g] for g in range(fmt.groups(cols))]
-    return IntegerSolution(
-        restored.T.contiguous(),
-        torch.stack([s for s, _ in columns], 1),
-        None
-        if fmt.symmetric
-        else torch.stack([z.to(torch.uint8) for _, z in columns if z is not None], 1),
-    )
+    return IntegerSolution(restored.T.contiguous(), scales, zeros)
