@@ -5,12 +5,12 @@ factor of its inverse (H^-1 = U^T U), for column j: e = (w_j - q_j) / U_jj; w_k 
 k > j. Minimizes ||(W - Q) X||^2 greedily.
 
 Here: scales are fitted to the weights as they were, before any column moves (fitting each group
-when it is reached, on weights that already carry other columns' errors, lost more at every setting
-tried). U comes from one Cholesky factorization and one triangular inverse, never from H^-1 itself
-(flip H, factor, flip back, invert), in float32 or better; damping adds `damping` * mean(diag H)
-and grows tenfold until the factorization succeeds. `act_order` rounds columns of large diag H
-first; since scales are fixed beforehand, no index tensor is stored. An input that
-was never active in calibration is rounded to nearest: it has no correlations to use.
+when it is reached, on weights that carry other columns' errors, was no better on a real model and
+worse on random ones). U comes from one Cholesky factorization and one triangular inverse, never
+from H^-1 itself (flip H, factor, flip back, invert), in float32 or better; damping adds `damping` *
+mean(diag H) and grows tenfold until the factorization succeeds. `act_order` rounds columns of large
+diag H first; since scales are fixed beforehand, no index tensor is stored. An input that was never
+active in calibration is rounded to nearest: it has no correlations to use.
 
 Needs calibration tokens, ideally several times the columns. Fails where H is far from full rank and
 `damping` small: the error moves into directions calibration never saw.
