@@ -35,10 +35,7 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool) -> Estimate:
     seconds = plan.original_bytes / RTN_BYTES_PER_SECOND
     memory = BASE_BYTES + plan.compressed_bytes // max(1, len(plan.units)) + 2 * FLOAT * 2**23
     if calibrated:
-        settings = plan.recipe.calibration
-        sequences = settings.samples + 2 * settings.held_out
-        hidden = skeleton.model.get_input_embeddings().weight.shape[1]
-        states = sequences * settings.length * hidden * FLOAT
+        states = _states_bytes(plan, skeleton)
         block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks)
         columns = max(
             (j.target.cols for j in plan.jobs if j.algorithm.needs == "hessian"), default=0
@@ -98,12 +95,16 @@ def existing_parent(out: Path) -> Path:
 
 def estimate_disk(plan: Plan, skeleton: Skeleton, calibrated: bool) -> int:
     """Bytes the output directory holds at its fullest."""
-    settings = plan.recipe.calibration
     if not calibrated:
         return plan.compressed_bytes
+    return plan.compressed_bytes + 2 * _states_bytes(plan, skeleton)
+
+
+def _states_bytes(plan: Plan, skeleton: Skeleton) -> int:
+    """Bytes of the activations between two blocks: calibration, and held out twice."""
+    settings = plan.recipe.calibration
     hidden = skeleton.model.get_input_embeddings().weight.shape[1]
-    sequences = settings.samples + 2 * settings.held_out
-    return plan.compressed_bytes + 2 * sequences * settings.length * int(hidden) * FLOAT
+    return int((settings.samples + 2 * settings.held_out) * settings.length * hidden * FLOAT)
 
 
 def written(out: Path) -> int:

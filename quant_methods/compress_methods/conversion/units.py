@@ -79,9 +79,7 @@ class Converter:
         for first, slab in self.source.slabs(parameter, fmt.units(rows, cols)[0]):
             weight = slab.float()
             packed = fmt.pack(job.algorithm.solve(weight, prepared, fmt))
-            window = fmt.slice(stored, (rows, cols), rows=(first, first + len(slab)))
-            for name, tensor in window.items():
-                tensor.copy_(packed[name])
+            _place(fmt, packed, stored, (rows, cols), (first, first + len(slab)))
             here = float(torch.linalg.vecdot(weight, weight).sum(dtype=torch.float64))
             error += relative_error(weight, fmt.unpack(packed)[: len(slab)]) * here
             energy += here
@@ -106,8 +104,7 @@ class Converter:
                 last = min(first + step, rows)
                 slab = weight[first:last].contiguous()
                 packed = fmt.pack(job.algorithm.solve(slab, prepared, fmt))
-                for name, window in fmt.slice(stored, (rows, cols), rows=(first, last)).items():
-                    window.copy_(packed[name])
+                _place(fmt, packed, stored, (rows, cols), (first, last))
         values = fmt.unpack(stored)
         output = None if gathered is None else relative_error(weight, values, gathered)
         facts = self._facts(job, relative_error(weight, values), output)
@@ -221,6 +218,18 @@ class Converter:
         self.progress.step(
             self.source.entry(f"{job.target.module}.weight").nbytes, job.target.module
         )
+
+
+def _place(
+    fmt: Format,
+    packed: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+) -> None:
+    """Copy the stored tensors of a slab of rows to where they lie in those of the whole matrix."""
+    for name, window in fmt.slice(stored, shape, rows=rows).items():
+        window.copy_(packed[name])
 
 
 def read_matrix(file: Path, job: Job) -> Matrix:
