@@ -56,6 +56,11 @@ class Progress:
         if not self._quiet and (fresh or now - self._printed >= due):
             self._print(now, note)
 
+    def skip(self, n: float) -> None:
+        """Count `n` units as done by an earlier run."""
+        self.done += n
+        self._first += n
+
     def eta(self) -> float | None:
         """Seconds left at the speed so far; None before any work is done."""
         worked = self.done - self._first

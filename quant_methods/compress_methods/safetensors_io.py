@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,25 +55,44 @@ class Entry:
 
     def read(self, first: int = 0, count: int | None = None) -> Tensor:
         """The tensor, or `count` entries of its first axis from `first`, as an owned copy."""
-        shape = self.shape
-        width = self.nbytes
-        if count is not None:
-            width = self.nbytes // self.shape[0]
-            shape = (count, *self.shape[1:])
-        out = torch.empty(shape, dtype=self.dtype)
+        shape = self.shape if count is None else (count, *self.shape[1:])
+        return self.read_into(torch.empty(shape, dtype=self.dtype), first)
+
+    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+        """Fill contiguous `out` with the values from entry `first` of the first axis on."""
         if out.numel():
-            _pread(self.path, out, self.start + first * width)
+            _pread(self.path, out, self.start + first * (self.nbytes // max(1, self.rows)))
         return out
+
+    @property
+    def rows(self) -> int:
+        """Entries of the first axis; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
 
     def slabs(self, multiple: int = 1, limit: int = SLAB_BYTES) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) pieces of at most `limit` bytes, cut at multiples of `multiple`."""
         if not self.shape:
             yield 0, self.read()
             return
-        row = max(1, self.nbytes // max(1, self.shape[0]))
-        step = max(multiple, limit // row // multiple * multiple)
-        for first in range(0, self.shape[0], step):
-            yield first, self.read(first, min(step, self.shape[0] - first))
+        step = self._slab_rows(multiple, limit)
+        for first in range(0, self.rows, step):
+            yield first, self.read(first, min(step, self.rows - first))
+
+    def _slab_rows(self, multiple: int, limit: int) -> int:
+        row = max(1, self.nbytes // max(1, self.rows))
+        return max(multiple, limit // row // multiple * multiple)
+
+    def copy_to(self, target: Tensor, check: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Copy the values to a tensor of this shape and any dtype, through one slab of memory.
+
+        `check` is called with every slab, for what it raises.
+        """
+        step = min(self._slab_rows(1, SLAB_BYTES), self.rows)
+        memory = torch.empty((step, *self.shape[1:]), dtype=self.dtype)
+        flat = target.view(self.rows, *self.shape[1:])
+        for first in range(0, self.rows, step):
+            slab = self.read_into(memory[: self.rows - first], first)
+            flat[first : first + step] = slab if check is None else check(slab)
 
 
 def _pread(path: Path, out: Tensor, offset: int) -> None:

@@ -14,5 +14,6 @@ def run() -> dict[str, Any]:
     for recipe, name in (("int4-rtn", "int4-rtn"), (gptq(8), "int4-gptq (8 + 2 sequences)")):
         for count in (4, 8, 16):
             shape = {**SMALL, "num_hidden_layers": count}
-            cases.append(Case(f"{count} layers, {name}", shape, recipe, vocabulary=4096))
+            text = not isinstance(recipe, str)
+            cases.append(Case(f"{count} layers, {name}", shape, recipe, vocabulary=4096, text=text))
     return measure(cases)

@@ -30,13 +30,14 @@ VOCABULARY = 128256
 
 @dataclass(frozen=True)
 class Case:
-    """A random Llama and what is done to it; a recipe that is no name is calibrated on text."""
+    """A random Llama and what is done to it, calibrated on text or on what it writes itself."""
 
     name: str
     shape: dict[str, int]
     recipe: Any
     shards: int = 1
     vocabulary: int = VOCABULARY
+    text: bool = False
 
 
 def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: int) -> int:
@@ -93,6 +94,7 @@ def convert_apart(model: Path, recipe: Any, out: Path, text: Path | None) -> dic
 
 
 def gptq(samples: int) -> dict[str, Any]:
+    """The recipe `int4-gptq` with `samples` calibration sequences of 512 tokens, and 2 held out."""
     import yaml
 
     recipe: dict[str, Any] = yaml.safe_load(config_path("recipes", "int4-gptq.yaml").read_text())
@@ -108,8 +110,9 @@ def measure(cases: list[Case]) -> dict[str, Any]:
             text = place / "text.txt"
             text.write_text((REPOSITORY / "LICENSE").read_text() * 4)
             size = make_llama(place / "model", case.shape, case.shards, case.vocabulary)
-            calibration = None if isinstance(case.recipe, str) else text
-            measured = convert_apart(place / "model", case.recipe, place / "out", calibration)
+            measured = convert_apart(
+                place / "model", case.recipe, place / "out", text if case.text else None
+            )
         rows.append({"case": case.name, "bytes": size, **measured})
         print(rows[-1], file=sys.stderr, flush=True)
     return {"rows": rows}

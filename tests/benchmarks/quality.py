@@ -47,14 +47,14 @@ def plain(bits: int, algorithm: str) -> dict[str, Any]:
 def run() -> dict[str, Any]:
     from compress_methods import convert
     from compress_methods.conversion import pipeline
-    from compress_methods.conversion.calibration import sample_from_model
+    from compress_methods.conversion.sampling import sample_from_model
     from compress_methods.evaluate import evaluate
 
     sampled: dict[Any, Any] = {}
 
-    def sample_once(directory: Path, tokenizer: Any, settings: Any, progress: Any) -> Any:
+    def sample_once(source: Any, tokenizer: Any, settings: Any, *rest: Any) -> Any:
         if settings not in sampled:
-            sampled[settings] = sample_from_model(directory, tokenizer, settings, progress)
+            sampled[settings] = sample_from_model(source, tokenizer, settings)
         return sampled[settings]
 
     pipeline.sample_from_model = sample_once

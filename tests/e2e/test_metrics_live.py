@@ -1,30 +1,38 @@
 """What /metrics says agrees with what clients of a running server counted themselves.
 
 Tokens, requests and finish reasons: exactly, and equal to vLLM's own series to the last digit.
-Latencies: the client's clock also sees HTTP and its own scheduling on the same cores, 20 to 50
-milliseconds a request on two busy ones. So sums are compared under a load where requests queue for
-seconds; there they agree within 1%. A lone request's time to first token does not: 5% was seen.
+Latencies: the client's clock also sees HTTP and its own work on the same cores. Sixteen threads of
+the openai client in one Python process add 100 milliseconds to a request, so here clients use the
+standard library's HTTP, which adds about 5. Requests are sent a moment apart to a queue
+where they wait for seconds; there the sums agree within 1% unless the client process is held up
+(a busy machine can stop it for a second). A lone request's time to first token does not: those 5
+milliseconds are a tenth of it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import pytest
-from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.server import VllmServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 CLIENTS = 16
-HTTP_SECONDS = 0.03
+APART_SECONDS = 0.1
+ATTEMPTS = 6
+WITHIN = 0.01
+ENGINE_ON_ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 PROMPTS = [
     "It was a truth universally acknowledged",
     "She looked out of the window, and",
@@ -54,7 +62,6 @@ class Deployment(VllmServer):
         serve = [sys.executable, "-m", "vllm_compress.cli", "serve", str(model_dir)]
         self.command = [*serve, *rest[3:]]
         self.model = str(model_dir)
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         return {
@@ -72,41 +79,61 @@ class Deployment(VllmServer):
 
     def ask(self, index: int, *, stream: bool, tokens: int) -> Answer:
         """One completion of a fixed length, or cut short by a stop string for every fourth."""
-        stop = [","] if index % 4 == 3 else None
         request = {
             "model": self.model,
             "prompt": PROMPTS[index % len(PROMPTS)] + " and" * (index % 7),
             "max_tokens": tokens,
             "seed": index,
-            "stop": stop,
-            "extra_body": {"ignore_eos": True},
+            "stop": [","] if index % 4 == 3 else None,
         }
+        return self._stream(request) if stream else self._whole(request)
+
+    def _post(self, body: dict[str, Any]) -> HTTPResponse:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        return connection.getresponse()
+
+    def _whole(self, request: dict[str, Any]) -> Answer:
         begin = time.perf_counter()
-        if not stream:
-            done = self.client.completions.create(**request)
-            last = time.perf_counter() - begin
-            usage, reason, first = done.usage, done.choices[0].finish_reason, last
-        else:
-            first = last = 0.0
-            options = {"stream_options": {"include_usage": True}}
-            for chunk in self.client.completions.create(**request, **options, stream=True):
-                if chunk.choices:
+        with self._post({**request, "ignore_eos": True}) as response:
+            done = json.load(response)
+        last = time.perf_counter() - begin
+        usage, reason = done["usage"], done["choices"][0]["finish_reason"]
+        return Answer(usage["prompt_tokens"], usage["completion_tokens"], reason, last, last)
+
+    def _stream(self, request: dict[str, Any]) -> Answer:
+        options = {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
+        first = last = 0.0
+        begin = time.perf_counter()
+        with self._post({**request, **options}) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                chunk = json.loads(line.removeprefix(b"data: "))
+                if chunk["choices"]:
                     last = time.perf_counter() - begin
                     first = first or last
-                    reason = chunk.choices[0].finish_reason
+                    reason = chunk["choices"][0]["finish_reason"]
                 else:
-                    usage = chunk.usage
-        return Answer(usage.prompt_tokens, usage.completion_tokens, reason, first, last)
+                    usage = chunk["usage"]
+        return Answer(usage["prompt_tokens"], usage["completion_tokens"], reason, first, last)
 
     def load(self, count: int, *, stream: bool, tokens: int) -> list[Answer]:
-        """`count` requests, up to CLIENTS at a time."""
+        """`count` requests, up to CLIENTS at a time; the first ones are sent a moment apart."""
+
+        def ask(index: int) -> Answer:
+            time.sleep(APART_SECONDS * index if index < CLIENTS else 0)
+            return self.ask(index, stream=stream, tokens=tokens)
+
         with ThreadPoolExecutor(CLIENTS) as pool:
-            return list(pool.map(lambda i: self.ask(i, stream=stream, tokens=tokens), range(count)))
+            return list(pool.map(ask, range(count)))
 
 
 @pytest.fixture(scope="module")
 def demo_a(novels_8m: Path) -> Iterator[Deployment]:
-    with Deployment(novels_8m, "--deployment", "demo-a", "--max-num-seqs", "4") as server:
+    arguments = ["--deployment", "demo-a", "--max-num-seqs", "2"]
+    with Deployment(novels_8m, *arguments, env=ENGINE_ON_ONE_CORE) as server:
         server.load(CLIENTS, stream=True, tokens=4)  # opens the connections
         yield server
 
@@ -153,11 +180,22 @@ def check_counts(told: dict[str, float], answers: list[Answer]) -> None:
 
 
 def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
-    start = counts(demo_a, "demo-a")
-    streamed = demo_a.load(24, stream=True, tokens=40)
-    middle = counts(demo_a, "demo-a")
-    whole = demo_a.load(16, stream=False, tokens=16)
-    end = counts(demo_a, "demo-a")
+    """Counts always; times in one of the loads, as a client that is held up times itself."""
+    off: dict[str, float] = {}
+    for _ in range(ATTEMPTS):
+        off = differing_times(demo_a)
+        if not off:
+            return
+    raise AssertionError(f"server's sum of seconds / client's - 1: {off}")
+
+
+def differing_times(server: Deployment) -> dict[str, float]:
+    """Load the server and check its counts; relative errors of those sums of times that differ."""
+    start = counts(server, "demo-a")
+    streamed = server.load(24, stream=True, tokens=40)
+    middle = counts(server, "demo-a")
+    whole = server.load(16, stream=False, tokens=40)
+    end = counts(server, "demo-a")
     check_counts(difference(middle, start), streamed)
     check_counts(difference(end, middle), whole)
     told = difference(middle, start)
@@ -173,9 +211,12 @@ def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
             sum(a.last for a in whole),
         ),
     }
-    for name, (server, client) in pairs.items():
-        print(f"{name}: server {server:.4f} s, client {client:.4f} s, {server / client - 1:+.2%}")
-        assert abs(server - client) <= max(0.01 * client, HTTP_SECONDS * len(streamed)), name
+    off = {}
+    for name, (ours, theirs) in pairs.items():
+        print(f"{name}: server {ours:.4f} s, client {theirs:.4f} s, {ours / theirs - 1:+.2%}")
+        if abs(ours - theirs) > WITHIN * theirs:
+            off[name] = ours / theirs - 1
+    return off
 
 
 def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:

@@ -10,8 +10,9 @@ import torch
 
 from compress_methods import convert
 from compress_methods.conversion import pipeline
-from compress_methods.conversion.calibration import CalibrationSettings, sample_from_model
-from compress_methods.evaluate import evaluate
+from compress_methods.conversion.calibration import CalibrationSettings
+from compress_methods.conversion.sampling import sample_from_model
+from compress_methods.evaluate import evaluate, load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 TOKENS = 20_000
@@ -22,8 +23,8 @@ SETTINGS = CalibrationSettings(samples=64, length=512)
 @pytest.fixture(scope="module")
 def sampled(novels_8m: Path) -> torch.Tensor:
     """The calibration text every GPTQ conversion here uses: 64 x 512 tokens by the model itself."""
-    tokenizer = pipeline._tokenizer(novels_8m)
-    return sample_from_model(novels_8m, tokenizer, SETTINGS)
+    source = pipeline.open_job(novels_8m, "int4-gptq").source
+    return sample_from_model(source, load_tokenizer(novels_8m), SETTINGS)
 
 
 @pytest.fixture

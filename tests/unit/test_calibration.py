@@ -16,35 +16,13 @@ from compress_methods.conversion.calibration import (
     CalibrationSettings,
     describe,
     load_tokens,
-    sample_from_model,
 )
 from compress_methods.errors import CalibrationError
 from compress_methods.evaluate import load_tokenizer
-from compress_methods.progress import Progress
 from compress_methods.text import leading_bos, windows
 
 SMALL = CalibrationSettings(samples=4, length=16, seed=0, held_out=2)
 WORDS = [f"chapter {i} tells of number {i * 7919 % 1000} and little else" for i in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(novels_8m: Path) -> Any:
-    return load_tokenizer(novels_8m)
-
-
-@pytest.fixture(scope="module")
-def with_bos(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same tokenizer, putting BOS before every text as Llama's does."""
-    folder = tmp_path_factory.mktemp("bos")
-    for path in novels_8m.glob("*.json"):
-        (folder / path.name).write_text(path.read_text())
-    block = json.loads((folder / "tokenizer.json").read_text())
-    bos = "<|endoftext|>"
-    block["post_processor"]["special_tokens"] = {bos: {"id": bos, "ids": [0], "tokens": [bos]}}
-    special = {"SpecialToken": {"id": bos, "type_id": 0}}
-    block["post_processor"]["single"].insert(0, special)
-    (folder / "tokenizer.json").write_text(json.dumps(block))
-    return load_tokenizer(folder)
 
 
 def jsonl(folder: Path, rows: list[Any]) -> Path:
@@ -253,78 +231,6 @@ def test_too_short_a_text_says_what_fits_and_that_fits(
 def test_settings_are_checked(key: str, value: Any) -> None:
     with pytest.raises(CalibrationError, match=f"{key} is {value!r}, expected an integer from"):
         CalibrationSettings(**{key: value})
-
-
-def test_the_model_writes_text_that_it_finds_likely(novels_8m: Path, tokenizer: Any) -> None:
-    settings = CalibrationSettings(samples=10, length=48, seed=3, held_out=2)
-    progress = Progress(1, "sampling", quiet=True)
-    tokens = sample_from_model(novels_8m, tokenizer, settings, progress)
-    assert tokens.shape == (12, 48)
-    assert tokens.dtype == torch.int64
-    assert progress.done == progress.total == 12 * 48
-    assert (tokens != 0).all()
-    assert len(tokens[:, 0].unique()) == 12
-    assert len(tokens.unique()) > 100
-    assert torch.equal(tokens, sample_from_model(novels_8m, tokenizer, settings))
-
-    from compress_methods.loading import load_model
-
-    logits = load_model(novels_8m)(input_ids=tokens).logits[:, :-1]
-    greedy = slice(0, calibration.GREEDY_TOKENS)
-    logits[..., 0] = -torch.inf
-    assert torch.equal(logits[:, greedy].argmax(-1), tokens[:, 1:][:, greedy])
-    rank = (logits > logits.gather(-1, tokens[:, 1:, None])).sum(-1)[:, calibration.GREEDY_TOKENS :]
-    assert 0.1 < (rank == 0).float().mean() < 0.7
-    assert rank.float().median() < 50
-
-
-def test_a_row_does_not_depend_on_its_batch(
-    novels_8m: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = CalibrationSettings(samples=5, length=12, held_out=2)
-    together = sample_from_model(novels_8m, tokenizer, settings)
-    monkeypatch.setattr(calibration, "MAX_BATCH", 3)
-    assert torch.equal(sample_from_model(novels_8m, tokenizer, settings), together)
-
-
-def test_sampled_rows_start_with_bos_where_prompts_do(novels_8m: Path, with_bos: Any) -> None:
-    tokens = sample_from_model(novels_8m, with_bos, CalibrationSettings(3, 10, 0, 1))
-    assert tokens.shape == (4, 10)
-    assert (tokens[:, 0] == 0).all()
-    assert (tokens[:, 1:] != 0).all()
-
-
-def test_sampling_follows_the_distribution() -> None:
-    """A chi-squared test of what `_generate` draws from a model that always says the same."""
-    logits = torch.tensor([-torch.inf, 0.0, 1.0, 2.0, 9.0])
-
-    class Constant:
-        def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
-            out = logits.expand(len(input_ids), 1, -1)
-            return type("Out", (), {"logits": out, "past_key_values": None})
-
-    banned = torch.tensor([False, False, False, False, True])
-    draws = torch.rand(500, 15, generator=torch.Generator().manual_seed(0))
-    start = torch.ones(500, 1, dtype=torch.int64)
-    tokens = calibration._generate(Constant(), start, draws, banned, None)
-    assert (tokens[:, 1:5] == 3).all()
-    counts = tokens[:, 5:].flatten().bincount(minlength=5)
-    expected = logits[1:4].softmax(-1) * 5000
-    assert counts[0] == counts[4] == 0
-    assert ((counts[1:4] - expected) ** 2 / expected).sum() < 13.8  # p = 0.001, 2 degrees
-
-
-def test_a_model_too_large_or_too_short_is_refused_before_loading(
-    novels_8m: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(CalibrationError, match="length is 4096, but novels-8m takes 2048 tokens"):
-        sample_from_model(novels_8m, tokenizer, CalibrationSettings(length=4096))
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10**7)
-    with pytest.raises(CalibrationError) as caught:
-        sample_from_model(novels_8m, tokenizer, SMALL)
-    assert str(caught.value) == (
-        "novels-8m: 16.0 MiB of weights do not fit 9.5 MiB of free memory; give --calibration FILE"
-    )
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,17 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
 
     from compress_methods.conversion.pipeline import check_calibration, open_job
     from compress_methods.conversion.preflight import estimate, existing_parent, require_room
+    from compress_methods.conversion.sampling import require_cached
     from compress_methods.memory import available_bytes
 
     job = open_job(args.model, args.recipe, args.allow_pickle, args.tensor_parallel_size)
     calibrated = args.calibration is not None or job.plan.needs_calibration
     check_calibration(job, args.calibration)
+    sampled = calibrated and args.calibration is None
+    if sampled:
+        require_cached(job.source)
     out = Path(args.output)
-    expected = estimate(job.plan, job.skeleton, calibrated)
+    expected = estimate(job.plan, job.skeleton, calibrated, sampled)
     require_room(job.plan, job.skeleton, out, calibrated)
     return {
         "model": job.source.name,

@@ -33,9 +33,9 @@ class PickledTensor(Entry):
 
     tensor: Tensor = None  # type: ignore[assignment]
 
-    def read(self, first: int = 0, count: int | None = None) -> Tensor:
-        piece = self.tensor if count is None else self.tensor[first : first + count]
-        return piece.clone()
+    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+        piece = self.tensor if out.shape == self.shape else self.tensor[first : first + len(out)]
+        return out.copy_(piece)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ class Source:
     def read(self, parameter: str) -> Tensor:
         """A parameter's tensor; `CheckpointError` if a value is not finite."""
         return require_finite(self.entry(parameter), self.entry(parameter).read())
+
+    def read_float(self, parameter: str, out: Tensor | None = None) -> Tensor:
+        """The same in float32 (what is no float stays as it is), a slab at a time into `out`."""
+        entry = self.entry(parameter)
+        if out is None:
+            dtype = torch.float32 if entry.dtype.is_floating_point else entry.dtype
+            out = torch.empty(entry.shape, dtype=dtype)
+        entry.copy_to(out, lambda slab: require_finite(entry, slab))
+        return out
 
     def slabs(self, parameter: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) pieces of a parameter, finite or `CheckpointError`."""

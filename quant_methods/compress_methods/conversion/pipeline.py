@@ -19,13 +19,14 @@ from torch import Tensor
 
 from compress_methods import __version__
 from compress_methods.conversion.blocks import BlockRunner, batch_size
-from compress_methods.conversion.calibration import describe, load_tokens, sample_from_model
+from compress_methods.conversion.calibration import describe, load_tokens
 from compress_methods.conversion.checkpoint import Source, fingerprint, open_source, resolve_model
 from compress_methods.conversion.finish import finish
 from compress_methods.conversion.journal import Journal, sha256
 from compress_methods.conversion.plan import EMBEDDINGS, Plan, Unit, make_plan
 from compress_methods.conversion.preflight import require_room
 from compress_methods.conversion.recipe import Recipe, load_recipe
+from compress_methods.conversion.sampling import sample_from_model
 from compress_methods.conversion.units import (
     CALIBRATION,
     HELD_BASE,
@@ -38,7 +39,6 @@ from compress_methods.conversion.units import (
 from compress_methods.errors import CompressError, OutputError
 from compress_methods.memory import peak_bytes, return_large_blocks
 from compress_methods.progress import Progress
-from compress_methods.safetensors_io import read_tensors, write_tensors
 from compress_methods.sharding import check_matrix
 from compress_methods.skeleton import Skeleton, build_skeleton
 
@@ -143,18 +143,14 @@ class _Run:
 
     def prepare_tokens(self, given: Tensor | None) -> None:
         """Calibration tokens [samples + held_out, length]: given, kept from before, or sampled."""
-        kept = self.journal.work / TOKENS
         if given is not None:
             self.tokens = given
-        elif kept.exists():
-            self.tokens = read_tensors(kept)["tokens"]
         elif self.job.plan.needs_calibration:
-            directory, settings = self.job.source.directory, self.job.plan.recipe.calibration
+            source, settings = self.job.source, self.job.plan.recipe.calibration
+            kept, tokenizer = self.journal.work / TOKENS, _tokenizer(source.directory)
+            return_large_blocks()
             with Progress(1, "sampling calibration text", quiet=self.quiet) as progress:
-                self.tokens = sample_from_model(
-                    directory, _tokenizer(directory), settings, progress
-                )
-            write_tensors(kept, {"tokens": self.tokens})
+                self.tokens = sample_from_model(source, tokenizer, settings, progress, kept)
 
     def convert_units(self) -> None:
         units = self.job.plan.units

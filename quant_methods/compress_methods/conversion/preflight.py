@@ -3,6 +3,7 @@ speed measured for a fraction of a second."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -12,12 +13,14 @@ from pathlib import Path
 import torch
 
 from compress_methods.conversion.plan import Plan
+from compress_methods.conversion.sampling import CACHE_BYTES, FLOAT, RESIDENT_BYTES, batch_rows
 from compress_methods.errors import OutputError
 from compress_methods.skeleton import Skeleton
 
 BASE_BYTES = 400 * 2**20
-RTN_BYTES_PER_SECOND = 120e6
-FLOAT = 4
+RTN_BYTES_PER_SECOND = 70e6
+STREAM_BYTES_PER_SECOND = 2.8e9
+NARROW_MATMUL = 0.4
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,12 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool) -> Estimate:
-    """Peak disk, peak memory and rough time of a conversion."""
+def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool, sampled: bool = False) -> Estimate:
+    """Peak disk, peak memory and rough time of a conversion.
+
+    `sampled`: calibrated on text the model first writes itself. The rates are those of
+    two cores with AVX2.
+    """
     largest = max((j.target.rows * j.target.cols for j in plan.jobs), default=0)
     seconds = plan.original_bytes / RTN_BYTES_PER_SECOND
     memory = BASE_BYTES + plan.compressed_bytes // max(1, len(plan.units)) + 2 * FLOAT * 2**23
@@ -41,8 +48,28 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool) -> Estimate:
             (j.target.cols for j in plan.jobs if j.algorithm.needs == "hessian"), default=0
         )
         memory += states + 2 * FLOAT * block + 4 * FLOAT * columns**2 + 3 * FLOAT * largest
-        seconds += _forward_flops(plan, skeleton) / _flops_per_second()
+        flops = _flops_per_second()
+        seconds += _forward_flops(plan, skeleton) / flops
+        if sampled:
+            sampling = _sampling(plan, skeleton, flops)
+            memory, seconds = max(memory, sampling[0]), seconds + sampling[1]
     return Estimate(estimate_disk(plan, skeleton, calibrated), memory, seconds)
+
+
+def _sampling(plan: Plan, skeleton: Skeleton, flops: float) -> tuple[int, float]:
+    """Bytes and seconds for the model to write its own calibration text."""
+    settings = plan.recipe.calibration
+    blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
+    rows, cols = skeleton.module(skeleton.embedding).weight.shape
+    batch = batch_rows(skeleton.model.config.get_text_config(), settings)
+    steps = settings.length * math.ceil(settings.rows / batch)
+    products = 2.0 * steps * batch * (sum(blocks) + rows * cols)
+    seconds = products / (NARROW_MATMUL * flops)
+    resident = FLOAT * sum(blocks) <= RESIDENT_BYTES
+    if not resident:
+        seconds += steps * plan.original_bytes / STREAM_BYTES_PER_SECOND
+    memory = BASE_BYTES + FLOAT * (rows * cols + max(blocks)) + RESIDENT_BYTES + CACHE_BYTES
+    return memory, seconds
 
 
 def _forward_flops(plan: Plan, skeleton: Skeleton) -> float:
