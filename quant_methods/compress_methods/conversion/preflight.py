@@ -65,11 +65,11 @@ def _sampling(plan: Plan, skeleton: Skeleton, flops: float) -> tuple[int, float]
     steps = settings.length * math.ceil(settings.rows / batch)
     products = 2.0 * steps * batch * (sum(blocks) + rows * cols)
     seconds = products / (NARROW_MATMUL * flops)
-    resident = FLOAT * sum(blocks) <= RESIDENT_BYTES
-    if not resident:
+    held = FLOAT * sum(blocks)
+    if held > RESIDENT_BYTES:
+        held = FLOAT * max(blocks)
         seconds += steps * plan.original_bytes / STREAM_BYTES_PER_SECOND
-    memory = BASE_BYTES + FLOAT * (rows * cols + max(blocks)) + RESIDENT_BYTES + CACHE_BYTES
-    return memory, seconds
+    return BASE_BYTES + FLOAT * rows * cols + held + CACHE_BYTES, seconds
 
 
 def _forward_flops(plan: Plan, skeleton: Skeleton) -> float:

@@ -99,8 +99,8 @@ def batch_rows(config: Any, settings: CalibrationSettings) -> int:
 def stream_weights(skeleton: Skeleton, source: Source) -> None:
     """Let the skeleton's model run whole, each block's weights read in float32 when it is called.
 
-    The first blocks, up to `RESIDENT_BYTES`, stay; the others share one set of buffers. Of a token
-    table that is not also the output head only the rows asked for are read.
+    They share one set of buffers, unless all blocks together take `RESIDENT_BYTES` at most and stay.
+    Of a token table that is not also the output head only the rows asked for are read.
     """
     model = skeleton.model
     table = f"{skeleton.embedding}.weight"
@@ -114,15 +114,14 @@ def stream_weights(skeleton: Skeleton, source: Source) -> None:
     model.tie_weights()
     if not skeleton.tied:
         _stream_rows(skeleton.module(skeleton.embedding), source.entry(table))
-    resident = 0
+    names = [name for block in blocks for name in block]
+    if sum(FLOAT * math.prod(source.entry(name).shape) for name in names) <= RESIDENT_BYTES:
+        for name in names:
+            set_parameter(model, name, source.read_float(name))
+        return
     buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-    for index, names in enumerate(blocks):
-        resident += sum(FLOAT * math.prod(source.entry(name).shape) for name in names)
-        if resident <= RESIDENT_BYTES:
-            for name in names:
-                set_parameter(model, name, source.read_float(name))
-        else:
-            _stream_block(skeleton, index, names, source, buffers)
+    for index, block in enumerate(blocks):
+        _stream_block(skeleton, index, block, source, buffers)
 
 
 def _stream_block(
