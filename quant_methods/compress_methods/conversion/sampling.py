@@ -99,7 +99,7 @@ def batch_rows(config: Any, settings: CalibrationSettings) -> int:
 def stream_weights(skeleton: Skeleton, source: Source) -> None:
     """Let the skeleton's model run whole, each block's weights read in float32 when it is called.
 
-    They share one set of buffers, unless all blocks together take `RESIDENT_BYTES` at most and stay.
+    They share one set of buffers, or stay where all together take at most `RESIDENT_BYTES`.
     Of a token table that is not also the output head only the rows asked for are read.
     """
     model = skeleton.model
