@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",
     "serve": "serve a model with vLLM, metrics labelled per deployment",
+    "build-kernels": "compile the CPU kernels ahead of time",
 }
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
 EPILOG = """\
@@ -77,7 +78,7 @@ def load_command(name: str) -> ModuleType:
     """The module of a command."""
     if name not in COMMANDS:
         raise CompressError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    module = f"{__package__}.commands.{name}"
+    module = f"{__package__}.commands.{name.replace('-', '_')}"
     try:
         return import_module(module)
     except ModuleNotFoundError as problem:

@@ -74,7 +74,7 @@ def test_check_before_serving_names_formats_and_kernels(
     ways = ["--tensor-parallel-size", "2", "--hardware", "h100-sxm"]
     assert main(["check", str(compressed), *ways, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["kernels"] == {"int4 g128": "torch_int4"}
+    assert found["kernels"] == {"int4 g128": "cpu"}
     assert found["bytes_per_device"] < found["bytes"] < found["device_memory"]
     assert main(["check", str(compressed)]) == 0
     assert "nothing wrong found" in capsys.readouterr().out

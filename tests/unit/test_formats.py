@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from compress_methods import kernels
 from compress_methods.errors import FormatError
 from compress_methods.formats import Format, format_from_dict
+from compress_methods.formats.base import Prepared
 from compress_methods.formats.integer import Integer, pack_codes, unpack_codes
+from compress_methods.kernels import cpu_gemm
 
 GROUPS = (-1, 32, 64, 128)
 
@@ -95,19 +97,28 @@ def test_a_slice_of_the_stored_form_is_the_slice_of_the_matrix(
 
 
 @settings(max_examples=80, deadline=None)
-@given(matrices(), st.integers(1, 40), st.sampled_from((torch.bfloat16, torch.float32)))
-def test_every_kernel_multiplies_as_the_reference(
-    drawn: tuple[Format, torch.Tensor], tokens: int, dtype: torch.dtype
+@given(
+    matrices(),
+    st.integers(1, 40),
+    st.sampled_from((torch.bfloat16, torch.float32)),
+    st.sampled_from(sorted(set(kernels.KERNELS) - {"cpu"})),
+)
+def test_every_exact_kernel_multiplies_as_the_reference(
+    drawn: tuple[Format, torch.Tensor], tokens: int, dtype: torch.dtype, name: str
 ) -> None:
     fmt, weight = drawn
     rows, cols = weight.shape
+    kernel = kernels.KERNELS[name]
+    if not kernel.supports(fmt, rows, cols, weight.device):
+        kernel = kernels.KERNELS["reference"]
     stored = fmt.pack(fmt.nearest(weight))
     wide = torch.randn(tokens, 2 * cols, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     x = wide[:, ::2]
     bias = torch.randn(rows).to(dtype)
     values = fmt.unpack(stored)
     exact = fmt.quantize_activations(x.float()) @ values.T + bias.float()
-    prepared = fmt.prepare(stored, rows, cols)
+    packed = kernel.prepare(fmt, [stored[n] for n in fmt.tensors(rows, cols)], rows, cols)
+    prepared = Prepared(kernel.name, packed, rows, cols)
     out = fmt.matmul(x, prepared, bias)
     assert out.dtype == dtype
     assert out.shape == (tokens, rows)
@@ -160,13 +171,23 @@ def test_bits_per_weight_are_bits_plus_scales_and_nothing_else() -> None:
         assert 8 * zeros.nbytes(rows, cols) / (rows * cols) == bits + (16 + bits) / 128
 
 
-def test_cpu_table_prefers_torchs_own_kernels() -> None:
+CHOICES = (Integer(4, 128), Integer(8, -1), Integer(3, 128), Integer(8, -1, activations="int8"))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "expected"),
+    [
+        (True, ["cpu", "cpu_exact", "cpu", "cpu"]),
+        (False, ["torch_int4", "torch_int8", "reference", "torch_int8"]),
+    ],
+)
+def test_cpu_table_prefers_our_kernels_then_torchs(
+    compiled: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu_gemm, "library", lambda: None)
     device = torch.device("cpu")
-    names = [
-        kernels.choose(fmt, 64, 256, device, gather=False).name
-        for fmt in (Integer(4, 128), Integer(8, -1), Integer(3, 128), Integer(8, -1, False))
-    ]
-    assert names == ["torch_int4", "torch_int8", "reference", "reference"]
+    assert [kernels.choose(f, 64, 256, device, gather=False).name for f in CHOICES] == expected
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,9 @@ def test_a_missing_part_is_named() -> None:
         )
 
 
-def test_parts_that_cannot_be_joined_are_multiplied_apart() -> None:
+def test_parts_that_cannot_be_joined_are_multiplied_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero points are stored by eight rows, so twelve rows cannot be followed by others."""
+    monkeypatch.setenv(ops.KERNEL_VARIABLE, "cpu_exact")
     fmt = Integer(bits=4, group_size=32, symmetric=False)
     parts = [(packed(fmt, rows, 64, rows), rows) for rows in (12, 20)]
     joined = loading.join(fmt, parts, 64)

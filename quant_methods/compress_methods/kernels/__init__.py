@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress_methods.kernels.base import Kernel
+from compress_methods.kernels.cpu_gemm import CpuExact, CpuGemm
 from compress_methods.kernels.reference import Reference
 from compress_methods.kernels.torch_cpu import TorchInt4, TorchInt8
 
 if TYPE_CHECKING:
     from compress_methods.formats.base import Format
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (TorchInt4(), TorchInt8(), Reference())}
+KERNELS: dict[str, Kernel] = {
+    k.name: k for k in (CpuGemm(), CpuExact(), TorchInt4(), TorchInt8(), Reference())
+}
 
 
 def choose(fmt: Format, rows: int, cols: int, device: torch.device, *, gather: bool) -> Kernel:
@@ -25,7 +28,9 @@ def choose(fmt: Format, rows: int, cols: int, device: torch.device, *, gather: b
     return next(
         k
         for k in KERNELS.values()
-        if (k.gathers or not gather) and k.supports(fmt, rows, cols, device)
+        if k.takes_unasked(fmt)
+        and (k.gathers or not gather)
+        and k.supports(fmt, rows, cols, device)
     )
 
 

@@ -22,6 +22,10 @@ class Kernel(ABC):
     def supports(self, fmt: Format, rows: int, cols: int, device: torch.device) -> bool:
         """Whether this kernel multiplies a [rows, cols] matrix of that format on that device."""
 
+    def takes_unasked(self, fmt: Format) -> bool:
+        """Whether it may be chosen by itself: false where it would cost quality that shows."""
+        return True
+
     @abstractmethod
     def prepare(self, fmt: Format, stored: list[Tensor], rows: int, cols: int) -> list[Tensor]:
         """Stored tensors, in the order of `fmt.tensors`, to runtime tensors (owned copies)."""

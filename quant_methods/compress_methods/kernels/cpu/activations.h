@@ -1,0 +1,156 @@
+// A layer's input, brought into the form the product needs, once per call.
+//
+// Quantized: int8 per token and line of 128 columns, q = round(x / scale), scale = max|x| / 127, so
+// that an outlier costs its own line only; or one scale per token, where the format says so. Not
+// quantized: float32. Either way with the sum over each weight group, by which zero points count.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "decoders.h"
+
+enum class Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum class Mode : int32_t { kExact = 0, kInt8PerLine = 1, kInt8PerToken = 2 };
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline void read_floats(const void* from, int64_t first, int64_t count, Dtype dtype, float* to) {
+  if (dtype == Dtype::kFloat32) {
+    std::memcpy(to, static_cast<const float*>(from) + first, count * sizeof(float));
+  } else if (dtype == Dtype::kBfloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(from) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
+  } else {
+    const _Float16* p = static_cast<const _Float16*>(from) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(p[i]);
+  }
+}
+
+inline void write_float(void* to, int64_t index, Dtype dtype, float value) {
+  if (dtype == Dtype::kFloat32) {
+    static_cast<float*>(to)[index] = value;
+  } else if (dtype == Dtype::kBfloat16) {
+    const uint32_t bits = to_bits(value);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    static_cast<uint16_t*>(to)[index] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40u : rounded);
+  } else {
+    static_cast<_Float16*>(to)[index] = static_cast<_Float16>(value);
+  }
+}
+
+// Greatest magnitude; NaN or infinity if there is one (their bits are the greatest).
+inline float magnitude(const float* x, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = to_bits(x[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return from_bits(most);
+}
+
+struct Activations {
+  int64_t tokens = 0, lines = 0, groups = 0;
+  int group = kLine;  // columns per weight group; 0 for the whole row
+  std::vector<float> values, scales, sums;
+  std::vector<int8_t> codes;
+
+  int64_t width() const { return lines * kLine; }
+
+  void resize(int64_t tokens_, int64_t lines_, int64_t groups_, int group_, bool exact) {
+    tokens = tokens_, lines = lines_, groups = groups_, group = group_;
+    if (exact) {
+      grow(values, tokens * width());
+    } else {
+      grow(codes, tokens * width());
+      grow(scales, tokens * lines);
+    }
+    grow(sums, tokens * groups);
+  }
+
+  template <class T>
+  static void grow(std::vector<T>& v, int64_t size) {
+    if (static_cast<int64_t>(v.size()) < size) v.resize(size);
+  }
+
+  float& sum_of(int64_t token, int64_t column) {
+    return sums[token * groups + (group == 0 ? 0 : column / group)];
+  }
+
+  void keep_line(int64_t token, int64_t at, const float* x) {
+    std::memcpy(&values[token * width() + at * kLine], x, kLine * sizeof(float));
+    const int step = group == 0 ? kLine : group;
+    for (int first = 0; first < kLine; first += step) {
+      float part[8] = {};
+      for (int i = 0; i < step; ++i) part[i % 8] += x[first + i];
+      float sum = 0;
+      for (const float value : part) sum += value;
+      sum_of(token, at * kLine + first) += sum;
+    }
+  }
+
+  // `most` is the magnitude that becomes 127. Values that are not finite make the scale NaN, and
+  // with it every output of the token.
+  void quantize_line(int64_t token, int64_t at, const float* x, float most) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr float kLeast = 1e-35f;
+    int8_t* q = &codes[token * width() + at * kLine];
+    const bool finite = to_bits(most) < 0x7f800000u;
+    const float inverse = finite && most > kLeast ? 127.0f / most : 0.0f;
+    const float scale = finite ? (most > kLeast ? most / 127.0f : 0.0f) : from_bits(0x7fc00000u);
+    scales[token * lines + at] = scale;
+    const int step = group == 0 ? kLine : group;
+    for (int first = 0; first < kLine; first += step) {
+      int32_t sum = 0;
+      if (inverse == 0.0f) {
+        std::memset(q + first, 0, step);
+      } else {
+        for (int i = first; i < first + step; ++i) {
+          const float rounded = x[i] * inverse + kRound - kRound;
+          const int32_t code = static_cast<int32_t>(rounded);
+          q[i] = static_cast<int8_t>(code);
+          sum += code;
+        }
+      }
+      sum_of(token, at * kLine + first) += scale * static_cast<float>(sum);
+    }
+  }
+
+  // One token: `cols` values of `x` from `first` on; columns beyond them count as zero.
+  void fill(int64_t token, const void* x, int64_t first, int64_t cols, Dtype dtype, Mode mode) {
+    std::memset(&sums[token * groups], 0, groups * sizeof(float));
+    float row_most = 0;
+    float x_line[kLine];
+    if (mode == Mode::kInt8PerToken) {
+      for (int64_t at = 0; at * kLine < cols; ++at) {
+        const int64_t count = cols - at * kLine < kLine ? cols - at * kLine : kLine;
+        read_floats(x, first + at * kLine, count, dtype, x_line);
+        const float most = magnitude(x_line, count);
+        row_most = to_bits(most) > to_bits(row_most) ? most : row_most;
+      }
+    }
+    for (int64_t at = 0; at < lines; ++at) {
+      const int64_t left = cols - at * kLine;
+      const int64_t count = left < kLine ? left : kLine;
+      read_floats(x, first + at * kLine, count, dtype, x_line);
+      std::memset(x_line + count, 0, (kLine - count) * sizeof(float));
+      if (mode == Mode::kExact) {
+        keep_line(token, at, x_line);
+      } else {
+        quantize_line(token, at, x_line,
+                      mode == Mode::kInt8PerToken ? row_most : magnitude(x_line, kLine));
+      }
+    }
+  }
+};

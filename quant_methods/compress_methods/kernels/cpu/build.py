@@ -1,0 +1,126 @@
+"""Compiling the CPU library, once per machine: on first use, or ahead of time for images.
+
+The file lands in a cache directory under a name made of everything it depends on: sources,
+compiler, flags, torch. Processes that start together wait for one compilation. Where there is no
+compiler, or it fails, `BuildError` says so in one line and other kernels do the work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).resolve().parent
+MAIN = "gemm.cpp"
+CACHE_VARIABLE = "VLLM_COMPRESS_CACHE"
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+)
+_X86: dict[str, tuple[str, ...]] = {"avx2": ("-mavx2", "-mfma", "-mf16c")}
+INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": ()}
+TIMEOUT_SECONDS = 600
+
+
+class BuildError(RuntimeError):
+    """There is no library for this machine; the message says why in one line."""
+
+
+def instruction_set() -> str:
+    """The widest set of `INSTRUCTION_SETS` that this machine has, as torch sees it."""
+    has_avx2 = torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512"))
+    return "avx2" if has_avx2 and "avx2" in INSTRUCTION_SETS else "plain"
+
+
+def cache_directory() -> Path:
+    """`VLLM_COMPRESS_CACHE`, or a folder in the user's cache."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "vllm-compress"
+
+
+def compiler() -> str:
+    """`CXX`, or the first C++ compiler there is; raises `BuildError`."""
+    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
+    for name in wanted:
+        if found := shutil.which(name):
+            return found
+    raise BuildError(f"no C++ compiler ({' or '.join(wanted)}); install g++ for fast CPU kernels")
+
+
+@cache
+def _version(program: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+def library_path(isa: str) -> Path:
+    """Where the library for `isa` lies or will lie; raises `BuildError` without a compiler."""
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    facts = (_version(compiler()), torch.__version__, platform.machine(), *_command(isa, Path()))
+    digest.update("\n".join(facts).encode())
+    return cache_directory() / f"cpu-{isa}-{digest.hexdigest()[:16]}.so"
+
+
+def build(isa: str) -> Path:
+    """Path of the library for `isa`, compiled now if need be; raises `BuildError`."""
+    path = library_path(isa)
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                print(f"vllm-compress: compiling CPU kernels ({isa}), once", file=sys.stderr)
+                _compile(isa, path)
+    except OSError as problem:
+        raise BuildError(
+            f"{path.parent}: {problem.strerror or problem}; "
+            f"{CACHE_VARIABLE} names another place for compiled kernels"
+        ) from problem
+    return path
+
+
+def _compile(isa: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        command = _command(isa, unfinished)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
+            )
+        except subprocess.TimeoutExpired as problem:
+            raise BuildError(f"{command[0]} took over {TIMEOUT_SECONDS} s") from problem
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise BuildError(f"{command[0]} failed: {(errors or ['no message'])[0]}")
+        unfinished.replace(path)
+
+
+def _command(isa: str, out: Path) -> list[str]:
+    """How the library is compiled; torch's is named so that its thread pool is found."""
+    torch_libraries = Path(torch.__file__).resolve().parent / "lib"
+    flags = (*FLAGS, *INSTRUCTION_SETS[isa])
+    link = (f"-L{torch_libraries}", "-ltorch_cpu")
+    return [compiler(), *flags, str(SOURCES / MAIN), *link, "-o", str(out)]
