@@ -1,9 +1,8 @@
-"""Speed of real vLLM servers, one after another in one run: bf16 and formats that have a kernel.
+"""Speed of real vLLM servers, one after another in one run: bf16 and every number of bits.
 
 A random Llama of 1.2 billion parameters (Llama-3.2-1B shape, vocabulary 128,256), round to nearest,
 since speed does not depend on the values. Eager, all cores; a prompt of 64 tokens, then `TOKENS`
 generated, one request at a time and four together. Only ratios carry over to other machines.
-3 and 2 bits have none yet (they are unpacked at every use) and are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "group_size": -1},
     "int8-dynamic": {"bits": 8, "group_size": -1, "activations": "int8"},
     "int4": {"bits": 4, "group_size": 128},
+    "int3": {"bits": 3, "group_size": 128},
+    "int2": {"bits": 2, "group_size": 128},
 }
 
 

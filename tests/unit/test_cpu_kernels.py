@@ -167,6 +167,17 @@ def test_what_is_not_finite_spoils_its_own_token_only(
     assert torch.equal(out[rest], clean[rest])
 
 
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_many_tokens_are_those_of_smaller_calls(isa: Library, kernel: CpuGemm) -> None:
+    """Activations are held for 512 tokens at a time."""
+    fmt, weight = Integer(4, 128), torch.randn(20, 256)
+    prepared = prepare(kernel, fmt, fmt.pack(fmt.nearest(weight)), 256)
+    x = torch.randn(1300, 256)
+    pieces = [kernel.matmul(fmt, part, prepared, None) for part in x.split(100)]
+    assert torch.equal(kernel.matmul(fmt, x, prepared, None), torch.cat(pieces))
+    assert kernel.matmul(fmt, x[:0], prepared, None).shape == (0, 20)
+
+
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_threads_change_nothing(isa: Library, tokens: int) -> None:
     fmt, weight = Integer(3, 64), torch.randn(500, 640)

@@ -21,7 +21,8 @@ namespace {
 
 constexpr int kTokens = 4;
 constexpr int64_t kRows = 16;
-constexpr int64_t kWork = 1 << 17;  // multiplications worth a thread
+constexpr int64_t kMostTokens = 512;  // whose activations are held at a time
+constexpr int64_t kWork = 1 << 17;    // multiplications worth a thread
 
 struct Matrix {
   const uint8_t* weights;  // [rows, lines, Decoder::kBytes]
@@ -37,7 +38,8 @@ struct Call {
   const Activations& in;
   const float* bias;
   void* out;
-  Dtype out_dtype;
+  int64_t first;  // token of `out` that is the first of `in`
+  Dtype dtype;
 };
 
 // What a row's groups are multiplied by: scales (ones if the row has one, which is `factor` then),
@@ -151,7 +153,7 @@ void rows_times_tokens(const Call& call, int64_t first, int64_t last) {
           const float* sums = in.sums.data() + (token + t) * in.groups;
           float value = terms[r].factor * (totals[t] - terms[r].correction(sums));
           if (call.bias) value += call.bias[block + r];
-          write_float(call.out, (token + t) * m.rows + block + r, call.out_dtype, value);
+          write_float(call.out, (call.first + token + t) * m.rows + block + r, call.dtype, value);
         }
       }
     }
@@ -220,19 +222,21 @@ void vc_linear(const uint8_t* weights, const void* scales, const uint8_t* zeros,
                  groups,  bits,   group, static_cast<Dtype>(scale_dtype)};
   const Dtype dtype = static_cast<Dtype>(x_dtype);
   const Mode how = static_cast<Mode>(mode);
-  static thread_local Activations in;
-  in.resize(tokens, lines, groups, group, how == Mode::kExact);
-  Activations& filled = in;
-  parallel(tokens, std::max<int64_t>(1, kWork / 16 / in.width()), [&](int64_t a, int64_t b) {
-    for (int64_t t = a; t < b; ++t) filled.fill(t, x, t * x_stride, cols, dtype, how);
-  });
-  const Call call{m, in, bias, out, dtype};
-  const Body body = how == Mode::kExact ? body_of<true>(bits, group) : body_of<false>(bits, group);
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t grain = std::max<int64_t>(1, kWork / (kRows * in.width() * tokens));
-  parallel(blocks, grain, [&](int64_t a, int64_t b) {
-    body(call, a * kRows, std::min(b * kRows, rows));
-  });
+  const bool exact = how == Mode::kExact;
+  const Body body = exact ? body_of<true>(bits, group) : body_of<false>(bits, group);
+  const int64_t blocks = (rows + kRows - 1) / kRows, width = lines * kLine;
+  static thread_local Activations scratch;
+  Activations& in = scratch;
+  for (int64_t first = 0; first < tokens; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, tokens - first);
+    in.resize(count, lines, groups, group, exact);
+    parallel(count, std::max<int64_t>(1, kWork / 16 / width), [&](int64_t a, int64_t b) {
+      for (int64_t t = a; t < b; ++t) in.fill(t, x, (first + t) * x_stride, cols, dtype, how);
+    });
+    const Call call{m, in, bias, out, first, dtype};
+    parallel(blocks, std::max<int64_t>(1, kWork / (kRows * width * count)),
+             [&](int64_t a, int64_t b) { body(call, a * kRows, std::min(b * kRows, rows)); });
+  }
 }
 
 // out [count, cols] float32: rows `ids` of the matrix.
