@@ -192,6 +192,7 @@ def test_threads_change_nothing(isa: Library, tokens: int) -> None:
     assert torch.equal(*outs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ISAS)
 def test_memory_is_only_touched_where_it_should_be(name: str, tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers over every decoder, group size and mode."""
@@ -245,6 +246,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path / 'file'}: File exists; VLLM_COMPRESS_CACHE names another" in done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_are_built_ahead_of_time(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vllm_compress.cli", "build-kernels"]
     options = ["--all", "-o", str(tmp_path)]
@@ -263,6 +265,7 @@ def test_kernels_are_built_ahead_of_time(tmp_path: Path) -> None:
     assert failed.stderr.startswith("vllm-compress: error: no C++ compiler (none)")
 
 
+@pytest.mark.slow
 def test_two_processes_compile_once(tmp_path: Path) -> None:
     counter = tmp_path / "g++"
     counter.write_text(
