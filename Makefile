@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check bench clean
+.PHONY: help setup tools demo test test-fast check bench clean
 
 help: ## list the targets
 	@echo "vllm-compress: compress a model, serve it with vLLM, measure both"
@@ -12,10 +12,13 @@ help: ## list the targets
 setup: ## make .venv, about three minutes once, then nothing
 	@deploy/setup.sh
 
+tools: ## Prometheus, nginx and Chromium for the tests of deploy/
+	@deploy/test-tools.sh
+
 demo: setup ## compress a small model, serve it, ask it, read its metrics
 	@$(PYTHON) -m vllm_compress.demo
 
-test: setup ## all tests, those that start vLLM servers too
+test: setup tools ## all tests, those that start vLLM servers too
 	@$(PYTHON) -m pytest tests
 
 test-fast: setup ## the tests that take seconds
