@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from compress_methods import kernels
 from compress_methods.errors import FormatError
 from compress_methods.formats import Format, format_from_dict
 from compress_methods.formats.base import Prepared
+from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer, pack_codes, unpack_codes
+from compress_methods.formats.sparse import BLOCKS, Sparse, SparseSolution
 from compress_methods.kernels import cpu_gemm
 
 GROUPS = (-1, 32, 64, 128)
@@ -30,10 +34,15 @@ def matrices(draw: st.DrawFn) -> tuple[Format, torch.Tensor]:
         activations=draw(st.sampled_from((None, "int8"))),
     )
     if draw(st.integers(0, 9)) == 0:
-        fmt = format_from_dict({"format": "dense"})
+        fmt = Dense()
     rows = draw(st.integers(1, 70))
-    unit = 32 if group < 0 else group
-    cols = unit * draw(st.integers(1, 384 // unit))
+    unit = 1 if isinstance(fmt, Dense) else 32 if group < 0 else group
+    if draw(st.booleans()):
+        m = draw(st.sampled_from(BLOCKS))
+        n = draw(st.integers(1, m)) if unit == 1 else m // draw(st.sampled_from((2, 4)))
+        fmt = Sparse(n, m, fmt)
+        unit = math.lcm(8, m * unit // math.gcd(unit, n))
+    cols = unit * draw(st.integers(1, max(1, 384 // unit)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, cols, generator=generator)
     weight *= 10.0 ** draw(st.integers(-12, 12))
@@ -69,6 +78,85 @@ def test_no_value_is_further_than_its_step_allows(drawn: tuple[Format, torch.Ten
     bound = steps * (1 + 2.0 ** (fmt.bits - 9))
     assert bool(((values - weight).abs() <= bound).logical_or(weight == 0).all())
     assert bool((values[(weight == 0).all(1)] == 0).all())
+
+
+@st.composite
+def sparse_matrices(draw: st.DrawFn) -> tuple[Sparse, torch.Tensor]:
+    """Any n of any m of values that are kept exactly, with ties."""
+    m = draw(st.sampled_from(BLOCKS))
+    fmt = Sparse(draw(st.integers(1, m)), m, Dense("float32"))
+    cols = max(m, 8) * draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(draw(st.integers(1, 9)), cols, generator=generator)
+    return fmt, (4 * weight).round() if draw(st.booleans()) else weight
+
+
+@settings(max_examples=60, deadline=None)
+@given(sparse_matrices())
+def test_sparse_keeps_the_first_largest_n_of_every_m_exactly(
+    drawn: tuple[Sparse, torch.Tensor],
+) -> None:
+    fmt, weight = drawn
+    expected = torch.zeros_like(weight)
+    for row in range(len(weight)):
+        for start in range(0, weight.shape[1], fmt.m):
+            block = range(start, start + fmt.m)
+            for col in sorted(block, key=lambda c: (-abs(float(weight[row, c])), c))[: fmt.n]:
+                expected[row, col] = weight[row, col]
+    stored = fmt.pack(fmt.nearest(weight))
+    assert torch.equal(fmt.unpack(stored), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sparse_matrices(), st.randoms())
+def test_sparse_holds_any_mask_of_n_in_every_m(
+    drawn: tuple[Sparse, torch.Tensor], random: Any
+) -> None:
+    fmt, weight = drawn
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    for row in range(len(weight)):
+        for start in range(0, weight.shape[1], fmt.m):
+            mask[row, random.sample(range(start, start + fmt.m), fmt.n)] = True
+    compacted = fmt.compact(weight, mask)
+    assert torch.equal(fmt.compact(fmt.expand(compacted, mask), mask), compacted)
+    stored = fmt.pack(SparseSolution(mask, compacted))
+    assert torch.equal(fmt.mask(stored), mask)
+    assert torch.equal(fmt.unpack(stored), weight * mask)
+
+
+def test_a_mask_of_another_count_is_refused_by_row_and_columns() -> None:
+    fmt = Sparse(2, 4, Dense())
+    stored = fmt.pack(fmt.nearest(torch.randn(3, 16)))
+    stored["weight_mask"][1, 1] |= 0xF0
+    with pytest.raises(FormatError, match="row 1 keeps 4 of columns 12 to 15, expected 2"):
+        fmt.unpack(stored)
+
+
+def test_a_sparse_format_survives_its_json_form() -> None:
+    fmt = Sparse(64, 128, Integer(8, -1, activations="int8"))
+    assert format_from_dict(json.loads(json.dumps(fmt.to_dict()))) == fmt
+    assert fmt.describe() == "64:128 int8 row + int8 activations"
+
+
+def test_half_of_int8_is_stored_in_5_bits_and_of_bfloat16_in_9() -> None:
+    rows, cols = 64, 4096
+    for values, bits in ((Integer(8, -1), 5 + 16 / cols), (Dense(), 9), (Integer(4, 128), 3.0625)):
+        for m in BLOCKS:
+            fmt = Sparse(m // 2, m, values)
+            assert 8 * fmt.nbytes(rows, cols) / (rows * cols) == bits
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape", "words"),
+    [
+        (Sparse(64, 128, Dense()), (8, 192), "m: 128 does not divide 192 columns"),
+        (Sparse(2, 4, Dense()), (8, 12), "m: 8 does not divide 12 columns"),
+        (Sparse(3, 8, Integer(8, -1)), (8, 64), "3 of 8 of 64 columns: 24 columns are no multiple"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(fmt: Format, shape: tuple[int, int], words: str) -> None:
+    with pytest.raises(FormatError, match=words):
+        fmt.tensors(*shape)
 
 
 @settings(max_examples=60, deadline=None)
@@ -190,6 +278,9 @@ def test_cpu_table_prefers_our_kernels_then_torchs(
     assert [kernels.choose(f, 64, 256, device, gather=False).name for f in CHOICES] == expected
 
 
+INT8 = {"format": "integer", "bits": 8, "group_size": -1}
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -201,6 +292,27 @@ def test_cpu_table_prefers_our_kernels_then_torchs(
         ({"format": "integer", "group_size": 100}, ["group_size is 100", "-1, 32, 64, 128"]),
         ({"format": "integer", "activations": "fp8"}, ["activations is 'fp8'"]),
         ({"bits": 4}, ["'format'"]),
+        ({"format": "sparse", "n": 5, "m": 4, "values": INT8}, ["n is 5", "1 to 4"]),
+        ({"format": "sparse", "n": 2, "m": 6, "values": INT8}, ["m is 6", "4, 8, 16, 32, 64"]),
+        ({"format": "sparse", "n": 2, "values": INT8}, ["missing key 'm'"]),
+        ({"format": "sparse", "n": 2, "m": 4, "values": "int8"}, ["format.values: expected a map"]),
+        (
+            {"format": "sparse", "n": 2, "m": 4, "values": {"format": "integer", "bit": 8}},
+            ["format.values: unknown key 'bit'", "did you mean 'bits'?"],
+        ),
+        (
+            {"format": "sparse", "n": 2, "m": 4, "values": {"format": "integer", "bits": 9}},
+            ["format.values: bits is 9"],
+        ),
+        (
+            {
+                "format": "sparse",
+                "n": 2,
+                "m": 4,
+                "values": {"format": "sparse", "n": 2, "m": 4, "values": INT8},
+            },
+            ["values is sparse itself"],
+        ),
     ],
 )
 def test_bad_parameters_name_the_key(spec: dict[str, object], words: list[str]) -> None:

@@ -1,6 +1,6 @@
 """How a compressed matrix is stored and multiplied: one file per format."""
 
-from compress_methods.formats import dense, integer  # noqa: F401  (registers them)
+from compress_methods.formats import dense, integer, sparse  # noqa: F401  (registers them)
 from compress_methods.formats.base import (
     FORMATS,
     Axis,

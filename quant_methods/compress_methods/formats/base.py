@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -156,7 +156,9 @@ class Format(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form in `quantization_config`; `format_from_dict` reads it back."""
-        return {"format": self.name, **dataclasses.asdict(self)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        nested = {k: v.to_dict() if isinstance(v, Format) else v for k, v in fields.items()}
+        return {"format": self.name, **nested}
 
     def describe(self) -> str:
         """A few words for tables, such as `int4 g128`."""
@@ -179,5 +181,13 @@ register_format = FORMATS.register
 
 
 def format_from_dict(spec: Mapping[str, Any], where: str = "format") -> Format:
-    """Build a format from its JSON form; unknown names and keys are errors naming the nearest."""
-    return FORMATS.build(spec, "format", where, FormatError)
+    """Build a format from its JSON form, formats inside it likewise; unknown names and keys are
+    errors naming the nearest."""
+    values = spec
+    if isinstance(spec, Mapping) and "format" in spec:
+        hints = get_type_hints(FORMATS.get(spec["format"], where, FormatError))
+        values = {
+            key: format_from_dict(value, f"{where}.{key}") if hints.get(key) is Format else value
+            for key, value in spec.items()
+        }
+    return FORMATS.build(values, "format", where, FormatError)

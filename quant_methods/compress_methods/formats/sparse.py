@@ -1,0 +1,152 @@
+"""sparse: exactly n of every m consecutive columns of a row kept, any other format storing them.
+
+m in {4, 8, 16, 32, 64, 128}. 2:4 is what GPUs know; with m = 64 or 128 the choice is in practice
+free, and still every block starts at a known place: no row pointers, and slices of rows or columns
+are slices of the stored tensors. (Bitmask storage as in SparseGPT's and compressed-tensors'
+`sparse-bitmask`, with the fixed count that those lack.)
+
+Stored, for a [rows, cols] matrix:
+
+  weight_mask    uint8 [rows, cols/8]  bit j of byte i set: column 8*i + j is kept
+  and the tensors of format `values` for the kept columns [rows, cols*n/m], in order
+
+A block with fewer than n values that are not zero keeps zeros to make n. Fails where: m does not
+divide cols; a group or packing block of `values` does not divide cols*n/m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress_methods.errors import FormatError
+from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
+
+BLOCKS = (4, 8, 16, 32, 64, 128)
+MASK = "weight_mask"
+BYTE = 8
+
+
+@dataclass(frozen=True)
+class SparseSolution:
+    """Kept places bool [rows, cols]; the value format's solution for them [rows, cols*n/m]."""
+
+    mask: Tensor
+    values: Any
+
+
+@register_format
+@dataclass(frozen=True)
+class Sparse(Format):
+    """n of every m columns, stored as `values`: any format that is not sparse itself."""
+
+    n: int
+    m: int
+    values: Format
+    name: ClassVar[str] = "sparse"
+
+    def __post_init__(self) -> None:
+        if self.m not in BLOCKS:
+            raise FormatError(f"m is {self.m!r}, expected one of {', '.join(map(str, BLOCKS))}")
+        if not 0 < self.n <= self.m:
+            raise FormatError(f"n is {self.n!r}, expected 1 to {self.m}: n of every m are kept")
+        if isinstance(self.values, Sparse):
+            raise FormatError("values is sparse itself, expected a dense or integer format")
+
+    def kept(self, cols: int) -> int:
+        """Columns stored for `cols` columns of the matrix."""
+        return cols * self.n // self.m
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        if cols % self.m or cols % BYTE:
+            raise FormatError(f"m: {max(self.m, BYTE)} does not divide {cols} columns")
+        try:
+            self.values.check_shape(rows, self.kept(cols))
+        except FormatError as problem:
+            raise FormatError(f"{self.n} of {self.m} of {cols} columns: {problem}") from None
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        self.check_shape(rows, cols)
+        out = {
+            name: TensorSpec(spec.shape, spec.dtype, spec.rows_axis, self._wide(spec.cols_axis))
+            for name, spec in self.values.tensors(rows, self.kept(cols)).items()
+        }
+        unit = max(self.m, BYTE)
+        by_byte = Axis(1, unit, unit // BYTE)
+        out[MASK] = TensorSpec((rows, cols // BYTE), torch.uint8, Axis(0), by_byte)
+        return out
+
+    def _wide(self, axis: Axis | None) -> Axis | None:
+        """An axis over kept columns as one over columns: whole blocks that fill whole units."""
+        if axis is None:
+            return None
+        blocks = axis.unit // gcd(axis.unit, self.n)
+        return Axis(axis.axis, blocks * self.m, blocks * self.n // axis.unit * axis.step)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """bool [rows, cols]: the n highest `scores` of every block, the first of equals."""
+        blocks = scores.unflatten(1, (-1, self.m))
+        least = blocks.kthvalue(self.m - self.n + 1, -1, keepdim=True).values
+        above, equal = blocks > least, blocks == least
+        room = self.n - above.sum(-1, keepdim=True)
+        return (above | (equal & (equal.cumsum(-1) <= room))).flatten(1)
+
+    def compact(self, matrix: Tensor, mask: Tensor) -> Tensor:
+        """The kept columns [rows, cols*n/m] of [rows, cols], in order."""
+        return matrix[mask].reshape(len(matrix), self.kept(matrix.shape[1]))
+
+    def expand(self, compacted: Tensor, mask: Tensor) -> Tensor:
+        """[rows, cols] with `compacted` [rows, cols*n/m] where `mask` says, zero elsewhere."""
+        out = torch.zeros(mask.shape, dtype=compacted.dtype, device=compacted.device)
+        return out.masked_scatter_(mask, compacted)
+
+    def nearest(self, weight: Tensor) -> SparseSolution:
+        """The n largest magnitudes of every block, each then chosen by `values`."""
+        mask = self.select(weight.abs())
+        return SparseSolution(mask, self.values.nearest(self.compact(weight, mask)))
+
+    def pack(self, solution: SparseSolution) -> dict[str, Tensor]:
+        self._check_mask(solution.mask)
+        return {**self.values.pack(solution.values), MASK: pack_mask(solution.mask)}
+
+    def mask(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """bool [rows, cols] of stored tensors; `FormatError` if a block keeps another count."""
+        mask = unpack_mask(tensors[MASK])
+        self._check_mask(mask)
+        return mask
+
+    def _check_mask(self, mask: Tensor) -> None:
+        counts = mask.unflatten(1, (-1, self.m)).sum(-1)
+        wrong = counts != self.n
+        if wrong.any():
+            row, block = wrong.nonzero()[0].tolist()
+            raise FormatError(
+                f"{MASK}: row {row} keeps {int(counts[row, block])} of columns "
+                f"{block * self.m} to {(block + 1) * self.m - 1}, expected {self.n}"
+            )
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.expand(self.values.unpack(tensors), self.mask(tensors))
+
+    def quantize_activations(self, x: Tensor) -> Tensor:
+        return self.values.quantize_activations(x)
+
+    def describe(self) -> str:
+        return f"{self.n}:{self.m} {self.values.describe()}"
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool [rows, cols] -> uint8 [rows, cols/8], lowest bit first."""
+    powers = 2 ** torch.arange(BYTE, dtype=torch.uint8, device=mask.device)
+    return (mask.unflatten(1, (-1, BYTE)) * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor) -> Tensor:
+    """Inverse of `pack_mask`."""
+    powers = 2 ** torch.arange(BYTE, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] & powers).ne(0).flatten(1)
