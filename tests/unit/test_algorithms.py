@@ -7,8 +7,9 @@ import torch
 
 from compress_methods.algorithms import ALGORITHMS
 from compress_methods.algorithms.base import Hessian, InputNorms, relative_error
-from compress_methods.algorithms.gptq import GPTQ, factorize
+from compress_methods.algorithms.gptq import GPTQ
 from compress_methods.algorithms.rtn import RoundToNearest
+from compress_methods.algorithms.sweep import activity_order, factorize
 from compress_methods.errors import RecipeError
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
@@ -42,7 +43,7 @@ def test_gathering_in_batches_equals_the_definition() -> None:
 def test_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     hessian = gathered(correlated(500, 48)).mean()
     before = hessian.clone()
-    factor = factorize(hessian, 0.01, act_order=True)
+    factor = factorize(hessian, 0.01, activity_order(hessian.diagonal()))
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
     ordered = damped[factor.order][:, factor.order].double()
     expected = torch.linalg.cholesky(torch.linalg.inv(ordered), upper=True)
@@ -74,7 +75,7 @@ def test_gptq_is_optimal_brain_quantization_column_by_column(cols: int) -> None:
     algorithm = GPTQ(damping=0.01, act_order=False)
     hessian = gathered(x)
     damped = hessian.mean() + 0.01 * hessian.mean().diagonal().mean() * torch.eye(cols)
-    ours = fmt.values(algorithm.solve(weight, algorithm.prepare(hessian), fmt))
+    ours = fmt.values(algorithm.solve(weight, algorithm.prepare(hessian, fmt), fmt))
     theirs = by_the_book(weight, damped, fmt)
     # A value on the edge between two codes may fall either way in float32 and changes what follows.
     assert float((ours == theirs).float().mean()) > 0.97
@@ -92,7 +93,7 @@ def test_gptq_beats_rounding_on_the_layers_output(
         x = correlated(600, 128, seed)
         weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
         hessian = gathered(x)
-        gptq = fmt.values(algorithm.solve(weight, algorithm.prepare(hessian), fmt))
+        gptq = fmt.values(algorithm.solve(weight, algorithm.prepare(hessian, fmt), fmt))
         rtn = fmt.values(RoundToNearest().solve(weight, None, fmt))
         found = relative_error(weight, gptq, hessian)
         assert found < 0.75 * relative_error(weight, rtn, hessian)
@@ -105,7 +106,7 @@ def test_an_input_that_never_fires_is_rounded_to_nearest() -> None:
     x[:, 7] = 0
     weight = torch.randn(8, 64)
     fmt, algorithm = Integer(4, -1), GPTQ(act_order=True)
-    ours = fmt.values(algorithm.solve(weight, algorithm.prepare(gathered(x)), fmt))
+    ours = fmt.values(algorithm.solve(weight, algorithm.prepare(gathered(x), fmt), fmt))
     rtn = fmt.values(fmt.nearest(weight))
     assert torch.equal(ours[:, 7], rtn[:, 7])
     assert bool(ours.isfinite().all())
@@ -113,7 +114,7 @@ def test_an_input_that_never_fires_is_rounded_to_nearest() -> None:
 
 def test_damping_grows_until_a_rank_one_hessian_can_be_factored() -> None:
     x = torch.ones(10, 1) * torch.logspace(-6, 6, 64)[None]
-    factor = factorize(gathered(x).mean(), 1e-9, act_order=False)
+    factor = factorize(gathered(x).mean(), 1e-9, torch.arange(64))
     assert bool(factor.upper.isfinite().all())
 
 
@@ -121,7 +122,7 @@ def test_no_input_at_all_still_rounds() -> None:
     fmt, algorithm = Integer(4, 32), GPTQ()
     weight = torch.randn(4, 64)
     nothing = gathered(torch.zeros(5, 64))
-    values = fmt.values(algorithm.solve(weight, algorithm.prepare(nothing), fmt))
+    values = fmt.values(algorithm.solve(weight, algorithm.prepare(nothing, fmt), fmt))
     assert torch.equal(values, fmt.values(fmt.nearest(weight)))
 
 

@@ -80,8 +80,8 @@ class Algorithm(ABC):
     def check_format(self, fmt: Format) -> None:  # noqa: B027
         """Raise `RecipeError` when this algorithm cannot fill that format."""
 
-    def prepare(self, gathered: Gathered) -> Any:
-        """Work that all matrices with the same input share."""
+    def prepare(self, gathered: Gathered, fmt: Format) -> Any:
+        """Work that all matrices of one format with the same input share."""
         return gathered
 
     @abstractmethod

@@ -9,6 +9,9 @@ rows that fit a core's cache, which is what its speed hangs on.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -24,10 +27,13 @@ def search_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros as `Integer.fit` gives, each group shrunk by its best factor.
 
-    weight [rows, cols]; importance [cols] or None.
+    weight [rows, cols]; importance [cols], [rows, cols] or None.
     """
     rows = max(1, SLAB_ELEMENTS // weight.shape[1])
-    parts = [_search(fmt, slab, importance) for slab in weight.split(rows)]
+    weights: Iterable[Tensor | None] = repeat(importance)
+    if importance is not None and importance.dim() == 2:
+        weights = importance.split(rows)
+    parts = [_search(fmt, slab, h) for slab, h in zip(weight.split(rows), weights, strict=False)]
     scales = torch.cat([scales for scales, _ in parts])
     return scales, None if fmt.symmetric else torch.cat([z for _, z in parts if z is not None])
 
@@ -37,7 +43,7 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     low, high = fmt.extent(weight)
     grouped = weight.reshape(*low.shape, -1)
-    weights = None if importance is None else importance.reshape(low.shape[1], -1)
+    weights = None if importance is None else importance.reshape(-1, *grouped.shape[1:])
     best = torch.ones_like(low)
     least = torch.full_like(low, torch.inf)
 

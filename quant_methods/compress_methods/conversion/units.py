@@ -69,7 +69,7 @@ class Converter:
         fmt = job.format
         specs = fmt.tensors(rows, cols)
         sliceable = job.algorithm.row_independent and all(s.rows_axis for s in specs.values())
-        prepared = job.algorithm.prepare(None)
+        prepared = job.algorithm.prepare(None, fmt)
         parameter = f"{job.target.module}.weight"
         if job.target.transposed or not sliceable:
             weight = self.source.read(parameter).float()
@@ -152,16 +152,16 @@ class Converter:
         of_module = {name: gathered for names, gathered in groups for name in names}
         stored: dict[str, Tensor] = {}
         modules: Facts = {}
-        prepared: dict[tuple[int, Algorithm], Any] = {}
+        prepared: dict[tuple[int, Algorithm, Format], Any] = {}
         for job in unit.jobs:
             name = job.target.module
             if job.algorithm.needs != "nothing" and name not in of_module:
                 raise CalibrationError(f"{name}: never ran during calibration; leave it out")
             gathered = of_module.get(name)
-            key = (id(gathered), job.algorithm)
+            key = (id(gathered), job.algorithm, job.format)
             if key not in prepared:
                 prepared.clear()
-                prepared[key] = job.algorithm.prepare(gathered)
+                prepared[key] = job.algorithm.prepare(gathered, job.format)
             module = self.skeleton.module(name)
             weight: Tensor = module.weight.data
             matrix = weight.T if job.target.transposed else weight
