@@ -36,7 +36,7 @@ from compress_methods.algorithms.base import (
     register_algorithm,
     require,
 )
-from compress_methods.algorithms.choices import Pruning, fit_grid
+from compress_methods.algorithms.choices import NEVER_ACTIVE, Pruning, fit_grid
 from compress_methods.algorithms.sweep import (
     Factor,
     activity_order,
@@ -113,10 +113,10 @@ class ALPS(Algorithm):
 
 
 def scale_hessian(hessian: Tensor, damping: float, factor: Factor | None) -> Scaled:
-    """Unit diagonal after damping; an input that was never active counts as barely active."""
+    """Unit diagonal after damping; inputs that were never active count next to nothing."""
     diagonal = hessian.diagonal()
     added = damping * (float(diagonal.mean()) or 1.0)
-    scale = (diagonal.clamp(min=0) + added).sqrt_()
+    scale = torch.where(diagonal > 0, diagonal + added, added * NEVER_ACTIVE).sqrt_()
     scaled = hessian / scale / scale[:, None]
     scaled.diagonal().fill_(1.0)
     return Scaled(scaled, scale, factor)
