@@ -17,11 +17,11 @@ VARIABLE = "VLLM_COMPRESS_DEPLOYMENT"
 _VALID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]{0,127}")
 
 
-def check_name(name: str) -> str:
-    """`name`, if it can be a deployment's."""
+def check_name(name: str, what: str) -> str:
+    """`name`, if it can be a label's value; `what` is where it was said."""
     if not _VALID.fullmatch(name):
         raise CompressError(
-            f"--deployment is {name!r}, expected up to 128 letters, digits and ._/@:+- "
+            f"{what} is {name!r}, expected up to 128 letters, digits and ._/@:+- "
             "that start with a letter or digit"
         )
     return name

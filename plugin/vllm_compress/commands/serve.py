@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     deployment = found.deployment if found.deployment is not None else args.deployment
     check_model(args.model, _tensor_parallel(theirs))
     if deployment is not None:
-        os.environ[VARIABLE] = check_name(deployment)
+        os.environ[VARIABLE] = check_name(deployment, "--deployment")
     if find_spec("vllm") is None:
         raise CompressError(
             "vLLM is not installed; pip install 'vllm-compress[cpu]' on a CPU machine, "
