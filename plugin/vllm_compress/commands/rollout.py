@@ -20,8 +20,8 @@ Change a variant's share of the users while the gateway runs; no request is drop
 show the split. A rise is refused while an alert of the service fires, or when Prometheus cannot
 tell; going down is always allowed."""
 EPILOG = """\
-An alert is the service's if its label `service` or `deployment` is. Run it where nginx runs, for
-instance `docker compose exec gateway vllm-compress rollout ...`; --route works wherever kubectl does.
+An alert is the service's if its label `service` or `deployment` is. --gateway works where nginx
+runs, as in `docker compose exec gateway vllm-compress rollout ...`, --route wherever kubectl does.
 
 --json prints one object with the keys
   service, variant   what was changed; from, to are its shares in percent
@@ -71,14 +71,11 @@ def run(args: argparse.Namespace) -> int:
     with gateway.lock():
         before = gateway.live()
         if share is None:
-            print(
-                json.dumps(_shares(before))
-                if args.json
-                else f"{before.service}: {before.describe()}"
-            )
+            shown = json.dumps(_shares(before), indent=2)
+            print(shown if args.json else f"{before.service}: {before.describe()}")
             return 0
         name = before.pick(args.variant)
-        after = before.with_shares({name: share})
+        after = gateway.stored().with_shares(_compressed_shares(before) | {name: share})
         seconds = _change(gateway, before, after, name, args)
     report(before, after, name, seconds, args)
     return 0
@@ -121,6 +118,10 @@ def report(
     if args.dry_run:
         how = "nothing changed (--dry-run)"
     print(f"{after.service}: {name} {percent(old)} -> {percent(new)}; {after.describe()}; {how}")
+
+
+def _compressed_shares(split: Split) -> dict[str, int]:
+    return {name: split.shares[name] for name in split.compressed}
 
 
 def _shares(split: Split) -> dict[str, float]:

@@ -14,6 +14,9 @@ from typing import Any
 from vllm_compress.gateway.ask import get_json
 from vllm_compress.gateway.split import GatewayError, Split
 
+_BLIND = "no alert could fire there"
+_REGARDLESS = "--no-alert-check goes up regardless"
+
 
 def check_quiet(prometheus: str, split: Split, variant: str) -> None:
     """Raise `GatewayError` unless Prometheus watches `variant` and its service has no alert."""
@@ -26,13 +29,13 @@ def check_quiet(prometheus: str, split: Split, variant: str) -> None:
     ]
     if firing:
         names = ", ".join(sorted({_name(labels) for labels in firing}))
-        raise GatewayError(f"{split.service}: {names} firing; {variant} gets no more traffic")
+        raise GatewayError(f"{split.service}: {variant} gets no more traffic while {names} fires")
     # JSON's escapes are PromQL's.
     series = f"vllm_compress_deployment_info{{deployment={json.dumps(deployment)}}}"
     if not _ask(url, "query", query=series)["result"]:
-        raise GatewayError(f"{url}: has no series of {deployment}, so no alert of it could fire")
+        raise GatewayError(f"{url}: {_BLIND}, it has no series of {deployment}; {_REGARDLESS}")
     if not any(group["rules"] for group in _ask(url, "rules", type="alert")["groups"]):
-        raise GatewayError(f"{url}: has no alerting rules, so none could fire")
+        raise GatewayError(f"{url}: {_BLIND}, it has no alerting rules; {_REGARDLESS}")
 
 
 def concerns(labels: Mapping[str, str], split: Split) -> bool:
@@ -48,7 +51,10 @@ def _name(labels: Mapping[str, str]) -> str:
 
 def _ask(url: str, path: str, **parameters: str) -> Any:
     """`data` of an answer of Prometheus."""
-    found = get_json(f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
+    try:
+        found = get_json(f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
+    except GatewayError as problem:
+        raise GatewayError(f"{problem}; {_REGARDLESS}") from problem
     if not isinstance(found, dict) or found.get("status") != "success":
         raise GatewayError(f"{url}: does not answer like Prometheus")
     return found["data"]

@@ -21,6 +21,5 @@ def get_json(url: str) -> Any:
     except urllib.error.HTTPError as problem:
         raise GatewayError(f"{shown}: answered HTTP {problem.code}") from problem
     except (OSError, ValueError) as problem:
-        raise GatewayError(
-            f"{shown}: no answer ({getattr(problem, 'reason', problem)})"
-        ) from problem
+        reason = getattr(problem, "reason", problem)
+        raise GatewayError(f"{shown}: no answer ({reason})") from problem

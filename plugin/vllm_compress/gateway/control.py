@@ -47,6 +47,10 @@ class Nginx:
         url = f"{gateway_url(self.folder)}/split"
         return from_dict(get_json(url), url)
 
+    def stored(self) -> Split:
+        """The split of the folder's files, which say where the variants are."""
+        return read_split(self.folder)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One rollout at a time."""

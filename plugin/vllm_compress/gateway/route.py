@@ -126,6 +126,10 @@ class Route:
         """The split that the cluster has stored."""
         return read_route(self._get())
 
+    def stored(self) -> Split:
+        """The same: a cluster has one."""
+        return self.live()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Nothing: the patch names the version it is for."""
