@@ -128,8 +128,8 @@ def from_dict(block: Any, where: str) -> Split:
 
 def arrange(service: str, baseline: str, variants: Sequence[Variant]) -> Split:
     """A split that gives the baseline everything, its variants brought into the line's order."""
-    (base,) = (variant for variant in variants if variant.name == baseline)
-    others = [dataclasses.replace(v, share=0) for v in variants if v.name != baseline]
+    base = next(variant for variant in variants if variant.name == baseline)
+    others = [dataclasses.replace(v, share=0) for v in variants if v is not base]
     line = [*others[:1], dataclasses.replace(base, share=WHOLE), *others[1:]]
     return Split(service, baseline, tuple(line))
 
