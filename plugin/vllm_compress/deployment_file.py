@@ -18,7 +18,6 @@ checkpoint to look at. vLLM's options are not checked here: vLLM does that when 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from compress_methods.errors import CompressError, DeploymentError
 from compress_methods.registry import build_dataclass
 from compress_methods.resources import config_path
 from compress_methods.yaml_file import read_yaml
-from vllm_compress.deployment import check_name
+from vllm_compress.deployment import Deployment, Device, Objectives, check_name
 from vllm_compress.served import METHOD, describe, quantization_method, variant_of
 
 VERSION = 1
@@ -38,82 +37,7 @@ PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-siz
 # Said elsewhere in the file, or (`config`) a second file of options that would hide this one's.
 NOT_OPTIONS = {"model": "model", "deployment": "name", "config": "vllm"}
 
-
-@dataclass(frozen=True)
-class Device:
-    """What one deployment occupies: `count` devices of `type`, each at `price_per_hour`."""
-
-    type: str | None = None
-    count: int = 1
-    price_per_hour: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.type is not None:
-            check_name(self.type, "type")
-        if self.count < 1:
-            raise DeploymentError(f"count is {self.count}, expected at least 1")
-        price = self.price_per_hour
-        if price is not None and not (math.isfinite(price) and price >= 0):
-            raise DeploymentError(f"price_per_hour is {price}, expected a number from 0 up")
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """Latencies in seconds that the share `target` of requests must keep to; None is no objective.
-
-    ttft: arrival to first token. tpot: mean time between the tokens of one request.
-    """
-
-    ttft: float | None = None
-    tpot: float | None = None
-    target: float = 0.95
-
-    def __post_init__(self) -> None:
-        if not self.seconds:
-            raise DeploymentError("neither ttft nor tpot is given")
-        for name, limit in self.seconds.items():
-            if not 0 < limit <= 600:
-                raise DeploymentError(
-                    f"{name} is {limit:.12g}, expected seconds, above 0 and up to 600"
-                )
-        if not 0 < self.target < 1:
-            raise DeploymentError(f"target is {self.target:.12g}, expected a share between 0 and 1")
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The objectives that are set, by name."""
-        both = {"ttft": self.ttft, "tpot": self.tpot}
-        return {name: float(limit) for name, limit in both.items() if limit is not None}
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A validated deployment file. `model` is absolute, or a Hub id; `vllm` maps options, without
-    their dashes in front, to values. `variant` is None where nobody knows yet."""
-
-    name: str
-    model: str
-    service: str
-    variant: str | None = None
-    device: Device = field(default_factory=Device)
-    objectives: Objectives | None = None
-    vllm: Mapping[str, Any] = field(default_factory=dict)
-
-    def vllm_arguments(self) -> list[str]:
-        """The options as `vllm serve` takes them."""
-        return [word for name, value in self.vllm.items() for word in _option(name, value)]
-
-    def to_json(self) -> str:
-        """One line that `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Deployment:
-        block = json.loads(text)
-        block["device"] = Device(**block["device"])
-        if block["objectives"] is not None:
-            block["objectives"] = Objectives(**block["objectives"])
-        return cls(**block)
+__all__ = ["Deployment", "Device", "Objectives", "load_deployment", "parse_deployment"]
 
 
 @dataclass(frozen=True)
@@ -203,15 +127,6 @@ def _options(block: Mapping[Any, Any], where: str) -> dict[str, Any]:
             raise DeploymentError(f"{where}: {key} has no value; a switch is true or false")
         options[name] = value
     return options
-
-
-def _option(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, Mapping):
-        return [f"--{name}", json.dumps(value)]
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *map(str, values)]
 
 
 def _with_table(device: Device, options: Mapping[str, Any], where: str) -> Device:

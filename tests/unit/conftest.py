@@ -33,8 +33,7 @@ def with_bos(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def one_matrix(tmp_path: Path) -> Path:
-    """A directory with one 4-bit matrix and one norm, as `convert` lays them out; beside other files
-    of the test in `tmp_path`."""
+    """A directory with one 4-bit matrix and one norm, as `convert` lays them out."""
     import torch
 
     from compress_methods.formats import format_from_dict
