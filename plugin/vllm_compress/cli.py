@@ -24,6 +24,9 @@ COMMANDS = {
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",
     "serve": "serve a model with vLLM, metrics labelled per deployment",
+    "gateway": "split a service's users between its variants",
+    "rollout": "change the split of a running gateway",
+    "dashboard": "draw the metrics of all deployments, and of one against another",
     "build-kernels": "compile the CPU kernels ahead of time",
 }
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
