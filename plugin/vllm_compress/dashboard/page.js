@@ -10,6 +10,7 @@ const SNAPSHOT = JSON.parse($("data").textContent);
 const state = { view: "overview", range: "3600", refresh: "15", service: "", hidden: "", a: "", b: "" };
 let data = SNAPSHOT;
 let hovered = null;
+let trouble = "";
 
 /** An element with properties, attributes (`aria-…`, `style`) and children; text is never markup. */
 function el(tag, properties = {}, ...children) {
@@ -315,14 +316,11 @@ function fill(select, options, chosen) {
   select.value = chosen;
 }
 
-function say(problem) {
+function draw() {
+  const problem = trouble || (data ? data.problem : "");
   $("problem").textContent = problem;
   $("problem").hidden = !problem;
-}
-
-function draw() {
   if (!data) return;
-  say(data.problem);
   drawControls();
   drawAlerts();
   const empty = !ofService().length;
@@ -349,7 +347,7 @@ async function refresh() {
     if (mine !== asked) return;
     if (got.error) throw new Error(got.error);
     data = got;
-    draw();
+    trouble = "";
     status.className = "";
     status.textContent = new Date().toLocaleTimeString("en", { hourCycle: "h23" });
     status.title = `Prometheus at ${data.prometheus}`;
@@ -357,8 +355,10 @@ async function refresh() {
     if (mine !== asked) return;
     status.className = "late";
     const lost = problem instanceof TypeError || problem.name === "TimeoutError";
-    say((lost ? "vllm-compress dashboard does not answer." : problem.message) + (data ? "\nWhat is below is old." : ""));
+    trouble = (lost ? "vllm-compress dashboard does not answer." : problem.message)
+      + (data ? "\nWhat is below is old." : "");
   }
+  draw();
   if (Number(state.refresh)) timer = setTimeout(refresh, Number(state.refresh) * 1000);
 }
 
@@ -387,6 +387,7 @@ function start() {
     draw();
     return;
   }
+  $("status").textContent = "loading";
   fill($("range"), RANGES, state.range);
   fill($("refresh"), REFRESHES, state.refresh);
   $("range").addEventListener("change", () => { choose({ range: $("range").value }); refresh(); });

@@ -121,7 +121,7 @@ SECTIONS = (
                 "Generated tokens per device",
                 "Tokens generated per second, divided by the devices: GPUs, or CPU processes.",
                 "tokens/s",
-                _one("generation_tokens_per_device:rate2m", "Per device"),
+                _one("generation_tokens_per_device:rate2m", "Tokens/s per device"),
                 better="higher",
             ),
             Panel(
