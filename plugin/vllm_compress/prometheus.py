@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from compress_methods.errors import CompressError
@@ -87,7 +88,7 @@ class Prometheus:
                 body = answer.read()
         except urllib.error.HTTPError as problem:
             raise PrometheusError(f"{self.url}: {_reason(problem)}") from problem
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, HTTPException) as problem:
             reason = getattr(problem, "reason", None) or problem
             raise PrometheusError(f"cannot reach Prometheus at {self.url}: {reason}") from problem
         data = _parsed(body).get("data")

@@ -11,7 +11,6 @@ the test where Prometheus is not installed; fails with its log when it does not 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import tempfile
@@ -62,24 +61,6 @@ def scrape_config(
             ],
         }
     )
-
-
-def with_windows(rules: Path, out: Path, windows: Mapping[str, str]) -> Path:
-    """A copy of a rule file with other range windows, such as `{"5m": "20s"}`.
-
-    Expressions alone are changed, so names (`:rate5m`) and texts stay; `for` becomes zero.
-    """
-    loaded = yaml.safe_load(rules.read_text(encoding="utf-8"))
-    for group in loaded["groups"]:
-        group.pop("interval", None)
-        for rule in group["rules"]:
-            rule["expr"] = re.sub(
-                r"\[(\w+)\]", lambda m: f"[{windows.get(m[1], m[1])}]", rule["expr"]
-            )
-            if "for" in rule:
-                rule["for"] = "0s"
-    out.write_text(yaml.safe_dump(loaded, sort_keys=False), encoding="utf-8")
-    return out
 
 
 class Prometheus:

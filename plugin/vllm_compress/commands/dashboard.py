@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.errors import CompressError, OutputError
+from compress_methods.files import write_text
 
 DESCRIPTION = "Draw the metrics of all deployments, and of one against another, from Prometheus."
 EPILOG = """\
@@ -81,11 +82,7 @@ def _put(path: str | None, text: str) -> None:
     if path is None:
         sys.stdout.write(text)
         return
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        write_text(Path(path), text)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {problem.strerror}") from problem

@@ -15,7 +15,7 @@ const PLAIN = [[1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
 /** [factor, suffix] that suits values up to `top` of a unit. */
 function scaleOf(unit, top) {
   const scales = SCALES[unit] || PLAIN;
-  return scales.find(([factor]) => Math.abs(top) >= factor * 0.9995) || scales[top ? scales.length - 1 : 0];
+  return scales.find(([factor]) => Math.abs(top) >= factor * 0.9995) || scales[scales.length - 1];
 }
 
 function digits(value) {
@@ -26,10 +26,13 @@ function digits(value) {
 /** `1.25 ms`, `97%`, `1.2k`: three digits, and the unit where it is short. */
 function format(value, unit) {
   if (value === null || value === undefined) return "–";
-  const [factor, suffix] = scaleOf(unit, value) || PLAIN[PLAIN.length - 1];
-  const scaled = value / factor;
-  const text = Number(scaled.toFixed(digits(scaled))).toLocaleString("en");
-  return text + (suffix.length && unit in SCALES && suffix !== "%" ? " " : "") + suffix;
+  return value === 0 ? "0" : scaled(value, scaleOf(unit, value), unit);
+}
+
+function scaled(value, [factor, suffix], unit) {
+  const size = value / factor;
+  const space = unit in SCALES && suffix !== "%" ? " " : "";
+  return Number(size.toFixed(digits(size))).toLocaleString("en") + space + suffix;
 }
 
 function formatTime(seconds, span) {
@@ -101,13 +104,12 @@ function drawChart(panel, lines, grid, width, onHover) {
   svg.setAttribute("aria-label", `${panel.title}: ${lines.map((line) =>
     `${line.name} ${line.kind} ${format(lastOf(line.values), panel.unit)}`).join(", ")}`);
 
-  const [factor, suffix] = scaleOf(panel.unit, top);
+  const scale = scaleOf(panel.unit, top);
   for (const tick of ticks.filter((t) => t <= top * 1.0001)) {
-    const text = Number((tick / factor).toPrecision(4)).toLocaleString("en");
     svg.append(
       make("line", { class: tick ? "gridline" : "axis", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }),
       make("text", { x: LEFT - 7, y: y(tick) + 4, "text-anchor": "end" },
-        tick === 0 ? "0" : text + (suffix.length > 1 ? " " : "") + suffix));
+        tick === 0 ? "0" : scaled(tick, scale, panel.unit)));
   }
   for (const t of timeTicks(grid.start, grid.end, width - LEFT)) {
     const at = x((t - grid.start) / grid.step);

@@ -27,8 +27,9 @@ from vllm_compress.dashboard.panels import (
 )
 from vllm_compress.prometheus import Line, Prometheus
 
-POINTS = 240
-STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400)
+POINTS = 150
+STEPS = (1, 2, 5, 15, 30, 60, 180, 300, 600, 1800, 3600, 5400, 10800, 21600, 43200, 86400, 604800)
+RECORDED_OVER = 120  # seconds: a wider step takes the mean, or it would miss most of what happened
 AT_A_TIME = 8
 
 
@@ -39,7 +40,8 @@ def collect(prometheus: Prometheus, seconds: float, end: float | None = None) ->
     first = last - math.ceil(seconds / step) * step
 
     def lines(query: Query) -> list[dict[str, Any]]:
-        found = prometheus.query_range(query.series, first, last, step)
+        mean = f"avg_over_time({query.series}[{step}s])" if step > RECORDED_OVER else query.series
+        found = prometheus.query_range(mean, first, last, step)
         return [_on_grid(line, first, last, step) for line in found]
 
     facts = [query for query, _ in FACTS]

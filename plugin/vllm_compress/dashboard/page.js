@@ -10,6 +10,7 @@ const SNAPSHOT = JSON.parse($("data").textContent);
 const state = { view: "overview", range: "3600", refresh: "15", service: "", hidden: "", a: "", b: "" };
 let data = SNAPSHOT;
 let hovered = null;
+let trouble = "";
 
 /** An element with properties, attributes (`aria-…`, `style`) and children; text is never markup. */
 function el(tag, properties = {}, ...children) {
@@ -77,12 +78,14 @@ function toggle(name, alone) {
 
 // Panels.
 
+const byMean = (one, other) => meanOf(other.values) - meanOf(one.values);
+
 function linesOf(panel, deployments) {
   const kinds = [];
   const lines = [];
   for (const { name, color, shown } of deployments) {
     for (const query of panel.queries) {
-      for (const line of query.lines.filter((l) => l.labels.deployment === name)) {
+      for (const line of query.lines.filter((l) => l.labels.deployment === name).sort(byMean)) {
         const labelled = /\{\{(\w+)\}\}/.exec(query.legend);
         const kind = labelled ? line.labels[labelled[1]] || "" : query.legend;
         if (labelled && !(Math.max(...line.values) > 0) && query.lines.length > 2) continue;
@@ -187,12 +190,12 @@ function describe(deployment) {
   const parts = [labels.service, labels.variant, labels.formats === "none" ? "not compressed" : labels.formats];
   if (labels.bits_per_weight) parts.push(`${labels.bits_per_weight} bits per weight`);
   if (Number(labels.sparsity) > 0) parts.push(`sparsity ${labels.sparsity}`);
-  parts.push(labels.device_type, labels.base_model, deployment.here ? "" : "gone");
+  parts.push(labels.device_type, (labels.base_model || "").split("/").pop(), deployment.here ? "" : "gone");
   return parts.filter((part, i) => part && parts.indexOf(part) === i).join(" · ");
 }
 
 function drawOverview() {
-  const columns = headlines();
+  const columns = headlines().filter((column) => !column.title.endsWith("p50"));
   const head = el("tr", {}, el("th", {}, "Deployment"), ...columns.map((column) => el("th", {}, column.title)));
   const off = hidden();
   const rows = ofService().map((deployment) => {
@@ -227,19 +230,28 @@ function drawChoice() {
   $("choose").replaceChildren(select("a", a, "A"), select("b", b, "B"), swap);
 }
 
-function changeOf(a, b, better) {
+/** Means over the moments that both have a value for; over each one's own if there are none. */
+function meansOf(query, a, b) {
+  const [one, other] = [a, b].map((d) => (lineOf(query, d.name) || { values: [] }).values);
+  const both = one.map((value, i) => value !== null && i in other && other[i] !== null);
+  const shared = both.some(Boolean) ? (values) => values.filter((_, i) => both[i]) : (values) => values;
+  return [meanOf(shared(one)), meanOf(shared(other))];
+}
+
+/** How B differs from A: shares in percentage points, all else in percent. */
+function changeOf(a, b, unit, better) {
   if (a === null || b === null) return el("td", { className: "none" }, "–");
   if (a === b) return el("td", { className: "none" }, "the same");
-  if (a === 0) return el("td", {}, "");
-  const change = b / a - 1;
-  const good = !better || Math.abs(change) < 0.01 ? "" : (change < 0) === (better === "lower") ? "good" : "bad";
-  const bar = el("i");
-  const share = Math.min(50, Math.abs(change) * 50);
-  bar.style.width = `${share}%`;
-  bar.style.left = change < 0 ? `${50 - share}%` : "50%";
-  const percent = Math.abs(change) >= 10 ? `${format(b / a, "count")} times`
-    : `${change > 0 ? "+" : "−"}${Math.abs(change * 100).toFixed(Math.abs(change) < 0.1 ? 1 : 0)}%`;
-  return el("td", {}, el("div", { className: `change ${good}` }, el("b", {}, percent), el("span", { className: "track" }, bar)));
+  const points = unit === "ratio";
+  if (!points && a === 0) return el("td", { className: "none" }, "from 0");
+  const change = points ? b - a : b / a - 1;
+  const size = Math.abs(change);
+  const good = !better || size < (points ? 0.001 : 0.01) ? "" : (change < 0) === (better === "lower") ? "good" : "bad";
+  const share = Math.min(50, size * 50);
+  const bar = el("i", { style: `width: ${share}%; left: ${change < 0 ? 50 - share : 50}%` });
+  const text = size >= 10 && !points ? `${format(b / a, "count")} times`
+    : `${change > 0 ? "+" : "−"}${(size * 100).toFixed(size < 0.1 ? 1 : 0)}${points ? " points" : "%"}`;
+  return el("td", {}, el("div", { className: `change ${good}` }, el("b", {}, text), el("span", { className: "track" }, bar)));
 }
 
 function drawComparison() {
@@ -253,13 +265,13 @@ function drawComparison() {
     .map(([label, title]) => el("tr", {}, el("td", {}, title), el("td", {}, a.labels[label] || "–"),
       el("td", {}, b.labels[label] || "–"), el("td")));
   for (const { title, query, unit, better } of headlines()) {
-    const [one, other] = [a, b].map((d) => meanOf((lineOf(query, d.name) || { values: [] }).values));
+    const [one, other] = meansOf(query, a, b);
     if (one === null && other === null) continue;
     rows.push(el("tr", {}, el("td", {}, title), el("td", {}, format(one, unit)), el("td", {}, format(other, unit)),
-      changeOf(one, other, better)));
+      changeOf(one, other, unit, better)));
   }
   const badge = (i) => el("span", { className: "badge", style: `background: var(--c${i})` }, "AB"[i]);
-  const head = el("tr", {}, el("th", {}, `Mean over ${rangeText()}`), el("th", {}, badge(0), ` ${a.name}`),
+  const head = el("tr", {}, el("th", { title: "Of the moments that both have a value for" }, `Mean over ${rangeText()}`), el("th", {}, badge(0), ` ${a.name}`),
     el("th", {}, badge(1), ` ${b.name}`), el("th", {}, "B against A"));
   $("table").replaceChildren(el("table", { className: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows)));
 }
@@ -304,14 +316,11 @@ function fill(select, options, chosen) {
   select.value = chosen;
 }
 
-function say(problem) {
+function draw() {
+  const problem = trouble || (data ? data.problem : "");
   $("problem").textContent = problem;
   $("problem").hidden = !problem;
-}
-
-function draw() {
   if (!data) return;
-  say(data.problem);
   drawControls();
   drawAlerts();
   const empty = !ofService().length;
@@ -338,7 +347,7 @@ async function refresh() {
     if (mine !== asked) return;
     if (got.error) throw new Error(got.error);
     data = got;
-    draw();
+    trouble = "";
     status.className = "";
     status.textContent = new Date().toLocaleTimeString("en", { hourCycle: "h23" });
     status.title = `Prometheus at ${data.prometheus}`;
@@ -346,8 +355,10 @@ async function refresh() {
     if (mine !== asked) return;
     status.className = "late";
     const lost = problem instanceof TypeError || problem.name === "TimeoutError";
-    say((lost ? "vllm-compress dashboard does not answer." : problem.message) + (data ? "\nWhat is below is old." : ""));
+    trouble = (lost ? "vllm-compress dashboard does not answer." : problem.message)
+      + (data ? "\nWhat is below is old." : "");
   }
+  draw();
   if (Number(state.refresh)) timer = setTimeout(refresh, Number(state.refresh) * 1000);
 }
 
@@ -376,6 +387,7 @@ function start() {
     draw();
     return;
   }
+  $("status").textContent = "loading";
   fill($("range"), RANGES, state.range);
   fill($("refresh"), REFRESHES, state.refresh);
   $("range").addEventListener("change", () => { choose({ range: $("range").value }); refresh(); });
