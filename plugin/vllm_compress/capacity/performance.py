@@ -20,7 +20,7 @@ at once, so each of them sees the time of the whole model.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -273,11 +273,3 @@ class Scaled:
         found = self.measured.seconds(tokens, sampled, 0.0, 0.0)
         ratio = found / self.reference.seconds(tokens, sampled, 0.0, 0.0)
         return ratio * self.model.seconds(tokens, sampled, context, pairs)
-
-
-def sorted_curve(points: Sequence[Sequence[float]]) -> Curve:
-    """A curve through measured points, each no lower than those before it."""
-    out: list[tuple[float, float]] = []
-    for x, y in sorted((float(x), float(y)) for x, y in points):
-        out.append((x, max(y, out[-1][1]) if out else y))
-    return Curve(tuple(out))
