@@ -139,7 +139,7 @@ def measure(
     client: Client, served: Served, vocabulary: int, seconds: float = SECONDS, quiet: bool = False
 ) -> Timings:
     """Ask one request at a time for about `seconds`."""
-    asker = _Asker(client, served.model, vocabulary)
+    asker = Prompts(client, served.model, vocabulary)
     asker.complete(8, 2)
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     began = time.monotonic()
@@ -180,12 +180,12 @@ def _expected(found: dict[tuple[str, int], list[float]], n: int) -> float:
     return n / known * min(found.get(("T", known), [0.0]))
 
 
-class _Asker:
+class Prompts:
     """Prompts of random tokens, each with a cache salt of its own, so that none is ever cached."""
 
-    def __init__(self, client: Client, model: str, vocabulary: int) -> None:
+    def __init__(self, client: Client, model: str, vocabulary: int, seed: int = 0) -> None:
         self.client, self.model = client, model
-        self._draw = random.Random(0)
+        self._draw = random.Random(seed)
         self._range = (min(10, vocabulary - 1), max(11, vocabulary // 2))
 
     def ask(self, kind: str, n: int) -> list[tuple[tuple[str, int], float]]:

@@ -173,6 +173,7 @@ class Planner:
             candidates.append(_Candidate(found, step, basis, rate, replicas))
         candidates.sort(key=lambda c: (c.devices, c.found.layout.devices, c.found.layout.pp))
         best: tuple[_Candidate, Latencies] | None = None
+        failed = set()
         for i, candidate in enumerate(candidates[:MOST_SIMULATED]):
             if best is not None and i >= SIMULATED:
                 break
@@ -186,13 +187,14 @@ class Planner:
                 )
                 layout = candidate.found.layout
                 rejected.append(Rejected(str(layout), layout.devices, answer[1]))
+                failed.add(id(candidate))
         if best is None:
             ratio, text = nearest_miss
             return dataclasses.replace(
                 bare, misses=ratio, closest=text, rejected=tuple(rejected), basis=basis
             )
         for other in candidates:
-            if other is not best[0]:
+            if other is not best[0] and id(other) not in failed:
                 layout = other.found.layout
                 text = f"{other.replicas} replicas, {other.devices} devices, for this rate"
                 rejected.append(Rejected(str(layout), layout.devices, text))

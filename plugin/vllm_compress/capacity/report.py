@@ -78,12 +78,10 @@ def _model(shape: ModelShape, kv_value_bytes: int) -> str:
 
 
 def _demand(demand: Demand) -> str:
-    rate = (
-        f"{demand.rate:g} requests/s" if demand.rate >= 1 else f"{60 * demand.rate:g} requests/min"
-    )
+    rate = f"{demand.rate:g}/s" if demand.rate >= 1 else f"{60 * demand.rate:g}/min"
     bounds = ", ".join(str(objective) for objective in demand.objectives)
     lengths = f"{demand.prompt:,} + {demand.output:,} tokens, contexts up to {demand.context:,}"
-    return f"{rate} of {lengths}; {bounds}"
+    return f"requests: {rate} of {lengths}; {bounds}"
 
 
 def _row(option: Option) -> tuple[str, ...]:
