@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "find what will go wrong before converting or serving",
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",
+    "plan": "say what hardware a model needs, before converting it",
     "serve": "serve a model with vLLM, metrics labelled per deployment",
     "gateway": "split a service's users between its variants",
     "rollout": "change the split of a running gateway",

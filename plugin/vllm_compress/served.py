@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress_methods.errors import CheckpointError
+
 METHOD = "vllm_compress"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
@@ -97,13 +99,10 @@ def summarize(checkpoint: Any) -> Served:
 
 def _plain(model: str, directory: Path, quantization: str | None) -> Served:
     nbytes = weights = 0
-    for path in _files(directory):
-        for tensor in _header(path).values():
-            first, last = tensor["data_offsets"]
-            nbytes += last - first
-            weights += math.prod(tensor["shape"])
-    if not weights:
-        raise ValueError(f"{directory}: no safetensors files")
+    for tensor in tensor_headers(directory).values():
+        first, last = tensor["data_offsets"]
+        nbytes += last - first
+        weights += math.prod(tensor["shape"])
     return Served(
         base_model=model,
         formats=quantization or "none",
@@ -111,6 +110,19 @@ def _plain(model: str, directory: Path, quantization: str | None) -> Served:
         bits_per_weight=None if quantization else nbytes * 8 / weights,
         sparsity=None if quantization else 0.0,
     )
+
+
+def tensor_headers(directory: Path) -> dict[str, Any]:
+    """dtype, shape and data_offsets of every tensor by name; raises `CheckpointError`."""
+    found: dict[str, Any] = {}
+    for path in _files(directory):
+        try:
+            found |= _header(path)
+        except (OSError, ValueError, UnicodeDecodeError) as problem:
+            raise CheckpointError(f"{path}: not readable as safetensors ({problem})") from problem
+    if not found:
+        raise CheckpointError(f"{directory}: no safetensors files")
+    return found
 
 
 def _files(directory: Path) -> list[Path]:

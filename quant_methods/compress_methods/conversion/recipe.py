@@ -27,7 +27,7 @@ from typing import Any
 
 from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.conversion.calibration import CalibrationSettings
-from compress_methods.conversion.names import recipe_names
+from compress_methods.conversion.names import matches, recipe_names
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
 from compress_methods.registry import build_dataclass
@@ -49,11 +49,7 @@ class ModuleRule:
 
     def matches(self, module: str, kind: str) -> bool:
         """`kind` is `blocks`, `embedding`, `lm_head` or empty, as `Skeleton.kind` gives it."""
-        return any(
-            pattern in (kind, module)
-            or (pattern.startswith("re:") and re.fullmatch(pattern[3:], module) is not None)
-            for pattern in self.match
-        )
+        return matches(self.match, module, kind)
 
 
 @dataclass(frozen=True)
