@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",
     "serve": "serve a model with vLLM, metrics labelled per deployment",
+    "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
