@@ -1,5 +1,5 @@
-"""Names, as far as they are needed without loading torch: the recipes that come with the package, for
-`--help`, and which modules a recipe means, for planning."""
+"""Names, as far as they are needed without loading torch: the recipes that come with the package,
+for `--help`, and which modules a recipe means, for planning."""
 
 from __future__ import annotations
 
