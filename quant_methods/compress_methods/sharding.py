@@ -28,9 +28,7 @@ class Cuttable(Protocol):
     def describe(self) -> str: ...
 
 
-def check_matrix(
-    module: str, kind: str, shape: tuple[int, int], fmt: Cuttable, ways: int
-) -> None:
+def check_matrix(module: str, kind: str, shape: tuple[int, int], fmt: Cuttable, ways: int) -> None:
     """Raise `FormatError` unless [rows, cols] = `shape` can be split over `ways` ranks.
 
     `kind` is what `Skeleton.kind` says; a vocabulary is padded by vLLM, so its rows always fit.
