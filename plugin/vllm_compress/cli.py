@@ -27,7 +27,7 @@ COMMANDS = {
     "serve": "serve a model with vLLM, metrics labelled per deployment",
     "gateway": "split a service's users between its variants",
     "rollout": "change the split of a running gateway",
-    "dashboard": "draw the metrics of all deployments, and of one against another",
+    "dashboard": "draw the metrics of deployments, alone and compared",
     "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }

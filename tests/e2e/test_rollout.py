@@ -159,7 +159,7 @@ def test_silence_of_a_prometheus_that_is_blind_is_no_consent(
         without_rules.wait_for("vllm_compress_deployment_info")
         assert "it has no alerting rules" in refusal(without_rules.url)
         gone = without_rules.url
-    assert "no answer" in refusal(gone)
+    assert "cannot reach Prometheus" in refusal(gone)
     assert rollout(gateway, "0%", "--prometheus", gone) == 0
     assert share(gateway) == 0
 

@@ -114,11 +114,11 @@ def test_interruption_is_130_and_other_errors_keep_their_traceback(
 def test_a_command_that_is_absent_fails_only_when_invoked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "plan", "not there yet")
+    monkeypatch.setitem(cli.COMMANDS, "absent", "not there yet")
     assert cli.main([]) == 0
     assert "not there yet" in capsys.readouterr().out
-    assert cli.main(["plan"]) == 2
-    assert "plan is not part of this installation" in capsys.readouterr().err
+    assert cli.main(["absent"]) == 2
+    assert "absent is not part of this installation" in capsys.readouterr().err
 
 
 def test_serve_passes_everything_else_to_vllm(started: list[list[str]]) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from compress_methods.errors import OutputError
-from compress_methods.safetensors_io import write_text
+from compress_methods.files import write_text
 
 JOURNAL = "journal.jsonl"
 

@@ -164,7 +164,7 @@ def _calibration(
 
     found = obtain(args.calibrate, schemes, machines, args.deployment)
     if args.save_calibration:
-        from compress_methods.safetensors_io import write_text
+        from compress_methods.files import write_text
 
         write_text(Path(args.save_calibration), to_json(found))
     return found, reference_of(found, schemes)

@@ -7,24 +7,29 @@ a Prometheus that would speak: one that scrapes the variant and has alerting rul
 from __future__ import annotations
 
 import json
-import urllib.parse
 from collections.abc import Mapping
-from typing import Any
 
-from vllm_compress.gateway.ask import get_json
 from vllm_compress.gateway.split import GatewayError, Split
+from vllm_compress.prometheus import Prometheus, PrometheusError
 
+TIMEOUT = 10.0
 _BLIND = "no alert could fire there"
 _REGARDLESS = "--no-alert-check goes up regardless"
 
 
-def check_quiet(prometheus: str, split: Split, variant: str) -> None:
+def check_quiet(url: str, split: Split, variant: str) -> None:
     """Raise `GatewayError` unless Prometheus watches `variant` and its service has no alert."""
+    try:
+        _check(Prometheus(url, timeout=TIMEOUT), split, variant)
+    except PrometheusError as problem:
+        raise GatewayError(f"{problem}; {_REGARDLESS}") from problem
+
+
+def _check(prometheus: Prometheus, split: Split, variant: str) -> None:
     deployment = next(v.deployment for v in split.variants if v.name == variant)
-    url = prometheus.rstrip("/")
     firing = [
         alert["labels"]
-        for alert in _ask(url, "alerts")["alerts"]
+        for alert in prometheus.alerts()
         if alert["state"] == "firing" and concerns(alert["labels"], split)
     ]
     if firing:
@@ -32,10 +37,12 @@ def check_quiet(prometheus: str, split: Split, variant: str) -> None:
         raise GatewayError(f"{split.service}: {variant} gets no more traffic while {names} fires")
     # JSON's escapes are PromQL's.
     series = f"vllm_compress_deployment_info{{deployment={json.dumps(deployment)}}}"
-    if not _ask(url, "query", query=series)["result"]:
-        raise GatewayError(f"{url}: {_BLIND}, it has no series of {deployment}; {_REGARDLESS}")
-    if not any(group["rules"] for group in _ask(url, "rules", type="alert")["groups"]):
-        raise GatewayError(f"{url}: {_BLIND}, it has no alerting rules; {_REGARDLESS}")
+    if not prometheus.query(series):
+        raise GatewayError(
+            f"{prometheus.url}: {_BLIND}, it has no series of {deployment}; {_REGARDLESS}"
+        )
+    if not any(group["rules"] for group in prometheus.get("rules", type="alert")["groups"]):
+        raise GatewayError(f"{prometheus.url}: {_BLIND}, it has no alerting rules; {_REGARDLESS}")
 
 
 def concerns(labels: Mapping[str, str], split: Split) -> bool:
@@ -47,14 +54,3 @@ def concerns(labels: Mapping[str, str], split: Split) -> bool:
 def _name(labels: Mapping[str, str]) -> str:
     where = labels.get("deployment")
     return labels["alertname"] + (f" ({where})" if where else "")
-
-
-def _ask(url: str, path: str, **parameters: str) -> Any:
-    """`data` of an answer of Prometheus."""
-    try:
-        found = get_json(f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
-    except GatewayError as problem:
-        raise GatewayError(f"{problem}; {_REGARDLESS}") from problem
-    if not isinstance(found, dict) or found.get("status") != "success":
-        raise GatewayError(f"{url}: does not answer like Prometheus")
-    return found["data"]

@@ -1,4 +1,4 @@
-"""GET of JSON from a gateway or from Prometheus; every failure is one line."""
+"""GET of JSON from a gateway; every failure is one line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ TIMEOUT = 10.0
 
 
 def get_json(url: str) -> Any:
-    """The body of `url`, whose query nobody needs to see in an error."""
-    shown = url.partition("?")[0]
+    """The body of `url`."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as problem:
-        raise GatewayError(f"{shown}: answered HTTP {problem.code}") from problem
+        raise GatewayError(f"{url}: answered HTTP {problem.code}") from problem
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "reason", problem)
-        raise GatewayError(f"{shown}: no answer ({reason})") from problem
+        raise GatewayError(f"{url}: no answer ({reason})") from problem
