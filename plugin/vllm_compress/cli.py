@@ -27,6 +27,7 @@ COMMANDS = {
     "gateway": "split a service's users between its variants",
     "rollout": "change the split of a running gateway",
     "dashboard": "draw the metrics of all deployments, and of one against another",
+    "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
