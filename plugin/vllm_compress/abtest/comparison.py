@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.evaluate_served import ServerError
+from compress_methods.files import write_text
 from compress_methods.progress import Progress
-from compress_methods.safetensors_io import write_text
 from vllm_compress.abtest import report
 from vllm_compress.abtest.client import Server, open_server
 from vllm_compress.abtest.journal import Journal
