@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from compress_methods.errors import CheckpointError
-from compress_methods.files import fsync_directory
+from compress_methods.files import fsync_directory as fsync_directory
+from compress_methods.files import write_text as write_text
 from compress_methods.formats.base import TensorSpec
 
 TO_TORCH = {

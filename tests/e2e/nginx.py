@@ -61,8 +61,8 @@ class Nginx:
         return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
 
     def __enter__(self) -> Nginx:
-        self.folder.mkdir(exist_ok=True)
-        with (self.folder / "log").open("wb") as out:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log").open("ab") as out:
             self._process = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT)
         try:
             self._wait()

@@ -121,6 +121,10 @@ class Prometheus:
         except urllib.error.HTTPError as problem:
             raise AssertionError(f"{path} {parameters}: {problem.read().decode()}") from problem
 
+    def reload(self) -> None:
+        """Read configuration and rules again."""
+        urllib.request.urlopen(f"{self.url}/-/reload", data=b"", timeout=30).close()
+
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """An instant query: labels and value of every series."""
         data = self.api("query", query=expression)

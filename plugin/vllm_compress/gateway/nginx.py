@@ -7,7 +7,8 @@ state and replacing it the change. nginx hashes the user with MurmurHash2 (`spli
 nginx closes idle client connections on a reload, and what a client sends in that moment is lost
 (11 requests per reload with 16 busy clients, measured); so its connections carry one request.
 A request whose variant refuses the connection goes to `second`. One that the server may have begun
-is answered 502 instead: another server would generate, and bill, it again.
+is answered 502 instead: another server would generate, and bill, it again. Host names of variants
+are looked up when nginx starts or reloads, so all have to be known then.
 """
 
 from __future__ import annotations
