@@ -18,6 +18,7 @@ from typing import Any
 METHOD = "vllm_compress"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,21 @@ def describe(
         return _plain(model, directory, quantization)
     except Exception:
         return unknown
+
+
+def quantization_method(directory: Path) -> str | None:
+    """What config.json names; None for a plain model or where there is no readable config."""
+    try:
+        block = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = block["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return method if isinstance(method, str) else None
+
+
+def variant_of(formats: str) -> str:
+    """One word for `Served.formats`: `full` for a plain model, `int4-g128+int8-row` for two."""
+    return FULL if formats == "none" else formats.replace(", ", "+").replace(" ", "-")
 
 
 def _directory(model: str, revision: Any, cache: Any) -> Path:
