@@ -65,26 +65,33 @@ def scrape_config(
 
 class Prometheus:
     """Starts on entering the `with` block, stops on leaving it. `config` is the text of
-    prometheus.yml; `port` is chosen unless given."""
+    prometheus.yml, or its path, which its own paths are relative to; `port` is chosen unless
+    given; `data` is a folder of earlier data."""
 
-    def __init__(self, config: str, *args: str, port: int | None = None) -> None:
+    def __init__(
+        self, config: str | Path, *args: str, port: int | None = None, data: Path | None = None
+    ) -> None:
         self.program = tool("prometheus")
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.config = config
+        self._data = data
         self._args = args
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Prometheus:
         self._folder = Path(tempfile.mkdtemp(prefix="prometheus-"))
         self._log = self._folder / "log"
-        (self._folder / "prometheus.yml").write_text(self.config, encoding="utf-8")
+        config = self.config
+        if isinstance(config, str):
+            config = self._folder / "prometheus.yml"
+            config.write_text(str(self.config), encoding="utf-8")
         with self._log.open("wb") as out:
             self._process = subprocess.Popen(
                 [
                     self.program,
-                    f"--config.file={self._folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={self._folder / 'data'}",
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={self._data or self._folder / 'data'}",
                     f"--web.listen-address=127.0.0.1:{self.port}",
                     "--web.enable-lifecycle",
                     *self._args,
