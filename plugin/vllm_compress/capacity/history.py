@@ -9,7 +9,8 @@ Two kinds of minutes tell something:
 
 Minutes between are left out, since how the load was spread within them is not recorded. Attention,
 sampling and the work outside of steps are in the times and cannot be told apart; plans for lengths
-like those that were served are therefore better than plans for others.
+like those that were served are therefore better than plans for others. Prompt tokens found in the
+prefix cache count as if they had been computed.
 """
 
 from __future__ import annotations
