@@ -21,7 +21,8 @@ from typing import Any
 from tests.benchmarks.memory import ONE_B, VOCABULARY, make_llama
 from tests.e2e.server import VllmServer
 
-PROMPT, OUTPUT, ROUNDS = 64, 32, 3
+PROMPT, OUTPUT, ROUNDS = 64, 32, 2
+SECONDS = 150.0
 CLIENTS = (4, 8, 16)
 FORMATS = tuple(os.environ.get("VLLM_COMPRESS_BENCH_FORMATS", "int4,bf16").split(","))
 INT4 = {
@@ -32,9 +33,9 @@ INT4 = {
 
 def compare(directory: Path, server: Any) -> dict[str, Any]:
     """Calibrate, predict, drive, for one served model."""
+    from vllm_compress.capacity import measure
     from vllm_compress.capacity.calibration import step_model
     from vllm_compress.capacity.hardware import find_hardware
-    from vllm_compress.capacity.measure import Client, look
     from vllm_compress.capacity.memory import Layout, cache_of
     from vllm_compress.capacity.obtain import obtain
     from vllm_compress.capacity.shapes import load_shape
@@ -42,10 +43,11 @@ def compare(directory: Path, server: Any) -> dict[str, Any]:
 
     scheme = as_it_is(load_shape(str(directory)))
     machine = find_hardware("local")
+    measure.SECONDS = SECONDS
     calibration = obtain(server.url, [scheme], [machine], quiet=True)
     step, basis = step_model(scheme, machine, Layout(), 2, calibration, scheme)
     assert basis == "measured"
-    served = look(Client(server.url))
+    served = measure.look(measure.Client(server.url))
     assert served.blocks is not None
     cache = cache_of(scheme.shape, Layout(), "cpu", 2, machine.max_tokens)
     loads = []

@@ -135,8 +135,15 @@ def to_json(calibration: Calibration) -> str:
 
 
 def _curve(points: Sequence[Sequence[float]]) -> Curve:
-    """A curve through measured points, each no lower than those before it."""
-    out: list[tuple[float, float]] = []
-    for x, y in sorted((float(x), float(y)) for x, y in points):
-        out.append((x, max(y, out[-1][1]) if out else y))
-    return Curve(tuple(out))
+    """The rising curve nearest to measured points: neighbours in the wrong order are averaged
+    (isotonic regression)."""
+    ordered = sorted((float(x), float(y)) for x, y in points)
+    levels: list[tuple[float, int]] = []
+    for _, y in ordered:
+        level, count = y, 1
+        while levels and levels[-1][0] > level:
+            before, n = levels.pop()
+            level, count = (before * n + level * count) / (n + count), n + count
+        levels.append((level, count))
+    flat = [level for level, count in levels for _ in range(count)]
+    return Curve(tuple(zip((x for x, _ in ordered), flat, strict=True)))

@@ -7,9 +7,11 @@ Two kinds of minutes tell something:
     busy    at least one request on average: with r of them decoding, t seconds per token and
             prompts coming in at p tokens per second, a mean step has r + p * t tokens and takes t
 
-Minutes between are left out, since how the load was spread within them is not recorded. Attention,
+Minutes between are left out, since how the load was spread within them is not recorded, and so are
+numbers of tokens met in fewer than three minutes, which a change of load may have made. Attention,
 sampling and the work outside of steps are in the times and cannot be told apart; plans for lengths
-like those that were served are therefore better than plans for others.
+like those that were served are therefore better than plans for others. Prompt tokens found in the
+prefix cache count as if they had been computed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ HOURS = 6.0
 MINUTE = 60.0
 ALONE, BUSY = 0.3, 1.0
 PER_OCTAVE = 2
+LEAST = 3
 PREFIX = "vllm_compress_"
 
 
@@ -69,7 +72,9 @@ def numbers(prometheus: Prometheus, deployment: str, end: float | None = None) -
         elif running >= BUSY:
             _add(points, running + prompts * tpot, tpot)
     tokens = [
-        [statistics.median(column) for column in zip(*p, strict=True)] for p in points.values()
+        [statistics.median(column) for column in zip(*p, strict=True)]
+        for p in points.values()
+        if len(p) >= LEAST
     ]
     if len(tokens) < 2:
         raise CalibrationFileError(

@@ -136,7 +136,7 @@ def _series(text: str) -> Iterator[tuple[str, tuple[dict[str, str], float]]]:
 
 
 def measure(
-    client: Client, served: Served, vocabulary: int, seconds: float = SECONDS, quiet: bool = False
+    client: Client, served: Served, vocabulary: int, seconds: float, quiet: bool = False
 ) -> Timings:
     """Ask one request at a time for about `seconds`."""
     asker = Prompts(client, served.model, vocabulary)

@@ -47,17 +47,18 @@ def reference_of(calibration: Calibration, schemes: Sequence[Scheme]) -> Scheme 
 def _from_server(
     url: str, schemes: Sequence[Scheme], machines: Sequence[Hardware], quiet: bool
 ) -> Calibration:
-    from vllm_compress.capacity.measure import Client, look, measure, numbers
+    from vllm_compress.capacity import measure
 
-    client = Client(url)
-    served = look(client)
+    client = measure.Client(url)
+    served = measure.look(client)
     directory = Path(served.root)
     weights = served.weight_bytes
     if weights is None:
         known = as_it_is(load_shape(served.root)) if directory.is_dir() else schemes[0]
         weights = known.weight_bytes
     machine = _machine(url, served.device_type, machines)
-    timings = measure(client, served, schemes[0].shape.vocabulary, quiet=quiet)
+    vocabulary = schemes[0].shape.vocabulary
+    timings = measure.measure(client, served, vocabulary, measure.SECONDS, quiet)
     blocks, block = served.blocks, served.block
     return Calibration(
         source="requests",
@@ -67,7 +68,7 @@ def _from_server(
         weight_bytes=weights,
         devices=served.devices,
         kv_tokens=None if blocks is None or block is None else blocks * block,
-        **numbers(timings),
+        **measure.numbers(timings),
     )
 
 

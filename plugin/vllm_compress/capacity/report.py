@@ -13,7 +13,7 @@ from vllm_compress.capacity.plan import Option, Rejected
 from vllm_compress.capacity.shapes import ModelShape
 
 HEADER = (
-    *("scheme", "hardware", "weights", "by weights", "fits on", "replica", "x", "devices"),
+    *("scheme", "hardware", "weights", "by weights", "fits on", "replica", "replicas", "devices"),
     *("ttft p50 / p95", "tpot p50 / p95", "tokens/s", "at most", "per hour", "per M tokens"),
 )
 LEFT = 2

@@ -7,7 +7,8 @@ youngest running one is preempted: it gives its blocks back, waits in front and 
 A request's first token comes with the step that ends its prompt, each other one with one step.
 
 Arrivals are Poisson with a seed, or a fixed number of clients who each send the next request when
-they have the last answer. All requests are equally long. Steps in which nothing can change but the
+they have the last answer, those of one step a millisecond apart, so that the first of them does not
+wait for the others. All requests are equally long. Steps in which nothing can change but the
 lengths are taken together, which is what makes a run of hundreds of requests take milliseconds.
 
 Fails to see: prefix-cache hits, speculative decoding, lengths that vary (percentiles come out too
@@ -16,6 +17,7 @@ good), and time that the scheduler itself takes beyond what the step model holds
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 import random
@@ -27,6 +29,7 @@ from typing import Protocol
 from vllm_compress.capacity.performance import Step
 
 WARM_UP = 10
+APART = 1e-3
 MAX_EVENTS = 100_000
 
 
@@ -134,7 +137,7 @@ class _Run:
     preemptions: int = 0
     area: float = 0.0
     longest: int = 0
-    arrivals: deque[float] = field(default_factory=deque)
+    arrivals: deque[tuple[float, float]] = field(default_factory=deque)
     waiting: deque[Request] = field(default_factory=deque)
     begun: list[Request] = field(default_factory=list)
     decoding: dict[Request, None] = field(default_factory=dict)
@@ -145,19 +148,30 @@ class _Run:
     def run(self) -> Outcome:
         load = self.load
         at_once = load.requests if load.clients is None else min(load.clients, load.requests)
-        self.arrivals.extend([0.0] * at_once if load.clients is not None else _poisson(load))
-        self.sent = at_once
+        if load.clients is None:
+            extra = self.step.request_seconds
+            self.arrivals.extend((sent + extra, sent) for sent in _poisson(load))
+            self.sent = load.requests
+        else:
+            self._send(at_once)
         self.longest = self.engine.pages.blocks(load.prompt + load.output)
         for _ in range(MAX_EVENTS):
             if len(self.done) >= load.requests:
                 break
-            while self.arrivals and self.arrivals[0] <= self.now:
-                self.waiting.append(Request(self.arrivals.popleft(), load.prompt))
+            while self.arrivals and self.arrivals[0][0] <= self.now:
+                self.waiting.append(Request(self.arrivals.popleft()[1], load.prompt))
             if self.running or self.waiting:
                 self._advance()
             else:
-                self.now = self.arrivals[0]
+                self.now = self.arrivals[0][0]
         return self._outcome()
+
+    def _send(self, clients: int) -> None:
+        """So many clients send a request; it reaches the engine a little later."""
+        for i in range(min(clients, self.load.requests - self.sent)):
+            ready = self.now + self.step.request_seconds + i * APART
+            bisect.insort(self.arrivals, (ready, self.now))
+            self.sent += 1
 
     @property
     def running(self) -> int:
@@ -204,16 +218,14 @@ class _Run:
         return request.context + self.ticks - request.joined
 
     def _free(self, ticks: int) -> int:
-        """Blocks left after so many more ticks, begun prompts computed; negative: too few.
-
-        Where there is room for one more of the longest, that much is said without counting.
-        """
-        at_least = self.engine.pool - self.running * self.longest
-        if at_least >= self.longest:
-            return at_least
+        """Blocks left after so many more ticks, begun prompts computed; negative: too few."""
         blocks = self.engine.pages.blocks
         held = sum(blocks(self._length(r) + ticks) for r in self.decoding)
         return self.engine.pool - held - sum(blocks(r.target) for r in self.begun)
+
+    def _roomy(self) -> bool:
+        """Whether all that run, and one more, fit at their longest: nothing need be counted."""
+        return (self.running + 1) * self.longest <= self.engine.pool
 
     def _schedule(self, admit: bool) -> list[tuple[Request, int]]:
         """Prompts in this step and how many tokens of each; may `admit` those waiting."""
@@ -224,13 +236,10 @@ class _Run:
             n = min(budget, request.target - request.context)
             chosen.append((request, n))
             budget -= n
-        free = self._free(1) if self.waiting else 0
         while admit and self.waiting and budget > 0 and self.running < engine.max_sequences:
             request = self.waiting[0]
-            held = engine.pages.blocks(request.target)
-            if held > free:
+            if not self._roomy() and engine.pages.blocks(request.target) > self._free(1):
                 break
-            free -= held
             self.begun.append(self.waiting.popleft())
             n = min(budget, request.target)
             chosen.append((request, n))
@@ -240,7 +249,7 @@ class _Run:
     def _make_room(self) -> bool:
         """Preempt the youngest until every decoding request can have its next token."""
         before = self.preemptions
-        while self.running > 1 and self._free(1) < 0:
+        while self.running > 1 and not self._roomy() and self._free(1) < 0:
             if self.begun:
                 victim = self.begun.pop()
             else:
@@ -264,7 +273,7 @@ class _Run:
     def _alike(self) -> int:
         """Ticks that pass before a request ends, one may arrive or blocks run out."""
         ticks = max(1, self.ends[0][0] - self.ticks)
-        if self._free(ticks) < 0:
+        if not self._roomy() and self._free(ticks) < 0:
             low, high = 1, ticks
             while high - low > 1:
                 middle = (low + high) // 2
@@ -272,7 +281,7 @@ class _Run:
             ticks = low
         open_to_all = not self.waiting and self.running < self.engine.max_sequences
         if open_to_all and self.arrivals and ticks > 1:
-            left = self.arrivals[0] - self.now
+            left = self.arrivals[0][0] - self.now
             guess = min(ticks, max(1, math.ceil(left / self._decode_seconds(0))))
             each = (self._decode_seconds(0) + self._decode_seconds(guess - 1)) / 2
             ticks = min(ticks, max(1, math.ceil(left / each)))
@@ -288,23 +297,23 @@ class _Run:
         return n * self.step.effective(self.total / n + later) if n else 0.0
 
     def _finish(self) -> None:
+        before = len(self.done)
         while self.ends and self.ends[0][0] <= self.ticks:
             request = heapq.heappop(self.ends)[2]
             self.total -= self._length(request)
             del self.decoding[request]
             request.last = self.now
             self.done.append(request)
-            if self.sent < self.load.requests:
-                self.sent += 1
-                self.arrivals.append(self.now + self.step.request_seconds)
+        if self.load.clients is not None:
+            self._send(len(self.done) - before)
 
     def _outcome(self) -> Outcome:
-        extra, output = self.step.request_seconds, self.load.output
+        output = self.load.output
         kept = self.done[len(self.done) // WARM_UP :]
         return Outcome(
-            ttft=[r.first - r.sent + extra for r in kept],
+            ttft=[r.first - r.sent for r in kept],
             tpot=[(r.last - r.first) / (output - 1) for r in kept] if output > 1 else [],
-            latency=[r.last - r.sent + extra for r in kept],
+            latency=[r.last - r.sent for r in kept],
             seconds=self.now,
             tokens=len(self.done) * output,
             preemptions=self.preemptions,
