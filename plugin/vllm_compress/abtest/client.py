@@ -55,10 +55,11 @@ class Server:
         """Raise `ServerError` unless it still answers and serves the model."""
         served_model(self.url, self.model)
 
-    def identity(self) -> list[Any]:
-        """What a comparison with this server is about."""
+    def same_model(self, other: Server) -> bool:
+        """Whether both serve the same, as far as servers tell."""
         keys = ("formats", "bits_per_weight", "base_model")
-        return [self.url, self.model, self.root, [self.info.get(key) for key in keys]]
+        mine, others = ([s.info.get(key) for key in keys] for s in (self, other))
+        return (self.model, self.root, mine) == (other.model, other.root, others)
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,15 @@ class Answer:
         return Answer(**{**value, **tokens})
 
 
-def open_server(side: str, url: str, model: str | None, price: float | None) -> Server:
-    """Find out what is served at `url`; raises `ServerError`. `price` per hour overrides the
-    server's own."""
+def open_server(side: str, url: str, model: str | None) -> Server:
+    """Find out what is served at `url`; raises `ServerError`."""
     base = url.rstrip("/").removesuffix("/v1")
     card = served_model(base, model, f"--model-{side}")
     series = _series(base)
     info = next((labels for name, labels, _ in series if name == INFO), {})
-    if price is None:
-        prices = [value for name, _, value in series if name == PRICE]
-        devices = [value for name, _, value in series if name == DEVICES]
-        price = prices[0] * devices[0] if prices and devices else None
+    prices = [value for name, _, value in series if name == PRICE]
+    devices = [value for name, _, value in series if name == DEVICES]
+    price = prices[0] * devices[0] if prices and devices else None
     return Server(side, base, card["id"], str(card.get("root") or card["id"]), info, price)
 
 

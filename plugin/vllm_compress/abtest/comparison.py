@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from vllm_compress.abtest.client import Server, open_server
 from vllm_compress.abtest.journal import Journal
 from vllm_compress.abtest.measure import measure, read_pairs
 from vllm_compress.abtest.metrics import limits
+from vllm_compress.abtest.page import page
 from vllm_compress.abtest.prompts import Prompt, digest, read_prompts
-from vllm_compress.abtest.replay import ANSWERS, Options, Pair, replay, score
+from vllm_compress.abtest.replay import ANSWERS, SCORES, Options, Pair, replay, score
 from vllm_compress.abtest.scores import load_scorer
 
+SERVERS = "servers"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
 
@@ -51,13 +53,10 @@ def compare(plan: Plan) -> dict[str, Any]:
     judged = limits(plan.margins)
     prompts = read_prompts(plan.prompts, plan.max_tokens)
     scorer = load_scorer(plan.scorer) if plan.scorer else None
-    a, b = (
-        open_server(side, url, model, price)
-        for side, url, model, price in zip("ab", plan.urls, plan.models, plan.prices, strict=True)
-    )
-    with Journal(plan.out, fingerprint((a, b), prompts, plan.options)) as journal:
+    with Journal(plan.out, fingerprint(prompts, plan)) as journal:
+        pair = _servers(plan, prompts, journal)
         try:
-            _replay((a, b), prompts, plan, journal)
+            _replay(pair, prompts, plan, journal)
         except ServerError as problem:
             done = len(journal.records.get(ANSWERS, {}))
             raise ServerError(
@@ -67,9 +66,9 @@ def compare(plan: Plan) -> dict[str, Any]:
         pairs = read_pairs(prompts, journal.records, scorer)
         lines = journal.records[ANSWERS].values()
         comparison = report.Comparison(
-            servers=(a, b),
+            servers=pair,
             pairs=pairs,
-            measured=measure(pairs, (a, b), plan.options, plan.confidence),
+            measured=measure(pairs, pair, plan.options, plan.confidence),
             limits=judged,
             options=plan.options,
             confidence=plan.confidence,
@@ -78,14 +77,39 @@ def compare(plan: Plan) -> dict[str, Any]:
         )
         result = report.build(comparison)
         write_text(plan.out / REPORT_JSON, json.dumps(result, indent=2) + "\n")
+        write_text(plan.out / REPORT_HTML, page(result, pairs))
     return result
 
 
-def fingerprint(pair: tuple[Server, Server], prompts: list[Prompt], options: Options) -> str:
-    """Of all that decides what is measured."""
+def fingerprint(prompts: list[Prompt], plan: Plan) -> str:
+    """Of all the user says that decides what is measured."""
+    options = plan.options
     dials = [options.rate, options.concurrency, options.logprobs, options.seed]
-    every = [[server.identity() for server in pair], digest(prompts), dials]
+    every = [plan.urls, plan.models, digest(prompts), dials]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
+
+
+def _servers(plan: Plan, prompts: list[Prompt], journal: Journal) -> Pair:
+    """Both servers, with the user's prices: as they were when the comparison began, and checked to
+    serve the same still if there is anything left to ask them."""
+    phases = [ANSWERS, SCORES] if plan.options.logprobs else [ANSWERS]
+    noted = {side: Server(**facts) for side, facts in journal.notes.get(SERVERS, {}).items()}
+    if not noted or any(len(journal.records.get(phase, {})) < len(prompts) for phase in phases):
+        for side, url, model in zip("ab", plan.urls, plan.models, strict=True):
+            found = open_server(side, url, model)
+            if not found.same_model(noted.setdefault(side, found)):
+                raise ServerError(
+                    f"{url}: no longer serves what this comparison began with "
+                    f"({noted[side].root}, now {found.root}); choose another directory with -o"
+                )
+        if not journal.notes:
+            journal.note(**{SERVERS: {side: asdict(server) for side, server in noted.items()}})
+    prices = dict(zip("ab", plan.prices, strict=True))
+    a, b = (
+        replace(noted[side], price_per_hour=prices[side] or noted[side].price_per_hour)
+        for side in "ab"
+    )
+    return a, b
 
 
 def _replay(pair: Pair, prompts: list[Prompt], plan: Plan, journal: Journal) -> None:

@@ -24,12 +24,15 @@ JOURNAL = "journal.jsonl"
 class Journal:
     """The directory of one comparison, locked for this process. Use as a context manager.
 
-    `records[phase]` maps what was recorded in a phase to its line.
+    `records[phase]` maps what was recorded in a phase to its line; `notes` are facts about the
+    comparison. Where nothing was recorded, the place is left as it was found.
     """
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self.directory = directory
         self.records: dict[str, dict[str, dict[str, Any]]] = {}
+        self.notes: dict[str, Any] = {}
+        self._created = not directory.exists()
         self._path = directory / JOURNAL
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,10 @@ class Journal:
                 "choose another directory with -o or delete this one"
             )
         for line in lines[1:]:
-            self.records.setdefault(line["phase"], {})[line["key"]] = line
+            if "notes" in line:
+                self.notes.update(line["notes"])
+            else:
+                self.records.setdefault(line["phase"], {})[line["key"]] = line
         # A kill may have left half a line at the end.
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self._path.open("a", encoding="utf-8")
@@ -83,9 +89,17 @@ class Journal:
         """Keep what was measured, safe from a kill of this process. (No fsync: requests are timed
         meanwhile.)"""
         line = {"phase": phase, "key": str(key), **facts}
+        self._append(line)
+        self.records.setdefault(phase, {})[str(key)] = line
+
+    def note(self, **facts: Any) -> None:
+        """Keep facts about the whole comparison."""
+        self._append({"notes": facts})
+        self.notes.update(facts)
+
+    def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self.records.setdefault(phase, {})[str(key)] = line
 
     def __enter__(self) -> Journal:
         return self
@@ -97,4 +111,8 @@ class Journal:
         tb: TracebackType | None,
     ) -> None:
         self._file.close()
+        if not self.records:
+            self._path.unlink()
+            if self._created:
+                self.directory.rmdir()
         os.close(self._lock)

@@ -78,7 +78,7 @@ def read_pairs(
         line = records[ANSWERS][str(i)]
         a, b = Answer.from_dict(line["a"]), Answer.from_dict(line["b"])
         found = records.get(SCORES, {}).get(str(i))
-        logprobs = Score.from_dict(found["score"]) if found else None
+        logprobs = Score.from_dict(found["score"]) if found and found["score"] else None
         scores = None
         task = scorer or (exact_match if "answer" in prompt.row else None)
         if task is not None and not (a.error or b.error):

@@ -170,13 +170,15 @@ def score(
     """Log-probabilities of all answered prompts that have none; raises `ServerError`."""
     with ThreadPoolExecutor(2) as pool:
         for i in range(len(prompts)):
-            tokens = _scorable(journal.records[ANSWERS][str(i)])
-            if journal.done(SCORES, i) or tokens is None:
+            if journal.done(SCORES, i):
                 progress.skip(1)
                 continue
-            a, b = pool.map(_logprobs, pair, repeat(tokens), repeat(options))
-            result = compare_logprobs(a, b, tokens[1:], whole=options.logprobs == -1)
-            journal.record(SCORES, i, score=result.to_dict())
+            result = None
+            if tokens := _scorable(journal.records[ANSWERS][str(i)]):
+                a, b = pool.map(_logprobs, pair, repeat(tokens), repeat(options))
+                whole = options.logprobs == -1
+                result = compare_logprobs(a, b, tokens[1:], whole).to_dict()
+            journal.record(SCORES, i, score=result)
             progress.step()
 
 

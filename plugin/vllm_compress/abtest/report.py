@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_compress.abtest.client import Server
@@ -118,7 +119,7 @@ def _example(pair: PairOfAnswers) -> dict[str, Any]:
     found = pair.logprobs
     return {
         "prompt": pair.prompt.shown[-SHOWN:],
-        "where": pair.prompt.where,
+        "where": Path(pair.prompt.where).name,
         "a": pair.a.text[:SHOWN],
         "b": pair.b.text[:SHOWN],
         "same_tokens": pair.same_tokens,
@@ -151,11 +152,11 @@ def text(report: Mapping[str, Any]) -> str:
 
 def describe(server: Mapping[str, Any]) -> str:
     """A served model in a few words."""
-    formats = server["info"].get("formats")
+    formats = server["info"].get("formats", "none")
     price = server["price_per_hour"]
     parts = [
         f"{server['model']} at {server['url']}",
-        *([formats] if formats else []),
+        *([formats] if formats != "none" else []),
         *([f"{price:g} per hour"] if price is not None else []),
     ]
     return ", ".join(parts)
@@ -165,10 +166,16 @@ def change(row: Mapping[str, Any]) -> str:
     """`1.02x [1.01, 1.03]`, or a plain value with its interval."""
     if row["value"] is None:
         return row["note"] or "nothing to compare"
-    sign = "+" if row["change"] == "difference" else ""
+    plus = "+" if row["change"] == "difference" else ""
     times = "x" if row["change"] == "ratio" else ""
-    ends = ", ".join(_signed(row[end], sign) for end in ("low", "high"))
-    return f"{_signed(row['value'], sign)}{times} [{ends}]"
+    known = [row[end] for end in ("low", "high") if row[end] is not None]
+    widest = max((abs(end - row["value"]) for end in known), default=0.0)
+    digits = min(7, max(0, 1 - math.floor(math.log10(widest)))) if widest else 4
+    low, value, high = (
+        "unknown" if number is None else f"{number:{plus}.{digits}f}"
+        for number in (row["low"], row["value"], row["high"])
+    )
+    return f"{value}{times} [{low}, {high}]"
 
 
 def judged(row: Mapping[str, Any]) -> str:
@@ -213,9 +220,3 @@ def number(value: float | None) -> str:
 def finite(value: float | None) -> float | None:
     """JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _signed(value: float | None, sign: str) -> str:
-    if value is None:
-        return "∞"
-    return f"{sign if value > 0 else ''}{number(value)}"
