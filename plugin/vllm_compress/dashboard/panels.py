@@ -132,8 +132,8 @@ SECTIONS = (
             ),
             Panel(
                 "Finished requests by reason",
-                "stop: the model or a stop string ended it; length: max_tokens did; abort: the "
-                "client went away; error: the server failed it.",
+                "stop: the model or a stop string ended it; length: max_tokens did; error: the "
+                "server failed it. Those whose client went away are missing.",
                 "requests/s",
                 (
                     Query(
