@@ -12,7 +12,7 @@
 Only `version`, `name` and `model` are required. `device.type` is a key of configs/hardware.yaml or
 a word of your own; the price of a known type may stand there instead. Left out, the variant is
 `full` for a plain model and else the formats of the checkpoint, and stays open while there is no
-checkpoint to look at. vLLM's options are not checked here: vLLM does that when it starts.
+checkpoint to look at. Whether vLLM has an option is checked by `serve`, which has vLLM at hand.
 """
 
 from __future__ import annotations

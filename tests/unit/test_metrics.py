@@ -35,11 +35,16 @@ from vllm_compress.metrics import PREFIX, DeploymentStatLogger
 MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
 GAUGES = {"requests_running", "requests_waiting", "kv_cache_usage_ratio"}
 GAUGES |= {"gpus", "devices", "weight_bytes", "deployment_info"}
-COUNTERS = {"prompt_tokens", "generation_tokens", "requests", "preemptions"}
+GAUGES |= {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
+COUNTERS = {"prompt_tokens", "prompt_tokens_cached", "generation_tokens", "requests"}
+COUNTERS |= {"preemptions", "energy_joules", "objective_requests"}
+ABSENT = {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
+ABSENT |= {"energy_joules", "objective_requests"}  # unless a file, or the machine, says something
 HISTOGRAMS = {
     "time_to_first_token_seconds",
     "time_per_output_token_seconds",
     "request_latency_seconds",
+    "time_in_queue_seconds",
 }
 
 
@@ -75,6 +80,8 @@ def step(prompt: int, tokens: int, *, reason: FinishReason, latency: float = 2.0
     state = RequestStateStats(
         num_generation_tokens=tokens,
         arrival_time=stats.iteration_timestamp - latency,
+        queued_ts=9.0,
+        scheduled_ts=9.0 + latency / 8,
         first_token_ts=10.0,
         last_token_ts=10.0 + latency / 2,
     )
@@ -105,6 +112,9 @@ def test_series_are_the_sums_of_what_vllm_reports(config: VllmConfig, name: str)
     assert value("kv_cache_usage_ratio", deployment=name, engine="0") == 0.25
     assert value("time_to_first_token_seconds_sum", deployment=name) == pytest.approx(2.5)
     assert value("time_to_first_token_seconds_count", deployment=name) == 2
+    assert value("prompt_tokens_cached_total", deployment=name) == 3 + 4
+    assert value("time_in_queue_seconds_sum", deployment=name) == pytest.approx(1.25)
+    assert value("time_in_queue_seconds_count", deployment=name) == 2
     assert value("request_latency_seconds_sum", deployment=name) == pytest.approx(10)
     assert value("request_latency_seconds_count", deployment=name) == 2
 
@@ -140,8 +150,10 @@ def test_names_follow_prometheus_and_carry_the_label(config: VllmConfig, name: s
         assert family.documentation
         assert all(sample.labels.get("deployment") for sample in family.samples), short
         assert ":" not in family.name
-    totals = {s.name.removeprefix(PREFIX) for f in COUNTERS for s in families[f].samples}
-    assert {f"{short}_total" for short in COUNTERS} <= totals
+    for short in (GAUGES | COUNTERS | HISTOGRAMS) - ABSENT:
+        mine = [s for s in families[short].samples if s.labels["deployment"] == name]
+        assert mine, f"{short} does not exist from the start"
+        assert short not in COUNTERS or {s.name for s in mine} >= {f"{PREFIX}{short}_total"}
 
 
 def test_static_series_say_what_is_served(config: VllmConfig, name: str) -> None:
@@ -157,6 +169,8 @@ def test_static_series_say_what_is_served(config: VllmConfig, name: str) -> None
         if sample.name == f"{PREFIX}deployment_info" and sample.labels["deployment"] == name
     ]
     assert info.value == 1
+    assert (info.labels["service"], info.labels["variant"]) == (name, "full")
+    assert info.labels["device_type"]
     assert info.labels["model_name"] == "novels"
     assert info.labels["base_model"] == str(MODEL)
     assert info.labels["formats"] == "none"
