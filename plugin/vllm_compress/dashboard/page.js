@@ -23,6 +23,10 @@ function el(tag, properties = {}, ...children) {
   return element;
 }
 
+function moment(when, timeStyle) {
+  return new Date(when).toLocaleString("en", { dateStyle: "medium", timeStyle, hourCycle: "h23" });
+}
+
 function readAddress() {
   for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
     if (name in state) state[name] = value;
@@ -143,8 +147,8 @@ function hover(panel, lines, index, event) {
   there.sort((one, other) => other.values[index] - one.values[index]);
   const rows = there.slice(0, 14).map((line) => el("div", { style: `--color: ${line.color}` }, el("i"),
     `${line.shown} ${line.kind}`, el("b", {}, format(line.values[index], panel.unit))));
-  const when = new Date((data.start + index * data.step) * 1000);
-  tip.replaceChildren(el("time", {}, when.toLocaleString("en", { dateStyle: "medium", timeStyle: "medium", hourCycle: "h23" })), ...rows);
+  const when = (data.start + index * data.step) * 1000;
+  tip.replaceChildren(el("time", {}, moment(when, "medium")), ...rows);
   const { width, height } = tip.getBoundingClientRect();
   const left = event.clientX + 16 + width > innerWidth ? event.clientX - width - 16 : event.clientX + 16;
   tip.style.left = `${Math.max(4, left)}px`;
@@ -200,8 +204,12 @@ function drawOverview() {
   const off = hidden();
   const rows = ofService().map((deployment) => {
     const name = deployment.name;
-    const who = el("button", { className: "who", "aria-pressed": String(!off.has(name)), style: `--color: ${colorOf(name)}` },
-      el("i"), el("span", {}, el("b", {}, name), el("small", {}, describe(deployment))));
+    const who = el("button", {
+      className: "who",
+      title: "Click: show or hide. Shift and click: only this one.",
+      "aria-pressed": String(!off.has(name)),
+      style: `--color: ${colorOf(name)}`,
+    }, el("i"), el("span", {}, el("b", {}, name), el("small", {}, describe(deployment))));
     who.addEventListener("click", (event) => toggle(name, event.shiftKey));
     return el("tr", {}, el("td", {}, who), ...columns.map(({ query, unit }) => {
       const line = lineOf(query, name);
@@ -223,7 +231,8 @@ function drawChoice() {
       const same = box.value === (key === "a" ? other : one);
       choose(same ? { a: other, b: one } : { a: one, b: other || "", [key]: box.value });
     });
-    return el("label", {}, el("span", { className: "badge", style: `background: var(--c${key === "a" ? 0 : 1})` }, badge), " ", box);
+    const style = `background: var(--c${key === "a" ? 0 : 1})`;
+    return el("label", {}, el("span", { className: "badge", style }, badge), " ", box);
   };
   const swap = el("button", { className: "swap", disabled: !b }, "⇄ swap");
   swap.addEventListener("click", () => choose({ a: b.name, b: a.name }));
@@ -271,8 +280,9 @@ function drawComparison() {
       changeOf(one, other, unit, better)));
   }
   const badge = (i) => el("span", { className: "badge", style: `background: var(--c${i})` }, "AB"[i]);
-  const head = el("tr", {}, el("th", { title: "Of the moments that both have a value for" }, `Mean over ${rangeText()}`), el("th", {}, badge(0), ` ${a.name}`),
-    el("th", {}, badge(1), ` ${b.name}`), el("th", {}, "B against A"));
+  const head = el("tr", {},
+    el("th", { title: "Of the moments that both have a value for" }, `Mean over ${rangeText()}`),
+    el("th", {}, badge(0), ` ${a.name}`), el("th", {}, badge(1), ` ${b.name}`), el("th", {}, "B against A"));
   $("table").replaceChildren(el("table", { className: "compare" }, el("thead", {}, head), el("tbody", {}, ...rows)));
 }
 
@@ -291,10 +301,9 @@ function drawAlerts() {
   $("alerts").replaceChildren(...shown.map((alert) => {
     const key = JSON.stringify(alert.labels);
     const severity = alert.state === "pending" ? "pending" : alert.labels.severity || "firing";
-    const since = new Date(alert.activeAt);
     const item = el("details", { className: `alert ${severity}`, open: open.has(key) },
       el("summary", {}, el("b", {}, severity), alert.annotations.summary || alert.labels.alertname,
-        el("time", {}, `since ${since.toLocaleString("en", { dateStyle: "medium", timeStyle: "short", hourCycle: "h23" })}`)),
+        el("time", {}, `since ${moment(alert.activeAt, "short")}`)),
       el("p", {}, alert.annotations.description || ""));
     item.dataset.key = key;
     return item;
@@ -312,7 +321,8 @@ function drawControls() {
 }
 
 function fill(select, options, chosen) {
-  select.replaceChildren(...Object.entries(options).map(([value, text]) => el("option", { value, selected: value === chosen }, text)));
+  const all = Object.entries(options);
+  select.replaceChildren(...all.map(([value, text]) => el("option", { value }, text)));
   select.value = chosen;
 }
 
@@ -383,7 +393,7 @@ function start() {
     fill($("range"), { 0: rangeText() }, "0");
     $("range").disabled = true;
     $("refresh-box").hidden = true;
-    $("status").textContent = `as of ${new Date(data.end * 1000).toLocaleString("en", { dateStyle: "medium", timeStyle: "short", hourCycle: "h23" })}`;
+    $("status").textContent = `as of ${moment(data.end * 1000, "short")}`;
     draw();
     return;
   }

@@ -132,8 +132,8 @@ SECTIONS = (
             ),
             Panel(
                 "Finished requests by reason",
-                "stop: the model or a stop string ended it; length: max_tokens did; abort: the "
-                "client went away; error: the server failed it.",
+                "stop: the model or a stop string ended it; length: max_tokens did; error: the "
+                "server failed it. Those whose client went away are missing.",
                 "requests/s",
                 (
                     Query(
@@ -183,6 +183,13 @@ SECTIONS = (
                 ),
             ),
             Panel(
+                "Time in queue",
+                "What 95% of requests waited at most before they were first scheduled.",
+                "seconds",
+                _one("time_in_queue_seconds:p95_rate2m"),
+                better="lower",
+            ),
+            Panel(
                 "KV cache in use",
                 "Of the fullest engine. Full with requests waiting: add replicas or memory.",
                 "ratio",
@@ -195,6 +202,14 @@ SECTIONS = (
                 "requests/s",
                 _one("preemptions:rate2m"),
                 better="lower",
+            ),
+            Panel(
+                "Prompt tokens found in the cache",
+                "Share of prompt tokens that the prefix cache saved computing.",
+                "ratio",
+                _one("prompt_tokens_cached:ratio_rate2m"),
+                better="higher",
+                top=1.0,
             ),
         ),
     ),
