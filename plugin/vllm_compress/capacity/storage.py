@@ -23,7 +23,7 @@ from compress_methods.errors import FormatError, RecipeError
 from compress_methods.resources import config_path
 from vllm_compress.capacity.shapes import Matrix, ModelShape
 
-ORIGINAL = "original"
+ORIGINAL, STORED = "original", "as stored"
 KEYS = {"formats", "modules", "calibration"}
 DTYPES = {1: "8-bit", 2: "bf16", 4: "fp32"}
 
@@ -179,7 +179,7 @@ def as_it_is(shape: ModelShape) -> Scheme:
     parts = tuple(Part(m, Plain(m.itemsize)) for m in shape.matrices)
     sizes = {m.itemsize for m in shape.matrices if m.kind == "blocks"}
     label = shape.quantized or DTYPES.get(max(sizes, default=2), "mixed")
-    return Scheme(ORIGINAL, label, shape, parts)
+    return Scheme(STORED if shape.quantized else ORIGINAL, label, shape, parts)
 
 
 def _compressed(shape: ModelShape) -> Scheme:
@@ -189,7 +189,7 @@ def _compressed(shape: ModelShape) -> Scheme:
     found = open_compressed(shape.path).matrices
     storages: dict[str, Storage] = {name: matrix.format for name, matrix in found.items()}
     parts = _assign(shape, lambda module, matrix: storages.get(module))
-    return Scheme(ORIGINAL, _label(parts), shape, parts)
+    return Scheme(STORED, _label(parts), shape, parts)
 
 
 def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:

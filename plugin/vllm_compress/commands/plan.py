@@ -43,9 +43,12 @@ class PlanError(CompressError):
 
 
 def add_parser(subparsers: Any) -> None:
+    from vllm_compress.capacity.shapes import shipped_shapes
+
+    shapes = shipped_shapes()
     parser = subparsers.add_parser("plan", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
-        "model", metavar="MODEL", help="model directory, or a shape that is shipped"
+        "model", metavar="MODEL", help=f"model directory, or a shape: {', '.join(shapes)}"
     )
     parser.add_argument(
         "--recipe",
@@ -66,8 +69,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--context", type=_count, metavar="TOKENS", help="longest request (8192)")
     parser.add_argument("--ttft", metavar="BOUND", help="time to first token, such as 'p95<500ms'")
     parser.add_argument("--tpot", metavar="BOUND", help="time per output token, 'p95<50ms'")
-    parser.add_argument("--kv-cache", choices=("auto", "fp8"), default="auto", help="its values")
-    parser.add_argument("--price", action="append", default=[], metavar="NAME=PRICE")
+    parser.add_argument(
+        "--kv-cache", choices=("auto", "fp8"), default="auto", help="KV-cache values"
+    )
+    parser.add_argument(
+        "--price", action="append", default=[], metavar="NAME=PRICE", help="of a device-hour"
+    )
     parser.add_argument("--calibrate", metavar="URL|FILE", help="server, Prometheus or file")
     parser.add_argument("--deployment", metavar="NAME", help="whose history to take of Prometheus")
     parser.add_argument("--save-calibration", metavar="FILE", help="keep what was measured")
