@@ -117,8 +117,8 @@ def _labels(
     if neutral is not None and all(abs(x - place(neutral)) > 34 for x, _, _ in marks):
         marks.append((place(neutral), f"{neutral:g}", GREY))
     return [
-        f'<text x="{min(max(x, EDGE), WIDTH - EDGE):.1f}" y="{LABEL}" fill="{colour}" font-size="10" '
-        f'text-anchor="middle">{text}</text>'
+        f'<text x="{min(max(x, EDGE), WIDTH - EDGE):.1f}" y="{LABEL}" fill="{colour}" '
+        f'font-size="10" text-anchor="middle">{text}</text>'
         for x, text, colour in marks
     ]
 
