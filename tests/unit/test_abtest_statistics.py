@@ -271,4 +271,4 @@ def test_shares_of_busy_time_add_up_to_it(found: list[tuple[float, float]]) -> N
 
 def test_requests_one_at_a_time_have_their_time_for_themselves() -> None:
     starts = np.array([0.0, 3.0, 10.0])
-    assert busy_shares(starts, starts + [2, 4, 1]) == pytest.approx([2, 4, 1])
+    assert busy_shares(starts, starts + np.array([2, 4, 1])) == pytest.approx([2, 4, 1])
