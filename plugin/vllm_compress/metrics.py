@@ -12,108 +12,22 @@ keeps statistics even with `--disable-log-stats`. `VLLM_PLUGINS=` (empty) switch
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_compress import energy
 from vllm_compress import metrics_adapter as adapter
-from vllm_compress.deployment import deployment_name
-from vllm_compress.served import Served, describe
+from vllm_compress.deployment import Deployment, Device, current_deployment
+from vllm_compress.metrics_series import PREFIX, Series, series
+from vllm_compress.served import Served, describe, variant_of
 from vllm_compress.versions import own_version, vllm_version
 
 logger = init_logger("vllm.vllm_compress.metrics")
 
-PREFIX = "vllm_compress_"
-FIRST_TOKEN_BUCKETS = (
-    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
-    *(1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
-)
-PER_TOKEN_BUCKETS = (
-    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05),
-    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
-)
-LATENCY_BUCKETS = (
-    *(0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0),
-    *(30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1200.0, 3600.0),
-)
-INFO_LABELS = (
-    "model_name",
-    "base_model",
-    "formats",
-    "bits_per_weight",
-    "sparsity",
-    "vllm_compress_version",
-    "vllm_version",
-)
-
-
-@dataclass(frozen=True)
-class Series:
-    """Every collector, shared by all loggers of a process."""
-
-    prompt_tokens: Counter
-    generation_tokens: Counter
-    requests: Counter
-    preemptions: Counter
-    first_token: Histogram
-    per_token: Histogram
-    latency: Histogram
-    running: Gauge
-    waiting: Gauge
-    kv_cache_usage: Gauge
-    gpus: Gauge
-    devices: Gauge
-    weight_bytes: Gauge
-    info: Gauge
-
-
-@functools.cache
-def series() -> Series:
-    """Made and registered at the first call."""
-
-    def counter(name: str, text: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, text, ("deployment", *labels))
-
-    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, text, ("deployment",), buckets=buckets)
-
-    def gauge(name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(PREFIX + name, text, ("deployment", *labels), multiprocess_mode="mostrecent")
-
-    return Series(
-        prompt_tokens=counter("prompt_tokens_total", "Prompt tokens, cached ones included."),
-        generation_tokens=counter("generation_tokens_total", "Tokens generated."),
-        requests=counter(
-            "requests_total", "Sequences finished, by why they finished.", "finish_reason"
-        ),
-        preemptions=counter("preemptions_total", "Requests sent back to wait for KV-cache space."),
-        first_token=histogram(
-            "time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            FIRST_TOKEN_BUCKETS,
-        ),
-        per_token=histogram(
-            "time_per_output_token_seconds",
-            "Mean over a finished request of the time between tokens, the first one left out.",
-            PER_TOKEN_BUCKETS,
-        ),
-        latency=histogram(
-            "request_latency_seconds",
-            "From a request's arrival to its last token.",
-            LATENCY_BUCKETS,
-        ),
-        running=gauge("requests_running", "Requests in an engine's batch.", "engine"),
-        waiting=gauge("requests_waiting", "Requests waiting for an engine.", "engine"),
-        kv_cache_usage=gauge("kv_cache_usage_ratio", "KV-cache blocks in use, 0 to 1.", "engine"),
-        gpus=gauge("gpus", "Accelerators the deployment occupies; 0 on CPUs."),
-        devices=gauge("devices", "Workers of the deployment: accelerators, or CPU processes."),
-        weight_bytes=gauge("weight_bytes", "Bytes of weights in the checkpoint."),
-        info=gauge("deployment_info", "Always 1; the labels say what is served.", *INFO_LABELS),
-    )
+__all__ = ["PREFIX", "DeploymentStatLogger"]
 
 
 class DeploymentStatLogger(AggregateStatLoggerBase):
@@ -130,29 +44,27 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
 
     def _start(self, config: Any, engines: list[int]) -> None:
         setup = adapter.read_setup(config, engines)
-        name = deployment_name(setup.served_name)
+        deployment = current_deployment(setup.model, setup.served_name)
+        name = deployment.name
         every = series()
         self._deployment = name
         self._series = every
         self._prompt_tokens = every.prompt_tokens.labels(name)
+        self._cached_tokens = every.cached_tokens.labels(name)
         self._generation_tokens = every.generation_tokens.labels(name)
         self._preemptions = every.preemptions.labels(name)
         self._first_token = every.first_token.labels(name)
         self._per_token = every.per_token.labels(name)
         self._latency = every.latency.labels(name)
+        self._queue = every.queue.labels(name)
         for reason in adapter.finish_reasons():
             every.requests.labels(name, reason)
         for engine in engines:
             for gauge in (every.running, every.waiting, every.kv_cache_usage):
                 gauge.labels(name, str(engine)).set(0)
-        every.devices.labels(name).set(setup.devices)
-        every.gpus.labels(name).set(setup.devices if setup.accelerated else 0)
-        served = describe(
-            setup.model, setup.quantization, revision=setup.revision, cache=setup.download_dir
-        )
-        if served.weight_bytes is not None:
-            every.weight_bytes.labels(name).set(served.weight_bytes)
-        every.info.labels(name, *_info(setup.served_name, served)).set(1)
+        self._objectives = _set_objectives(every, deployment)
+        _set_devices(every, deployment, setup)
+        _set_served(every, deployment, setup)
 
     def record(
         self,
@@ -185,6 +97,7 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
     def _record_step(self, step: adapter.Step) -> None:
         for counter, value in (
             (self._prompt_tokens, step.prompt_tokens),
+            (self._cached_tokens, step.cached_tokens),
             (self._generation_tokens, step.generation_tokens),
             (self._preemptions, step.preemptions),
         ):
@@ -192,6 +105,7 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
                 counter.inc(value)
         for seconds in step.first_tokens:
             self._first_token.observe(seconds)
+            self._judge("ttft", seconds)
         for request in step.finished:
             if request.reason is not None:
                 self._series.requests.labels(self._deployment, request.reason).inc()
@@ -199,6 +113,14 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
                 self._latency.observe(request.latency)
             if request.time_per_output_token is not None:
                 self._per_token.observe(request.time_per_output_token)
+                self._judge("tpot", request.time_per_output_token)
+            if request.time_in_queue is not None:
+                self._queue.observe(request.time_in_queue)
+
+    def _judge(self, objective: str, seconds: float) -> None:
+        if objective in self._objectives:
+            limit, met, missed = self._objectives[objective]
+            (met if seconds <= limit else missed).inc()
 
     def log_engine_initialized(self) -> None:
         """Nothing to add: everything static is set in the constructor."""
@@ -212,8 +134,53 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
             )
 
 
+def _set_objectives(
+    every: Series, deployment: Deployment
+) -> dict[str, tuple[float, Counter, Counter]]:
+    """By objective: seconds, and the counters of those who kept to it and those who did not."""
+    found = {}
+    if deployment.objectives is not None:
+        name = deployment.name
+        every.objective_target.labels(name).set(deployment.objectives.target)
+        for objective, seconds in deployment.objectives.seconds.items():
+            every.objective_seconds.labels(name, objective).set(seconds)
+            met, missed = (
+                every.objective_requests.labels(name, objective, kept) for kept in ("true", "false")
+            )
+            found[objective] = (seconds, met, missed)
+    return found
+
+
+def _set_devices(every: Series, deployment: Deployment, setup: adapter.Setup) -> None:
+    name, device = deployment.name, deployment.device
+    counted = not setup.accelerated and device != Device()  # a host may run several workers
+    every.devices.labels(name).set(device.count if counted else setup.devices)
+    every.gpus.labels(name).set(setup.devices if setup.accelerated else 0)
+    if device.price_per_hour is not None:
+        every.price.labels(name).set(device.price_per_hour)
+    meters = energy.nvml_meters(setup.gpus)
+    if setup.local and not setup.accelerated:
+        meters = energy.rapl_meters()
+    energy.count(meters, lambda device, joules: every.energy.labels(name, device).inc(joules))
+
+
+def _set_served(every: Series, deployment: Deployment, setup: adapter.Setup) -> None:
+    name = deployment.name
+    served = describe(
+        setup.model, setup.quantization, revision=setup.revision, cache=setup.download_dir
+    )
+    if served.weight_bytes is not None:
+        every.weight_bytes.labels(name).set(served.weight_bytes)
+    place = (
+        deployment.service,
+        deployment.variant or variant_of(served.formats),
+        deployment.device.type or adapter.device_name(setup.accelerated),
+    )
+    every.info.labels(name, *place, *_info(setup.served_name, served)).set(1)
+
+
 def _info(served_name: str, served: Served) -> tuple[str, ...]:
-    """Values of INFO_LABELS; empty where unknown."""
+    """Values of the last INFO_LABELS; empty where unknown."""
     bits, sparsity = served.bits_per_weight, served.sparsity
     return (
         served_name,

@@ -7,8 +7,10 @@ whose client went away before the end never reach `finished`, and offline `LLM` 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
@@ -28,11 +30,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished sequence. One token has no time per output token."""
+    """One finished sequence. One token has no time per output token, and what was aborted before
+    its turn no time in the queue."""
 
     reason: str | None
     latency: float | None
     time_per_output_token: float | None
+    time_in_queue: float | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Step:
     """What one step of one engine brought to this API server."""
 
     prompt_tokens: int | None
+    cached_tokens: int | None
     generation_tokens: int | None
     preemptions: int | None
     first_tokens: Sequence[float]
@@ -48,7 +53,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the metrics need of vLLM's config."""
+    """What the metrics need of vLLM's config.
+
+    `local`: all workers are on this host. `gpus`: NVML's indices of theirs; empty where they are
+    not NVIDIA's, or not all known.
+    """
 
     model: str
     served_name: str
@@ -57,6 +66,8 @@ class Setup:
     download_dir: str | None
     devices: int
     accelerated: bool
+    local: bool
+    gpus: Sequence[int]
 
 
 def read_load(stats: Any) -> Load:
@@ -75,6 +86,7 @@ def read_step(stats: Any) -> Step:
     prompt = _field(stats, "prompt_token_stats")
     return Step(
         prompt_tokens=None if prompt is None else _field(prompt, "total"),
+        cached_tokens=None if prompt is None else _field(prompt, "cached_tokens"),
         generation_tokens=_field(stats, "num_generation_tokens"),
         preemptions=_field(stats, "num_preempted_reqs"),
         first_tokens=_field(stats, "time_to_first_tokens_iter") or (),
@@ -85,10 +97,12 @@ def read_step(stats: Any) -> Step:
 def _finished(stats: Any) -> Finished:
     reason = _field(stats, "finish_reason")
     several = (_field(stats, "num_generation_tokens") or 0) > 1
+    queued = _field(stats, "queued_time")
     return Finished(
         reason=None if reason is None else str(reason),
         latency=_field(stats, "e2e_latency"),
         time_per_output_token=_field(stats, "mean_time_per_output_token") if several else None,
+        time_in_queue=None if queued is None or queued < 0 else queued,
     )
 
 
@@ -98,6 +112,7 @@ def read_setup(config: Any, engines: Sequence[int]) -> Setup:
     served = getattr(model, "served_model_name", None) or model.model
     device = getattr(config.device_config, "device_type", "cpu")
     load = getattr(config, "load_config", None)
+    local = _all_local(config.parallel_config)
     return Setup(
         model=str(model.model),
         served_name=str(served if isinstance(served, str) else served[0]),
@@ -106,7 +121,50 @@ def read_setup(config: Any, engines: Sequence[int]) -> Setup:
         download_dir=getattr(load, "download_dir", None),
         devices=config.parallel_config.world_size * max(1, len(engines)),
         accelerated=device != "cpu",
+        local=local,
+        gpus=_gpus(config.parallel_config) if local and device == "cuda" else (),
     )
+
+
+def _all_local(parallel: Any) -> bool:
+    """Ray places workers where it likes; several nodes, and engines that joined from elsewhere."""
+    engines = getattr(parallel, "data_parallel_size", 1)
+    here = getattr(parallel, "data_parallel_size_local", engines)
+    return (
+        getattr(parallel, "nnodes", 1) == 1
+        and getattr(parallel, "distributed_executor_backend", None) != "ray"
+        and (here == engines or bool(getattr(parallel, "local_engines_only", False)))
+    )
+
+
+def _gpus(parallel: Any) -> Sequence[int]:
+    """As vLLM hands them out: in order, from `--device-ids` or else CUDA_VISIBLE_DEVICES."""
+    try:
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cuda():  # ROCm's are called cuda, too
+            return ()
+        count = parallel.world_size * max(1, getattr(parallel, "data_parallel_size_local", 1))
+        given = getattr(parallel, "assigned_physical_gpu_ids", None)
+        physical = current_platform.device_id_to_physical_device_id
+        return [given[i] if given else physical(i) for i in range(count)]
+    except Exception:
+        return ()
+
+
+def device_name(accelerated: bool) -> str:
+    """What the machine calls its accelerators, or its processor."""
+    try:
+        if accelerated:
+            from vllm.platforms import current_platform
+
+            return str(current_platform.get_device_name())
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except Exception:
+        logger.debug("the device has no name", exc_info=True)
+    return platform.machine()
 
 
 def finish_reasons() -> list[str]:

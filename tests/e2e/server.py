@@ -81,7 +81,7 @@ class VllmServer:
         try:
             self._wait()
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         return self
 
@@ -91,7 +91,7 @@ class VllmServer:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._stop()
+        self.stop()
         self._log.unlink(missing_ok=True)
 
     def fails(self) -> str:
@@ -123,7 +123,7 @@ class VllmServer:
     def _tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.splitlines()[-lines:])
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """Ends the server and the workers it started, which share its process group."""
         process = self._process
         if process is None:

@@ -53,15 +53,17 @@ class Answer:
 
 
 class Deployment(VllmServer):
-    """`vllm-compress serve`, where VllmServer runs vLLM's module directly."""
+    """`vllm-compress serve`, where VllmServer runs vLLM's module directly. A YAML file in the
+    place of the directory is a deployment's."""
 
-    def __init__(self, model_dir: Path, *args: str, env: dict[str, str] | None = None) -> None:
-        super().__init__(model_dir, *args, env=env)
-        model = self.command.index("--model")
-        rest = self.command[:model] + self.command[model + 2 :]
-        serve = [sys.executable, "-m", "vllm_compress.cli", "serve", str(model_dir)]
+    def __init__(self, model: Path, *args: str, env: dict[str, str] | None = None) -> None:
+        super().__init__(model, *args, env=env)
+        at = self.command.index("--model")
+        rest = self.command[:at] + self.command[at + 2 :]
+        config = ["--config"] if model.suffix == ".yaml" else []
+        serve = [sys.executable, "-m", "vllm_compress.cli", "serve", *config, str(model)]
         self.command = [*serve, *rest[3:]]
-        self.model = str(model_dir)
+        self.model = str(model)
 
     def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         return {
@@ -224,7 +226,9 @@ def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:
         "prompt_tokens_total": "prompt_tokens_total",
         "generation_tokens_total": "generation_tokens_total",
         "requests_total": "request_success_total",
+        "prompt_tokens_cached_total": "prompt_tokens_cached_total",
         "preemptions_total": "num_preemptions_total",
+        "time_in_queue_seconds_sum": "request_queue_time_seconds_sum",
         "time_to_first_token_seconds_sum": "time_to_first_token_seconds_sum",
         "time_per_output_token_seconds_sum": "request_time_per_output_token_seconds_sum",
         "request_latency_seconds_sum": "e2e_request_latency_seconds_sum",
@@ -247,21 +251,60 @@ def test_static_series_and_label(demo_a: Deployment) -> None:
     assert "Unknown vLLM environment variable" not in demo_a.log
 
 
-def test_two_api_servers_add_up_for_a_compressed_model(novels_8m: Path, tmp_path: Path) -> None:
+FILE = """
+version: 1
+name: chat-int4
+service: chat
+model: ./int4
+device: {type: two-cores, count: 1, price_per_hour: 0.25}
+objectives: {ttft: 600, tpot: 1.0e-6, target: 0.9}
+vllm: {api-server-count: 2, served-model-name: novels-int4, port: 1}
+"""
+
+
+def test_two_api_servers_add_up_and_carry_every_label_of_a_deployment_file(
+    novels_8m: Path, tmp_path: Path
+) -> None:
     """Each request meets one of two processes, each scrape too; the answer is the same."""
     from compress_methods import convert
 
     report = convert(novels_8m, "int4-rtn", tmp_path / "int4", quiet=True)
-    arguments = ["--api-server-count", "2", "--served-model-name", "novels-int4"]
-    with Deployment(tmp_path / "int4", *arguments) as server:
-        server.model = "novels-int4"  # the label, as no --deployment is given
+    (tmp_path / "chat.yaml").write_text(FILE)
+    with Deployment(tmp_path / "chat.yaml") as server:  # --port overrides the file's
+        server.model = "novels-int4"
         answers = server.load(20, stream=True, tokens=16)
         for _ in range(4):
-            check_counts(counts(server, "novels-int4"), answers)
-        assert server.total("vllm_compress_devices") == 1
+            check_counts(counts(server, "chat-int4"), answers)
+        check_file(server, answers)
         assert server.total("vllm_compress_requests_running") == 0
-        (info,) = [dict(ls) for n, ls in server.samples() if n == "vllm_compress_deployment_info"]
-        assert info["deployment"] == "novels-int4"
+        ours = [(n, dict(ls)) for n, ls in server.samples() if n.startswith("vllm_compress_")]
+        assert {labels["deployment"] for _, labels in ours} == {"chat-int4"}
+        (info,) = [labels for n, labels in ours if n == "vllm_compress_deployment_info"]
+        assert info["model_name"] == "novels-int4"
         assert info["formats"] == "int4 g128"
+        assert (info["service"], info["variant"]) == ("chat", "int4-g128")
+        assert info["device_type"] == "two-cores"
         assert info["bits_per_weight"] == f"{report['bits_per_weight']:.2f}"
         assert server.total("vllm_compress_weight_bytes") == report["bytes_after"]
+        assert "Unknown vLLM environment variable" not in server.log
+
+
+def check_file(server: Deployment, answers: list[Answer]) -> None:
+    """Price and objectives of FILE; every ttft is within its limit and no tpot is."""
+    p = "vllm_compress_"
+    assert server.total(p + "devices") == 1
+    assert server.total(p + "device_price_per_hour") == 0.25
+    assert server.total(p + "objective_seconds", objective="tpot") == 1e-6
+    assert server.total(p + "objective_target_ratio") == 0.9
+    judged = {
+        (objective, met): server.total(p + "objective_requests_total", objective=objective, met=met)
+        for objective in ("ttft", "tpot")
+        for met in ("true", "false")
+    }
+    several = sum(answer.tokens > 1 for answer in answers)
+    assert judged == {
+        ("ttft", "true"): len(answers),
+        ("ttft", "false"): 0,
+        ("tpot", "true"): 0,
+        ("tpot", "false"): several,
+    }

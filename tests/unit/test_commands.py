@@ -84,7 +84,7 @@ def test_check_before_serving_names_formats_and_kernels(
     ("arguments", "words"),
     [
         (["check", "MODEL", "--tensor-parallel-size", "4"], ["o_proj", "tensor-parallel 4"]),
-        (["check", "MODEL", "--hardware", "h100"], ["'h100'", "h100-sxm"]),
+        (["check", "MODEL", "--hardware", "h10"], ["'h10'", "'h100'"]),
         (["check", "PLAIN"], ["not compressed", "--recipe"]),
         (["check", "PLAIN", "--recipe", "int4-gtpq"], ["did you mean 'int4-gptq'?"]),
         (["check", "nowhere"], ["nowhere: no such directory"]),

@@ -5,7 +5,6 @@ vLLM's own statistics and config classes are fed to the logger, so a field renam
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -36,11 +35,16 @@ from vllm_compress.metrics import PREFIX, DeploymentStatLogger
 MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
 GAUGES = {"requests_running", "requests_waiting", "kv_cache_usage_ratio"}
 GAUGES |= {"gpus", "devices", "weight_bytes", "deployment_info"}
-COUNTERS = {"prompt_tokens", "generation_tokens", "requests", "preemptions"}
+GAUGES |= {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
+COUNTERS = {"prompt_tokens", "prompt_tokens_cached", "generation_tokens", "requests"}
+COUNTERS |= {"preemptions", "energy_joules", "objective_requests"}
+ABSENT = {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
+ABSENT |= {"energy_joules", "objective_requests"}  # unless a file, or the machine, says something
 HISTOGRAMS = {
     "time_to_first_token_seconds",
     "time_per_output_token_seconds",
     "request_latency_seconds",
+    "time_in_queue_seconds",
 }
 
 
@@ -76,6 +80,8 @@ def step(prompt: int, tokens: int, *, reason: FinishReason, latency: float = 2.0
     state = RequestStateStats(
         num_generation_tokens=tokens,
         arrival_time=stats.iteration_timestamp - latency,
+        queued_ts=9.0,
+        scheduled_ts=9.0 + latency / 8,
         first_token_ts=10.0,
         last_token_ts=10.0 + latency / 2,
     )
@@ -106,6 +112,9 @@ def test_series_are_the_sums_of_what_vllm_reports(config: VllmConfig, name: str)
     assert value("kv_cache_usage_ratio", deployment=name, engine="0") == 0.25
     assert value("time_to_first_token_seconds_sum", deployment=name) == pytest.approx(2.5)
     assert value("time_to_first_token_seconds_count", deployment=name) == 2
+    assert value("prompt_tokens_cached_total", deployment=name) == 3 + 4
+    assert value("time_in_queue_seconds_sum", deployment=name) == pytest.approx(1.25)
+    assert value("time_in_queue_seconds_count", deployment=name) == 2
     assert value("request_latency_seconds_sum", deployment=name) == pytest.approx(10)
     assert value("request_latency_seconds_count", deployment=name) == 2
 
@@ -141,8 +150,10 @@ def test_names_follow_prometheus_and_carry_the_label(config: VllmConfig, name: s
         assert family.documentation
         assert all(sample.labels.get("deployment") for sample in family.samples), short
         assert ":" not in family.name
-    totals = {s.name.removeprefix(PREFIX) for f in COUNTERS for s in families[f].samples}
-    assert {f"{short}_total" for short in COUNTERS} <= totals
+    for short in (GAUGES | COUNTERS | HISTOGRAMS) - ABSENT:
+        mine = [s for s in families[short].samples if s.labels["deployment"] == name]
+        assert mine, f"{short} does not exist from the start"
+        assert short not in COUNTERS or {s.name for s in mine} >= {f"{PREFIX}{short}_total"}
 
 
 def test_static_series_say_what_is_served(config: VllmConfig, name: str) -> None:
@@ -158,6 +169,8 @@ def test_static_series_say_what_is_served(config: VllmConfig, name: str) -> None
         if sample.name == f"{PREFIX}deployment_info" and sample.labels["deployment"] == name
     ]
     assert info.value == 1
+    assert (info.labels["service"], info.labels["variant"]) == (name, "full")
+    assert info.labels["device_type"]
     assert info.labels["model_name"] == "novels"
     assert info.labels["base_model"] == str(MODEL)
     assert info.labels["formats"] == "none"
@@ -278,29 +291,9 @@ def test_api_servers_add_up(tmp_path: Path) -> None:
     assert total("weight_bytes") == sum(entry.nbytes for entry in entries(MODEL))
 
 
-def test_summary_of_a_compressed_model_counts_every_tensor(tmp_path: Path) -> None:
-    import torch
-
-    from compress_methods.compressed import read_entries
-    from compress_methods.formats import format_from_dict
-    from compress_methods.safetensors_io import write_tensors
-
-    spec = {"format": "integer", "bits": 4, "group_size": 32, "symmetric": True}
-    fmt = format_from_dict(spec)
-    weight = torch.randn(64, 128)
-    tensors = {f"up.{k}": v for k, v in fmt.pack(fmt.nearest(weight)).items()}
-    tensors["norm.weight"] = torch.ones(64, dtype=torch.bfloat16)
-    write_tensors(tmp_path / "model.safetensors", tensors)
-    block = {
-        "quant_method": "vllm_compress",
-        "version": 1,
-        "formats": {"w4": spec},
-        "modules": [{"match": "up", "format": "w4", "shape": [64, 128]}],
-        "base_model": "someone/base",
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": block}))
-    found = served.describe(str(tmp_path), "vllm_compress")
-    stored = sum(entry.nbytes for entry in read_entries(tmp_path).values())
+def test_summary_of_a_compressed_model_counts_every_tensor(one_matrix: Path) -> None:
+    found = served.describe(str(one_matrix), "vllm_compress")
+    stored = sum(entry.nbytes for entry in entries(one_matrix))
     assert found.weight_bytes == stored
     assert found.bits_per_weight == pytest.approx(stored * 8 / (64 * 128 + 64))
     assert (found.base_model, found.formats) == ("someone/base", "int4 g32")

@@ -79,6 +79,7 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
     from compress_methods.errors import CheckpointError
     from compress_methods.loading import is_compressed
     from compress_methods.sharding import check_sharding
+    from vllm_compress.capacity.hardware import find_hardware
 
     path = Path(args.model)
     if not path.is_dir():
@@ -98,7 +99,7 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
         "formats": sorted({m.format.describe() for m in checkpoint.matrices.values()}),
         "device": _device(),
         "kernels": _kernels(checkpoint),
-        "device_memory": None if args.hardware is None else _memory_of(args.hardware),
+        "device_memory": args.hardware and find_hardware(args.hardware).memory_bytes,
     }
     memory = result["device_memory"]
     if memory is not None and result["bytes_per_device"] > memory:
@@ -127,19 +128,6 @@ def _kernels(checkpoint: Any) -> dict[str, str]:
         kernel = choose(matrix.format, matrix.rows, matrix.cols, device, gather=False)
         found.setdefault(matrix.format.describe(), kernel.name)
     return found
-
-
-def _memory_of(name: str) -> int:
-    import yaml
-
-    from compress_methods.errors import CompressError, nearest
-    from compress_methods.resources import config_path
-
-    table = yaml.safe_load(config_path("hardware.yaml").read_text(encoding="utf-8"))
-    devices = table["hardware"]
-    if name not in devices:
-        raise CompressError(f"--hardware: unknown {name!r}; {nearest(name, devices)}")
-    return int(devices[name]["memory_bytes"])
 
 
 def _lines(result: dict[str, Any]) -> str:

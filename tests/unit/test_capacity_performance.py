@@ -1,0 +1,204 @@
+"""The time of a step: roofline, measured curves, and what a calibration makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_compress.capacity.calibration import (
+    Calibration,
+    CalibrationFileError,
+    read_calibration,
+    step_model,
+    to_json,
+)
+from vllm_compress.capacity.hardware import (
+    HardwareError,
+    find_hardware,
+    hardware_names,
+    with_prices,
+)
+from vllm_compress.capacity.memory import Layout
+from vllm_compress.capacity.performance import EFFICIENCY, kernel_refusal, roofline
+from vllm_compress.capacity.shapes import load_shape
+from vllm_compress.capacity.storage import Scheme, apply_recipe, as_it_is
+
+H100 = find_hardware("h100-80gb")
+LLAMA = load_shape("llama-3.1-8b")
+
+
+def scheme(recipe: str | None) -> Scheme:
+    return as_it_is(LLAMA) if recipe is None else apply_recipe(LLAMA, recipe)
+
+
+def test_one_token_takes_as_long_as_reading_the_weights() -> None:
+    """Published for this model on this GPU: about 7 ms per token in bf16."""
+    found = roofline(scheme(None), H100, Layout()).seconds(1, 1, 0, 0)
+    read = scheme(None).weight_bytes - 128256 * 4096 * 2  # all but the token table
+    e = EFFICIENCY["gpu"]
+    expected = read / 3.35e12 / e.bandwidth + e.step + e.sequence
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert 0.005 < found < 0.009
+
+
+@given(st.integers(1, 4000), st.integers(0, 500), st.floats(0, 1e6), st.floats(0, 1e7))
+def test_more_work_never_takes_less_time(tokens: int, sampled: int, context: float, pairs: float):
+    for recipe in (None, "int4-gptq"):
+        step = roofline(scheme(recipe), H100, Layout())
+        base = step.seconds(tokens, sampled, context, pairs)
+        assert base <= step.seconds(tokens + 1, sampled, context, pairs)
+        assert base <= step.seconds(tokens, sampled + 1, context, pairs)
+        assert base < step.seconds(tokens, sampled, context + 1e5, pairs)
+        assert base < step.seconds(tokens, sampled, context, pairs + 1e7)
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8])
+def test_more_devices_make_steps_shorter_but_not_in_proportion(ways: int) -> None:
+    one, more = (roofline(scheme(None), H100, Layout(tp)) for tp in (1, ways))
+    for tokens in (1, 2000):
+        whole, part = (s.seconds(tokens, 1, 0, 0) for s in (one, more))
+        assert whole / ways < part < whole
+
+
+def test_4_bits_win_at_one_token_and_8_bit_activations_at_many() -> None:
+    bf16, int4, w8a8 = (
+        roofline(scheme(r), H100, Layout()) for r in (None, "int4-gptq", "int8-dynamic")
+    )
+    assert int4.seconds(1, 1, 0, 0) < w8a8.seconds(1, 1, 0, 0) < bf16.seconds(1, 1, 0, 0)
+    assert w8a8.seconds(4000, 1, 0, 0) < 0.6 * int4.seconds(4000, 1, 0, 0)
+
+
+def test_few_tokens_read_few_experts() -> None:
+    step = roofline(as_it_is(load_shape("deepseek-v3")), H100, Layout(8))
+    assert step.body_seconds(1) < 0.1 * step.body_seconds(256)
+
+
+def test_formats_without_a_gpu_kernel_are_planned_for_cpus_only() -> None:
+    three = scheme("int3-gptq")
+    assert "no GPU kernel for int3 g128" in (kernel_refusal(three, H100) or "")
+    assert kernel_refusal(three, find_hardware("epyc-genoa-2s")) is None
+    assert kernel_refusal(scheme("int4-gptq"), H100) is None
+
+
+def calibration(**changes: Any) -> Calibration:
+    known: dict[str, Any] = {
+        "source": "requests",
+        "url": "http://localhost:8000",
+        "model": "nowhere",
+        "machine": {"key": "h100-sxm"},
+        "weight_bytes": scheme(None).weight_bytes,
+        "tokens": [[1, 0.01], [8, 0.012], [64, 0.02], [512, 0.1]],
+        "head": [[1, 0.0], [8, 0.001]],
+        "per_context": 1e-8,
+        "per_pair": 1e-9,
+        "request_seconds": 0.005,
+    }
+    return Calibration(**{**known, **changes})
+
+
+def test_what_was_measured_is_planned_as_measured() -> None:
+    step, basis = step_model(scheme(None), H100, Layout(), 2, calibration(), scheme(None))
+    assert basis == "measured"
+    assert step.seconds(8, 8, 1e5, 0) == pytest.approx(0.012 + 0.001 + 1e-3)
+    assert step.seconds(960, 1, 0, 1e6) == pytest.approx(0.1 + 0.08 + 1e-3)
+
+
+def test_other_schemes_on_the_hardware_are_corrected_alike() -> None:
+    """Twice as slow as its roofline there: twice as slow here."""
+    plain = roofline(scheme(None), H100, Layout())
+    points = [[n, 2 * plain.seconds(n, 1, 0, 0)] for n in (1, 4, 16, 64, 256, 1024)]
+    found = calibration(tokens=points, head=[[1, 0.0]])
+    step, basis = step_model(scheme("int4-gptq"), H100, Layout(2), 2, found, scheme(None))
+    assert basis == "scaled"
+    own = roofline(scheme("int4-gptq"), H100, Layout(2))
+    assert step.seconds(64, 1, 0, 0) == pytest.approx(2 * own.seconds(64, 1, 0, 0), rel=1e-6)
+
+
+def test_other_hardware_keeps_its_roofline() -> None:
+    l4 = find_hardware("l4")
+    step, basis = step_model(scheme(None), l4, Layout(), 2, calibration(), scheme(None))
+    assert basis == "roofline"
+    assert step == roofline(scheme(None), l4, Layout())
+
+
+def test_single_requests_tell_the_step_they_were_made_of() -> None:
+    """Timings made up by a law are taken apart into it again."""
+    from vllm_compress.capacity.measure import TOKENS_OUT, Timings, numbers
+
+    def step(n: int) -> float:
+        return 0.05 + 0.004 * n
+
+    overhead, head, context = 0.007, 0.002, 1e-5
+    lengths = (1, 2, 4, 8, 16, 64, 256)
+    timings = Timings(
+        steps={n: overhead + step(n) for n in lengths},
+        heads={n: 0.001 + head * (n - 1) for n in (2, 3, 5, 9)},
+        decode={c: step(1) + context * (c + TOKENS_OUT / 2) for c in (1, 100, 200)},
+    )
+    found = calibration(**numbers(timings))
+    assert found.request_seconds == pytest.approx(overhead)
+    assert found.per_context == pytest.approx(context)
+    step_of, _ = step_model(scheme(None), H100, Layout(), 2, found, None)
+    for n in (1, 3, 8):
+        assert step_of.seconds(n, n, 0, 0) == pytest.approx(step(n) + head * (n - 1))
+
+
+def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(to_json(calibration()))
+    assert read_calibration(path) == calibration()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "version is 'list'"),
+        ('{"version": 7}', "version is 7"),
+        ('{"version": 1, "model": "m"}', "missing key"),
+        (None, "no such file"),
+    ],
+)
+def test_broken_calibration_files_are_named(text: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(CalibrationFileError, match=words) as error:
+        read_calibration(path)
+    assert "c.json" in str(error.value)
+
+
+def test_a_calibration_without_points_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    block = json.loads(to_json(calibration()))
+    path.write_text(json.dumps({**block, "tokens": []}))
+    with pytest.raises(CalibrationFileError, match="no measurements"):
+        read_calibration(path)
+
+
+def test_names_of_hardware_lead_to_one_entry_each() -> None:
+    keys = {find_hardware(name).key for name in hardware_names() if name != "local"}
+    assert 12 <= len(keys) <= 20
+    assert find_hardware("h100-80gb").key == find_hardware("h100").key == "h100-sxm"
+    with pytest.raises(HardwareError, match="did you mean 'h100'"):
+        find_hardware("h10")
+
+
+def test_this_machine_is_hardware_too() -> None:
+    local = find_hardware("local")
+    assert local.kind == "cpu"
+    assert local.memory_bytes > 1e8
+    assert local.bandwidth_bytes_per_s > 1e8
+
+
+def test_prices_go_to_the_entry_an_alias_means() -> None:
+    (priced,) = with_prices([H100], ["h100-80gb=2.5"])
+    assert priced.price_per_hour == 2.5
+    for bad in ("h100", "h100=x", "h100=-1"):
+        with pytest.raises(HardwareError, match="NAME=PRICE"):
+            with_prices([H100], [bad])
