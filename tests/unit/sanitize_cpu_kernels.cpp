@@ -1,9 +1,12 @@
 // Runs every decoder, group size, zero-point kind, dtype and mode on buffers of exact size, for the
 // sanitizers to watch. Prints how many products and look-ups it made.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+
+#include "matrix.h"
 
 extern "C" {
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t,
@@ -13,11 +16,9 @@ int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t,
   if (end > middle) body(middle, end, context);
   return 0;
 }
-void vc_linear(const uint8_t*, const void*, const uint8_t*, int64_t, int64_t, int64_t, int32_t,
-               int32_t, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, const float*,
-               void*, int32_t);
-void vc_embed(const uint8_t*, const void*, const uint8_t*, int64_t, int64_t, int64_t, int32_t,
-              int32_t, int32_t, const int64_t*, int64_t, int64_t, float*);
+void vc_linear(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*, void*,
+               int32_t);
+void vc_embed(const Matrix*, const int64_t*, int64_t, int64_t, float*);
 }
 
 template <class T>
@@ -28,39 +29,71 @@ std::vector<T> filled(int64_t size, int seed) {
   return out;
 }
 
-int main() {
-  constexpr int64_t rows = 19, cols = 352, lines = 3;
-  int products = 0, look_ups = 0;
-  for (const int bits : {2, 3, 4, 8}) {
-    for (const int group : {0, 32, 64, 128}) {
-      const int64_t groups = group == 0 ? 1 : lines * 128 / group;
-      const auto weights = filled<uint8_t>(rows * lines * 16 * bits, bits);
-      const auto scales = filled<float>(rows * groups, 2);
-      const auto zeros = filled<uint8_t>(rows * groups, 3);
-      const auto bias = filled<float>(rows, 4);
-      for (const uint8_t* zero : {zeros.data(), static_cast<const uint8_t*>(nullptr)}) {
-        for (const int64_t tokens : {1, 7}) {
-          for (const int dtype : {0, 2}) {
-            for (const int mode : {0, 1, 2}) {
-              // Bytes 0 to 255 as fp32 values, or as pairs of bytes of an fp16 value below infinity.
-              auto x = filled<float>(dtype == 0 ? tokens * cols : tokens * cols / 2, 5);
-              if (dtype == 2) {
-                auto* p = reinterpret_cast<uint8_t*>(x.data());
-                for (int64_t i = 0; i < 2 * tokens * cols; ++i) p[i] = (i * 37) % 100;
-              }
-              std::vector<uint8_t> out(tokens * rows * (dtype == 0 ? 4 : 2));
-              vc_linear(weights.data(), scales.data(), zero, rows, lines, groups, bits, group, 0,
-                        x.data(), dtype, tokens, cols, cols, bias.data(), out.data(), mode);
-              ++products;
-            }
-          }
+constexpr int64_t kRows = 19, kCols = 352, kLines = 3;
+int products = 0, look_ups = 0;
+
+void use(const Matrix& m) {
+  const auto bias = filled<float>(kRows, 4);
+  for (const int64_t tokens : {1, 7}) {
+    for (const int dtype : {0, 2}) {
+      for (const int mode : {0, 1, 2}) {
+        // Bytes 0 to 255 as fp32 values, or as pairs of bytes of an fp16 value below infinity.
+        auto x = filled<float>(dtype == 0 ? tokens * kCols : tokens * kCols / 2, 5);
+        if (dtype == 2) {
+          auto* p = reinterpret_cast<uint8_t*>(x.data());
+          for (int64_t i = 0; i < 2 * tokens * kCols; ++i) p[i] = (i * 37) % 100;
         }
-        const std::vector<int64_t> ids = {0, 18, 7};
-        std::vector<float> out(ids.size() * cols);
-        vc_embed(weights.data(), scales.data(), zero, rows, lines, groups, bits, group, 0,
-                 ids.data(), ids.size(), cols, out.data());
-        ++look_ups;
+        std::vector<uint8_t> out(tokens * kRows * (dtype == 0 ? 4 : 2));
+        vc_linear(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode);
+        ++products;
       }
+    }
+  }
+  const std::vector<int64_t> ids = {0, 18, 7};
+  std::vector<float> out(ids.size() * kCols);
+  vc_embed(&m, ids.data(), ids.size(), kCols, out.data());
+  ++look_ups;
+}
+
+void use_dense(int bits, int group) {
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group, bytes = 16 * bits;
+  const auto weights = filled<uint8_t>(kRows * kLines * bytes, bits);
+  const auto scales = filled<float>(kRows * groups, 2);
+  const auto zeros = filled<uint8_t>(kRows * groups, 3);
+  for (const uint8_t* zero : {zeros.data(), static_cast<const uint8_t*>(nullptr)}) {
+    use({weights.data(), scales.data(), zero, kRows, kLines, bytes, groups, bits, group, 0,
+         Dtype::kFloat32});
+  }
+}
+
+// Masks keep the first, the last or scattered `kept` columns of each line.
+void use_sparse(int bits, int group, int kept) {
+  const int64_t groups = group == 0 ? 1 : (kLines * 128 + group - 1) / group;
+  const int64_t stored = bits == 4 ? (kept + 31) / 32 * 16 : kept * bits / 8;
+  const int64_t bytes = stored + 16;
+  auto weights = filled<uint8_t>(kRows * kLines * bytes, bits);
+  for (int64_t line = 0; line < kRows * kLines; ++line) {
+    uint8_t* p = weights.data() + line * bytes;
+    for (int64_t i = 0; bits == 16 && i < stored; ++i) p[i] %= 64;  // no infinities
+    std::fill(p + stored, p + bytes, static_cast<uint8_t>(0));
+    for (int i = 0; i < kept; ++i) {
+      const int column = line % 3 == 0 ? i : line % 3 == 1 ? 127 - i : i * 37 % 128;
+      p[stored + column / 8] |= 1 << column % 8;
+    }
+  }
+  const auto scales = filled<float>(kRows * groups, 2);
+  use({weights.data(), bits == 16 ? nullptr : scales.data(), nullptr, kRows, kLines, bytes, groups,
+       bits, group, 1, bits == 16 ? Dtype::kBfloat16 : Dtype::kFloat32});
+}
+
+int main() {
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const int group : {0, 32, 64, 128}) use_dense(bits, group);
+  }
+  for (const int bits : {4, 8, 16}) {
+    for (const int kept : {1, 5, 64, 96, 127, 128}) {
+      use_sparse(bits, 0, kept);
+      if (bits < 16) use_sparse(bits, 64, kept), use_sparse(bits, 256, kept);
     }
   }
   std::printf("products %d look-ups %d\n", products, look_ups);

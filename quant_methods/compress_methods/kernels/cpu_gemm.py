@@ -1,4 +1,5 @@
-"""Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size.
+"""Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, and with
+sparse ones of integers or 16-bit floats (`cpu_sparse`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
 format asks for int8 activations). `cpu_exact` multiplies in float32. Both look rows up, too. The
@@ -19,7 +20,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer, pack_codes
+from compress_methods.formats.sparse import Sparse
+from compress_methods.kernels import cpu_sparse
 from compress_methods.kernels.base import Kernel
 from compress_methods.kernels.cpu.library import DTYPES, LINE, Library, Mode, Packed, library
 
@@ -38,14 +42,23 @@ class CpuGemm(Kernel):
     mode: ClassVar[Mode] = Mode.INT8_PER_LINE
 
     def supports(self, fmt: Format, rows: int, cols: int, device: torch.device) -> bool:
-        return isinstance(fmt, Integer) and device.type == "cpu" and library() is not None
+        if isinstance(fmt, Sparse):
+            exact = isinstance(fmt.values, Dense)
+            known = cpu_sparse.takes(fmt) and (not exact or self.mode == Mode.EXACT)
+        else:
+            known = isinstance(fmt, Integer)
+        return known and device.type == "cpu" and library() is not None
 
     def takes_unasked(self, fmt: Format) -> bool:
+        if isinstance(fmt, Sparse):
+            return fmt.n < fmt.m
         return isinstance(fmt, Integer) and (fmt.bits <= MOST_BITS or fmt.activations == "int8")
 
     def prepare(self, fmt: Format, stored: list[Tensor], rows: int, cols: int) -> list[Tensor]:
-        assert isinstance(fmt, Integer)
         tensors = dict(zip(fmt.tensors(rows, cols), stored, strict=True))
+        if isinstance(fmt, Sparse):
+            return cpu_sparse.prepare(fmt, tensors, rows, cols)
+        assert isinstance(fmt, Integer)
         padding = -cols % LINE
         if fmt.block == LINE and fmt.bits != 8:
             weights = tensors["weight_packed"].clone()
@@ -65,7 +78,8 @@ class CpuGemm(Kernel):
 
     def matmul(self, fmt: Format, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         mode = self.mode
-        if isinstance(fmt, Integer) and fmt.activations == "int8":
+        values = fmt.values if isinstance(fmt, Sparse) else fmt
+        if isinstance(values, Integer) and values.activations == "int8":
             mode = Mode.INT8_PER_TOKEN
         inputs = x if x.dtype in DTYPES else x.float()
         return _library().linear(inputs, _packed(fmt, prepared), bias, mode).to(x.dtype)
@@ -91,6 +105,8 @@ def _library() -> Library:
 
 
 def _packed(fmt: Format, prepared: Prepared) -> Packed:
+    if isinstance(fmt, Sparse):
+        return cpu_sparse.packed(fmt, prepared)
     assert isinstance(fmt, Integer)
     weights, scales, *zeros = prepared.tensors
     group = max(0, fmt.group_size)

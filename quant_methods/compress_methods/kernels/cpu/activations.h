@@ -90,7 +90,7 @@ struct Activations {
 
   void keep_line(int64_t token, int64_t at, const float* x) {
     std::memcpy(&values[token * width() + at * kLine], x, kLine * sizeof(float));
-    const int step = group == 0 ? kLine : group;
+    const int step = group == 0 || group > kLine ? kLine : group;
     for (int first = 0; first < kLine; first += step) {
       float part[8] = {};
       for (int i = 0; i < step; ++i) part[i % 8] += x[first + i];
@@ -110,7 +110,7 @@ struct Activations {
     const float inverse = finite && most > kLeast ? 127.0f / most : 0.0f;
     const float scale = finite ? (most > kLeast ? most / 127.0f : 0.0f) : from_bits(0x7fc00000u);
     scales[token * lines + at] = scale;
-    const int step = group == 0 ? kLine : group;
+    const int step = group == 0 || group > kLine ? kLine : group;
     for (int first = 0; first < kLine; first += step) {
       int32_t sum = 0;
       if (inverse == 0.0f) {

@@ -15,20 +15,29 @@ from compress_methods.kernels.cpu.build import BuildError, build, instruction_se
 
 LINE = 128
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MATRIX = (
-    *(ctypes.c_void_p,) * 3,
-    *(ctypes.c_int64,) * 3,
-    *(ctypes.c_int32,) * 3,
-)
+MASK = LINE // 8
+
+
+class Matrix(ctypes.Structure):
+    """`struct Matrix` of matrix.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("rows", "lines", "bytes", "groups")),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "sparse", "scale_dtype")),
+    )
+
+
+_MATRIX = ctypes.POINTER(Matrix)
 _LINEAR = (
-    *_MATRIX,
+    _MATRIX,
     ctypes.c_void_p,
     ctypes.c_int32,
     *(ctypes.c_int64,) * 3,
     *(ctypes.c_void_p,) * 2,
     ctypes.c_int32,
 )
-_EMBED = (*_MATRIX, ctypes.c_void_p, *(ctypes.c_int64,) * 2, ctypes.c_void_p)
+_EMBED = (_MATRIX, ctypes.c_void_p, *(ctypes.c_int64,) * 2, ctypes.c_void_p)
 
 
 class Mode(IntEnum):
@@ -45,7 +54,8 @@ class Packed:
 
     `weights` uint8 [rows, lines, bytes]; `scales` [rows, groups] of any of `DTYPES`; `zeros` uint8
     [rows, groups] or None where every zero is 2^(bits - 1); `group` columns per group, 0 for rows.
-    8-bit codes are stored less 128, as two's complement.
+    8-bit codes are stored less 128, as two's complement. `sparse`: a line is its kept values, then
+    its mask of `MASK` bytes; 16 bits are then floats of the dtype of `scales`, which is empty.
     """
 
     weights: Tensor
@@ -54,14 +64,24 @@ class Packed:
     bits: int
     group: int
     cols: int
+    sparse: bool = False
 
-    def arguments(self) -> tuple[int, ...]:
-        """The first arguments of either function."""
-        rows, lines = self.weights.shape[:2]
-        zeros = 0 if self.zeros is None else self.zeros.data_ptr()
-        groups, dtype = self.scales.shape[1], DTYPES[self.scales.dtype]
-        pointers = (self.weights.data_ptr(), self.scales.data_ptr(), zeros)
-        return (*pointers, rows, lines, groups, self.bits, self.group, dtype)
+    def argument(self) -> Matrix:
+        """The first argument of either function."""
+        rows, lines, size = self.weights.shape
+        return Matrix(
+            weights=self.weights.data_ptr(),
+            scales=self.scales.data_ptr() if self.scales.numel() else None,
+            zeros=None if self.zeros is None else self.zeros.data_ptr(),
+            rows=rows,
+            lines=lines,
+            bytes=size,
+            groups=max(1, self.scales.shape[1]),
+            bits=self.bits,
+            group=self.group,
+            sparse=self.sparse,
+            scale_dtype=DTYPES[self.scales.dtype],
+        )
 
 
 class Library:
@@ -82,7 +102,7 @@ class Library:
             bias = bias.float().contiguous()
         out = torch.empty(len(x), len(matrix.weights), dtype=x.dtype)
         self._linear(
-            *matrix.arguments(),
+            matrix.argument(),
             x.data_ptr(),
             DTYPES[x.dtype],
             *(len(x), matrix.cols, x.stride(0)),
@@ -97,7 +117,7 @@ class Library:
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty(len(ids), matrix.cols)
         sizes = (len(ids), matrix.cols)
-        self._embed(*matrix.arguments(), ids.data_ptr(), *sizes, out.data_ptr())
+        self._embed(matrix.argument(), ids.data_ptr(), *sizes, out.data_ptr())
         return out
 
 

@@ -109,6 +109,70 @@ inline Floats widen(Bytes a) {
   return {_mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(half) : _mm256_cvtepu8_epi32(half))};
 }
 
+// Shuffles that move the first bytes (or pairs of bytes) of a vector to where a bit of a byte is
+// set, the others becoming zero; `high` for the upper eight of sixteen bytes.
+struct Places {
+  uint8_t low[256][8], high[256][8], pairs[256][16];
+};
+constexpr Places places() {
+  Places out = {};
+  for (int mask = 0; mask < 256; ++mask) {
+    int count = 0;
+    for (int i = 0; i < 8; ++i) {
+      const bool set = mask >> i & 1;
+      out.low[mask][i] = set ? count : 0x80;
+      out.high[mask][i] = set ? 8 + count : 0x80;
+      out.pairs[mask][2 * i] = set ? 2 * count : 0x80;
+      out.pairs[mask][2 * i + 1] = set ? 2 * count + 1 : 0x80;
+      count += set;
+    }
+  }
+  return out;
+}
+alignas(64) inline constexpr Places kPlaces = places();
+
+inline __m128i two_halves(const uint8_t* low, const uint8_t* high) {
+  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(low));
+  return _mm_castps_si128(
+      _mm_loadh_pi(_mm_castsi128_ps(first), reinterpret_cast<const __m64*>(high)));
+}
+inline __m128i expand_16(const uint8_t*& from, const uint8_t* mask) {
+  const uint32_t low = mask[0], high = mask[1];
+  const uint8_t* second = from + __builtin_popcount(low);
+  const __m128i bytes = two_halves(from, second);
+  from = second + __builtin_popcount(high);
+  return _mm_shuffle_epi8(bytes, two_halves(kPlaces.low[low], kPlaces.high[high]));
+}
+// The next bytes of `from`, in order, where a bit of 32 is set, else 0. Reads 8 bytes at a time.
+inline Bytes expand(const uint8_t*& from, const uint8_t* mask) {
+  const __m128i low = expand_16(from, mask);
+  return {_mm256_inserti128_si256(_mm256_castsi128_si256(low), expand_16(from, mask + 2), 1)};
+}
+// The same for 8 numbers of 16 bits, widened. Reads 16 bytes.
+template <bool is_bfloat16>
+inline Floats expand_floats(const uint8_t*& from, uint8_t mask) {
+  const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i* shuffle = reinterpret_cast<const __m128i*>(kPlaces.pairs[mask]);
+  const __m128i bits = _mm_shuffle_epi8(stored, _mm_load_si128(shuffle));
+  from += 2 * __builtin_popcount(mask);
+  if constexpr (is_bfloat16) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  } else {
+    return {_mm256_cvtph_ps(bits)};
+  }
+}
+
+inline void store(Bytes a, uint8_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
+// 32 codes of 4 bits less 8: the low halves of 16 bytes, then the high ones.
+inline Bytes nibbles(const uint8_t* p) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  return {_mm256_sub_epi8(mask({shifted}, 15).v, _mm256_set1_epi8(8))};
+}
+
 inline float total(Floats a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -89,6 +89,46 @@ inline Floats widen(Bytes a) {
   return out;
 }
 
+inline Bytes expand(const uint8_t*& from, const uint8_t* mask) {
+  Bytes out = {};
+  for (int i = 0; i < 32; ++i) {
+    if (mask[i / 8] >> (i % 8) & 1) out.v[i] = *from++;
+  }
+  return out;
+}
+inline float half_to_float(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<float>(value);
+}
+template <bool is_bfloat16>
+inline Floats expand_floats(const uint8_t*& from, uint8_t mask) {
+  Floats out = {};
+  for (int i = 0; i < 8; ++i) {
+    if (!(mask >> i & 1)) continue;
+    uint16_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    from += sizeof bits;
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    if (is_bfloat16) {
+      std::memcpy(&out.v[i], &wide, sizeof wide);
+    } else {
+      out.v[i] = half_to_float(bits);
+    }
+  }
+  return out;
+}
+
+inline void store(const Bytes& a, uint8_t* p) { std::memcpy(p, a.v, 32); }
+inline Bytes nibbles(const uint8_t* p) {
+  Bytes out;
+  for (int i = 0; i < 16; ++i) {
+    out.v[i] = static_cast<uint8_t>((p[i] & 15) - 8);
+    out.v[16 + i] = static_cast<uint8_t>((p[i] >> 4) - 8);
+  }
+  return out;
+}
+
 inline float total(Floats a) {
   float sum = 0;
   for (float value : a.v) sum += value;
