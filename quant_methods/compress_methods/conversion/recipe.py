@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -96,8 +96,13 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     """A recipe by shipped name, from a YAML file, or from a mapping; raises `RecipeError`."""
     if isinstance(recipe, Recipe):
         return recipe
+    return parse_recipe(*read_recipe(recipe))
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Any, str, str]:
+    """What a recipe holds, where it is for error messages, and its name; raises `RecipeError`."""
     if isinstance(recipe, Mapping):
-        return parse_recipe(recipe, "recipe", "custom")
+        return recipe, "recipe", "custom"
     path = Path(recipe)
     if not path.exists() and str(recipe) in recipe_names():
         path = config_path("recipes", f"{recipe}.yaml")
@@ -111,14 +116,14 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         reason = " ".join(str(problem).split())
         raise RecipeError(f"{path}: not readable as YAML ({reason})") from problem
-    return parse_recipe(block, str(path), path.stem)
+    return block, str(path), path.stem
 
 
 def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     """Validate a recipe's mapping; errors name `where` and the key."""
     if not isinstance(block, Mapping):
         raise RecipeError(f"{where}: expected a mapping, found {type(block).__name__}")
-    _known(block, KEYS, where)
+    known_keys(block, KEYS, where)
     formats_block = block.get("formats")
     if not isinstance(formats_block, Mapping) or not formats_block:
         raise RecipeError(f"{where}: formats is {formats_block!r}, expected a non-empty mapping")
@@ -135,16 +140,26 @@ def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     rules = tuple(
         _rule(entry, formats, f"{where}: modules[{i}]") for i, entry in enumerate(modules)
     )
-    calibration = build_dataclass(
-        CalibrationSettings, block.get("calibration") or {}, f"{where}: calibration", RecipeError
+    return Recipe(name, formats, rules, parse_calibration(block, where))
+
+
+def parse_calibration(block: Mapping[str, Any], where: str) -> CalibrationSettings:
+    """The `calibration:` of a recipe's mapping; raises `RecipeError`."""
+    return cast(
+        CalibrationSettings,
+        build_dataclass(
+            CalibrationSettings,
+            block.get("calibration") or {},
+            f"{where}: calibration",
+            RecipeError,
+        ),
     )
-    return Recipe(name, formats, rules, calibration)
 
 
 def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
     if not isinstance(entry, Mapping):
         raise RecipeError(f"{where}: expected a mapping, found {entry!r}")
-    _known(entry, MODULE_KEYS, where)
+    known_keys(entry, MODULE_KEYS, where)
     match = entry.get("match")
     patterns = tuple(match) if isinstance(match, list) else (match,)
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
@@ -168,7 +183,8 @@ def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
     return ModuleRule(patterns, name, algorithm)
 
 
-def _known(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def known_keys(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """`RecipeError` that names the nearest key for one that is not among `keys`."""
     for key in block:
         if key not in keys:
             raise RecipeError(f"{where}: unknown key {key!r}; {nearest(str(key), keys)}")
