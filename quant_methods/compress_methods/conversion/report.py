@@ -156,9 +156,10 @@ def _calibration(report: dict[str, Any]) -> str:
     facts = report["calibration"] or {}
     if "length" not in facts:
         return "No calibration was needed; errors are relative to the weights."
+    errors = "; errors are relative to the layers' outputs" if report["modules"] else ""
     return (
         f"Calibrated on {facts['sequences']} sequences of {facts['length']} tokens "
-        f"({facts['source']}); errors are relative to the layers' outputs."
+        f"({facts['source']}){errors}."
     )
 
 
