@@ -17,9 +17,11 @@ def register() -> None:
     try:
         from vllm_compress.config import register_config
         from vllm_compress.deployment import declare_environment
+        from vllm_compress.foreign import enter_if_offered
 
         declare_environment()
         register_config()
+        enter_if_offered()
     except Exception as problem:
         logger.warning(
             "vllm-compress is not available, compressed models will not load (%s: %s)",

@@ -23,7 +23,12 @@ COMMANDS = {
     "check": "find what will go wrong before converting or serving",
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",
+    "plan": "say what hardware a model needs, before converting it",
     "serve": "serve a model with vLLM, metrics labelled per deployment",
+    "gateway": "split a service's users between its variants",
+    "rollout": "change the split of a running gateway",
+    "dashboard": "draw the metrics of deployments, alone and compared",
+    "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."

@@ -72,6 +72,16 @@ class CompressConfig(QuantizationConfig):
         return []
 
     @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        """Asked of every quantized checkpoint: takes none over, offers others a kernel."""
+        from vllm_compress.foreign import offer
+
+        if hf_quant_cfg.get("quant_method") != QUANT_METHOD:
+            offer()
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> CompressConfig:
         from compress_methods.quantization_config import parse
 

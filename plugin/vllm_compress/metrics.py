@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_compress import metrics_adapter as adapter
-from vllm_compress.deployment import deployment_name
+from vllm_compress.deployment import current_deployment
 from vllm_compress.served import Served, describe
 from vllm_compress.versions import own_version, vllm_version
 
@@ -130,7 +130,7 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
 
     def _start(self, config: Any, engines: list[int]) -> None:
         setup = adapter.read_setup(config, engines)
-        name = deployment_name(setup.served_name)
+        name = current_deployment(setup.model, setup.served_name).name
         every = series()
         self._deployment = name
         self._series = every

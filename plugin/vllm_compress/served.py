@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress_methods.errors import CheckpointError
+
 METHOD = "vllm_compress"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,21 @@ def describe(
         return _plain(model, directory, quantization)
     except Exception:
         return unknown
+
+
+def quantization_method(directory: Path) -> str | None:
+    """What config.json names; None for a plain model or where there is no readable config."""
+    try:
+        block = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = block["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return method if isinstance(method, str) else None
+
+
+def variant_of(formats: str) -> str:
+    """One word for `Served.formats`: `full` for a plain model, `int4-g128+int8-row` for two."""
+    return FULL if formats == "none" else formats.replace(", ", "+").replace(" ", "-")
 
 
 def _directory(model: str, revision: Any, cache: Any) -> Path:
@@ -81,13 +99,10 @@ def summarize(checkpoint: Any) -> Served:
 
 def _plain(model: str, directory: Path, quantization: str | None) -> Served:
     nbytes = weights = 0
-    for path in _files(directory):
-        for tensor in _header(path).values():
-            first, last = tensor["data_offsets"]
-            nbytes += last - first
-            weights += math.prod(tensor["shape"])
-    if not weights:
-        raise ValueError(f"{directory}: no safetensors files")
+    for tensor in tensor_headers(directory).values():
+        first, last = tensor["data_offsets"]
+        nbytes += last - first
+        weights += math.prod(tensor["shape"])
     return Served(
         base_model=model,
         formats=quantization or "none",
@@ -95,6 +110,19 @@ def _plain(model: str, directory: Path, quantization: str | None) -> Served:
         bits_per_weight=None if quantization else nbytes * 8 / weights,
         sparsity=None if quantization else 0.0,
     )
+
+
+def tensor_headers(directory: Path) -> dict[str, Any]:
+    """dtype, shape and data_offsets of every tensor by name; raises `CheckpointError`."""
+    found: dict[str, Any] = {}
+    for path in _files(directory):
+        try:
+            found |= _header(path)
+        except (OSError, ValueError, UnicodeDecodeError) as problem:
+            raise CheckpointError(f"{path}: not readable as safetensors ({problem})") from problem
+    if not found:
+        raise CheckpointError(f"{directory}: no safetensors files")
+    return found
 
 
 def _files(directory: Path) -> list[Path]:

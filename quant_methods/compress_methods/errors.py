@@ -27,6 +27,10 @@ class CalibrationError(CompressError):
     """Calibration or evaluation text that cannot be used."""
 
 
+class DeploymentError(CompressError):
+    """A deployment file that cannot be carried out."""
+
+
 class OutputError(CompressError):
     """An output directory that cannot be written."""
 

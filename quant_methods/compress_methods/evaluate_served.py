@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ def evaluate_url(
 
     base_path = Path(base_dir)
     server = url.rstrip("/").removesuffix("/v1")
-    card = _served_model(server, model)
+    card = served_model(server, model)
     limit = card.get("max_model_len")
     if isinstance(limit, int) and length >= limit:
         raise ServerError(f"{server}: takes {limit} tokens; give a length of {limit - 1} at most")
@@ -84,7 +85,7 @@ def evaluate_url(
     if progress is not None:
         progress.total = sum(len(window) for window in texts)
     for window in texts:
-        served = _prompt_logprobs(server, card["id"], window.tolist(), logprobs)
+        served = prompt_logprobs(server, card["id"], window.tolist(), logprobs)
         totals, whole = _compare(next_token_logits(base, window).float(), served, window[1:])
         sums, exact = sums + totals, exact and whole
         if progress is not None:
@@ -92,9 +93,9 @@ def evaluate_url(
     return sums.result("exact" if exact else "lower_bound")
 
 
-def _served_model(server: str, wanted: str | None) -> dict[str, Any]:
-    """The /v1/models entry whose name or directory is `wanted`."""
-    cards = _request(f"{server}/v1/models").get("data") or []
+def served_model(server: str, wanted: str | None, option: str = "--model") -> dict[str, Any]:
+    """The /v1/models entry whose name or directory is `wanted`; `option` is what the user gives."""
+    cards = request_json(f"{server}/v1/models").get("data") or []
     if wanted is None:
         matches = cards
     else:
@@ -102,7 +103,7 @@ def _served_model(server: str, wanted: str | None) -> dict[str, Any]:
     if len(matches) != 1:
         names = ", ".join(card["id"] for card in cards) or "no model"
         what = f"{wanted} is not" if wanted is not None else "more than one model, or none, is"
-        raise ServerError(f"{server}: {what} served; it serves {names}; name one with --model")
+        raise ServerError(f"{server}: {what} served; it serves {names}; name one with {option}")
     return dict(matches[0])
 
 
@@ -112,10 +113,11 @@ def _is(card: Mapping[str, Any], wanted: str) -> bool:
     return any(Path(root).resolve() == Path(wanted).resolve() for root in roots)
 
 
-def _prompt_logprobs(
+def prompt_logprobs(
     server: str, model: str, tokens: list[int], logprobs: int
 ) -> list[dict[int, float]]:
-    """Log-probability by token id, for each position of `tokens` but the first."""
+    """Log-probability by token id, for each position of `tokens` but the first: of the `logprobs`
+    likeliest tokens and of the prompt's own."""
     body = {
         "model": model,
         "prompt": tokens,
@@ -123,7 +125,7 @@ def _prompt_logprobs(
         "temperature": 0,
         "prompt_logprobs": logprobs,
     }
-    answer = _request(f"{server}/v1/completions", body)
+    answer = request_json(f"{server}/v1/completions", body)
     positions = answer["choices"][0].get("prompt_logprobs")
     if positions is None or len(positions) != len(tokens):
         raise ServerError(f"{server}: answered without prompt_logprobs; expected a vLLM server")
@@ -142,30 +144,41 @@ def _compare(base: Tensor, served: list[dict[int, float]], targets: Tensor) -> t
         nll -= position[target]
         likeliest = max(position, key=lambda token: (position[token], -token))
         top1 += int(logits.argmax()) == likeliest
-        kl += _partial_kl(logits.log_softmax(-1), position)
-        exact = exact and len(position) == vocabulary
+        whole = len(position) == vocabulary
+        log_q = torch.tensor(list(position.values()), dtype=torch.float64)
+        kl += partial_kl(logits.log_softmax(-1)[list(position)], log_q, whole)
+        exact = exact and whole
     base_nll = token_nll(base, targets).double().sum().item()
     return Sums(nll, base_nll, kl, top1, len(targets)), exact
 
 
-def _partial_kl(log_p: Tensor, log_q: Mapping[int, float]) -> float:
-    """KL over the tokens of `log_q` and, unless they are all, one bucket for the others."""
-    some_p = log_p[list(log_q)].double()
-    some_q = torch.tensor(list(log_q.values()), dtype=torch.float64)
+def partial_kl(log_p: Tensor, log_q: Tensor, whole: bool) -> float:
+    """KL over the tokens whose log-probabilities [n] are given, unless they are all with one more
+    bucket for the others."""
+    some_p, some_q = log_p.double(), log_q.double()
     terms = some_p.exp() * (some_p - some_q)
     kl = terms.masked_fill(some_p == -math.inf, 0).sum().item()
     rest_p = 1 - some_p.exp().sum().item()
-    if len(log_q) < len(log_p) and rest_p > 0:
+    if not whole and rest_p > 0:
         rest_q = max(1 - some_q.exp().sum().item(), LEAST_REMAINDER)
         kl += rest_p * math.log(rest_p / rest_q)
     return kl
 
 
-def _request(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def headers() -> dict[str, str]:
+    """Of every request; with the key in VLLM_API_KEY, where vLLM's server looks for it too."""
+    key = os.environ.get("VLLM_API_KEY")
+    return {
+        "Content-Type": "application/json",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }
+
+
+def request_json(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """GET, or POST of `body`, both JSON; raises `ServerError`."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, data, headers())
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             value = json.load(answer)
     except urllib.error.HTTPError as problem:

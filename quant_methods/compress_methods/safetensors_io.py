@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress_methods.errors import CheckpointError
+from compress_methods.files import fsync_directory
 from compress_methods.formats.base import TensorSpec
 
 TO_TORCH = {
@@ -219,26 +220,3 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
     """All tensors of a file (or the named ones), as owned copies."""
     entries = read_header(path)
     return {name: entries[name].read() for name in (names or entries)}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically write a small text file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

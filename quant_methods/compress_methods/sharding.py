@@ -7,9 +7,12 @@ those of the transformers model families vLLM serves.
 
 from __future__ import annotations
 
-from compress_methods.compressed import CompressedCheckpoint
+from typing import TYPE_CHECKING, Protocol
+
 from compress_methods.errors import FormatError
-from compress_methods.formats import Format
+
+if TYPE_CHECKING:
+    from compress_methods.compressed import CompressedCheckpoint
 
 ROW_PARALLEL = frozenset(
     ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "w2", "wo", "dense", "dense_4h_to_h")
@@ -17,7 +20,15 @@ ROW_PARALLEL = frozenset(
 VOCABULARY = ("embedding", "lm_head")
 
 
-def check_matrix(module: str, kind: str, shape: tuple[int, int], fmt: Format, ways: int) -> None:
+class Cuttable(Protocol):
+    """What is asked of a format here: `Format`, or the planner's stand-in that needs no torch."""
+
+    def units(self, rows: int, cols: int) -> tuple[int, int]: ...
+
+    def describe(self) -> str: ...
+
+
+def check_matrix(module: str, kind: str, shape: tuple[int, int], fmt: Cuttable, ways: int) -> None:
     """Raise `FormatError` unless [rows, cols] = `shape` can be split over `ways` ranks.
 
     `kind` is what `Skeleton.kind` says; a vocabulary is padded by vLLM, so its rows always fit.

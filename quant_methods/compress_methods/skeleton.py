@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_methods.conversion.names import ROUTERS
 from compress_methods.errors import CheckpointError
-
-ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True)

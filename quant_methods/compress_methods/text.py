@@ -25,7 +25,7 @@ def read_documents(path: Path, tokenizer: Any) -> list[str]:
     """The documents of a .txt, .jsonl or .parquet file; raises `CalibrationError`."""
     readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
         ".txt": _text_rows,
-        ".jsonl": _jsonl_rows,
+        ".jsonl": jsonl_rows,
         ".parquet": _parquet_rows,
     }
     if path.suffix not in readers:
@@ -42,22 +42,24 @@ def read_documents(path: Path, tokenizer: Any) -> list[str]:
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    yield str(path), {"text": _decode(path.read_bytes(), str(path))}
+    yield str(path), {"text": decode(path.read_bytes(), str(path))}
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every line that is not empty: `path:number` and its JSON value."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
-                yield where, json.loads(_decode(line, where))
+                yield where, json.loads(decode(line, where))
             except ValueError as problem:
                 raise CalibrationError(f"{where}: not JSON ({problem})") from problem
 
 
-def _decode(raw: bytes, where: str) -> str:
+def decode(raw: bytes, where: str) -> str:
+    """UTF-8 text; raises `CalibrationError` naming `where`."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as problem:

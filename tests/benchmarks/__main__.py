@@ -1,7 +1,7 @@
 """Run the benchmarks named on the command line, or all; print tables, keep JSON.
 
     python -m tests.benchmarks [quality] [rtn] [gptq] [layers] [activations]
-        [kernels] [serving]
+        [kernels] [serving] [planner]
 
 Each module has `run() -> dict` and `table(results) -> str`. Results go to
 tests/benchmarks/results/NAME.json with the machine they were measured on.
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-NAMES = ("quality", "rtn", "gptq", "layers", "activations", "kernels", "serving")
+NAMES = ("quality", "rtn", "gptq", "layers", "activations", "kernels", "serving", "planner")
 RESULTS = Path(__file__).parent / "results"
 
 

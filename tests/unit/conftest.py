@@ -29,3 +29,30 @@ def with_bos(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     block["post_processor"]["single"].insert(0, special)
     (folder / "tokenizer.json").write_text(json.dumps(block))
     return load_tokenizer(folder)
+
+
+@pytest.fixture
+def one_matrix(tmp_path: Path) -> Path:
+    """A directory with one 4-bit matrix and one norm, as `convert` lays them out."""
+    import torch
+
+    from compress_methods.formats import format_from_dict
+    from compress_methods.safetensors_io import write_tensors
+
+    folder = tmp_path / "one-matrix"
+    folder.mkdir()
+    spec = {"format": "integer", "bits": 4, "group_size": 32, "symmetric": True}
+    fmt = format_from_dict(spec)
+    weight = torch.randn(64, 128)
+    tensors = {f"up.{k}": v for k, v in fmt.pack(fmt.nearest(weight)).items()}
+    tensors["norm.weight"] = torch.ones(64, dtype=torch.bfloat16)
+    write_tensors(folder / "model.safetensors", tensors)
+    block = {
+        "quant_method": "vllm_compress",
+        "version": 1,
+        "formats": {"w4": spec},
+        "modules": [{"match": "up", "format": "w4", "shape": [64, 128]}],
+        "base_model": "someone/base",
+    }
+    (folder / "config.json").write_text(json.dumps({"quantization_config": block}))
+    return folder

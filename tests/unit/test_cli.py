@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from compress_methods.errors import CompressError
 from tests.conftest import REPOSITORY
 from vllm_compress import cli, deployment
 from vllm_compress.commands import serve
+from vllm_compress.deployment_file import load_deployment
 
 MODEL = str(REPOSITORY / "tests" / "assets" / "novels-8m")
 
@@ -76,7 +78,9 @@ def test_version_names_vllm_too() -> None:
     [
         (["conver"], "unknown command 'conver'; did you mean 'convert'?"),
         (["--nope"], "unrecognized arguments: --nope; see `vllm-compress --help`"),
-        (["serve"], "arguments are required: DIR; see `vllm-compress serve --help`"),
+        (["serve"], "required: DIR or --config FILE; see `vllm-compress serve --help`"),
+        (["serve", "--config"], "--config: expected a deployment file; see"),
+        (["serve", "--config", "/no/such.yaml"], "/no/such.yaml: no such deployment file"),
         (["serve", "/no/such/model"], "/no/such/model: no such directory"),
         (["serve", "a/b", "--deployment"], "--deployment: expected one argument"),
         (["serve", "a/b", "--deployment", "two words"], "--deployment is 'two words'"),
@@ -110,11 +114,11 @@ def test_interruption_is_130_and_other_errors_keep_their_traceback(
 def test_a_command_that_is_absent_fails_only_when_invoked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "plan", "not there yet")
+    monkeypatch.setitem(cli.COMMANDS, "absent", "not there yet")
     assert cli.main([]) == 0
     assert "not there yet" in capsys.readouterr().out
-    assert cli.main(["plan"]) == 2
-    assert "plan is not part of this installation" in capsys.readouterr().err
+    assert cli.main(["absent"]) == 2
+    assert "absent is not part of this installation" in capsys.readouterr().err
 
 
 def test_serve_passes_everything_else_to_vllm(started: list[list[str]]) -> None:
@@ -129,6 +133,57 @@ def test_serve_takes_its_option_before_the_directory_too(started: list[list[str]
     assert cli.main(["serve", "--deployment", "canary", MODEL, "--port", "1"]) == 0
     assert started == [["serve", MODEL, "--port", "1"]]
     assert os.environ[deployment.VARIABLE] == "canary"
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    """A deployment file of the small model."""
+    path = tmp_path / "chat.yaml"
+    block = {"version": 1, "name": "chat", "variant": "full", "model": MODEL}
+    options = {"port": 8000, "enforce-eager": True, "served_model_name": ["a", "b"]}
+    path.write_text(json.dumps(block | {"vllm": options}))
+    return path
+
+
+@pytest.mark.parametrize("written", [["--config", "FILE"], ["--config=FILE"]])
+def test_serve_starts_what_a_file_says_and_tells_vllms_processes(
+    started: list[list[str]], chat: Path, written: list[str]
+) -> None:
+    assert cli.main(["serve", *(word.replace("FILE", str(chat)) for word in written)]) == 0
+    options = ["--port", "8000", "--enforce-eager", "--served-model-name", "a", "b"]
+    assert started == [["serve", MODEL, *options]]
+    assert deployment.current_deployment("m", "m") == load_deployment(chat)
+
+
+@pytest.mark.parametrize("before", [[], ["--deployment=other"]])
+def test_options_after_a_file_override_it(
+    started: list[list[str]], chat: Path, before: list[str]
+) -> None:
+    after = ["--port=1", "--no-enforce-eager", "--deployment", "canary", "--max-model-len", "9"]
+    assert cli.main(["serve", *before, "--config", str(chat), *after]) == 0
+    theirs = ["--port=1", "--no-enforce-eager", "--max-model-len", "9"]
+    assert started == [["serve", MODEL, "--served-model-name", "a", "b", *theirs]]
+    assert deployment.current_deployment("m", "m").name == "canary"
+    assert deployment.current_deployment("m", "m").service == "chat"
+
+
+def test_vllms_own_config_file_passes_behind_a_directory(started: list[list[str]]) -> None:
+    assert cli.main(["serve", MODEL, "--config", "vllm.yaml"]) == 0
+    assert started == [["serve", MODEL, "--config", "vllm.yaml"]]
+
+
+def test_a_file_is_named_where_its_model_or_an_option_does_not_exist(
+    started: list[list[str]], chat: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = chat.read_text()
+    chat.write_text(whole.replace("enforce-eager", "enforce-eagre"))
+    assert cli.main(["serve", "--config", str(chat)]) == 2
+    error = capsys.readouterr().err
+    assert f"{chat}: vllm: unknown option 'enforce-eagre'; did you mean 'enforce-eager'?" in error
+    chat.write_text(whole.replace(MODEL, "./absent"))
+    assert cli.main(["serve", "--config", str(chat)]) == 2
+    assert f"{chat}: model: {chat.parent / 'absent'} is not there" in capsys.readouterr().err
+    assert started == []
 
 
 def test_serve_leaves_hub_ids_and_the_label_alone(started: list[list[str]]) -> None:

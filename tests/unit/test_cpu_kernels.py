@@ -22,7 +22,11 @@ from compress_methods.kernels.cpu.library import LINE, Library, Mode, library
 from compress_methods.kernels.cpu_gemm import CpuExact, CpuGemm
 
 DRIVER = Path(__file__).parent / "sanitize_cpu_kernels.cpp"
-ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
+EMULATION = Path(__file__).parent / "emulated_vnni.h"
+ISAS = [isa for isa in build.INSTRUCTION_SETS if build.runs_here(isa)]
+EMULATED = "emulated_vnni"  # the code for VNNI where a processor has none
+if "avx2" in ISAS:
+    ISAS.append(EMULATED)
 KERNELS = {"cpu": CpuGemm(), "cpu_exact": CpuExact()}
 
 
@@ -34,9 +38,18 @@ def _poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def flags_of(isa: str) -> tuple[str, ...]:
+    if isa != EMULATED:
+        return build.INSTRUCTION_SETS[isa]
+    emulation = ("-include", str(EMULATION), "-DVC_DOT_BYTES=emulated_dot_bytes")
+    return (*build.INSTRUCTION_SETS["avx2"], *emulation)
+
+
 @pytest.fixture(scope="module", params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    loaded = library(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build.INSTRUCTION_SETS, request.param, flags_of(request.param))
+        loaded = library(request.param)
     assert loaded is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_gemm, "library", lambda: loaded)
@@ -91,7 +104,7 @@ def quantized(x: torch.Tensor, per_token: bool) -> torch.Tensor:
     return (codes.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
     fmt, x, bias, kernel = case["fmt"], case["x"], case["bias"], case["kernel"]
@@ -122,7 +135,7 @@ def spread(fmt: Integer, stored: dict[str, torch.Tensor], cols: int) -> torch.Te
     return scales.repeat_interleave(cols // scales.shape[1], 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_int8_activations_err_by_half_a_step(isa: Library, case: dict[str, Any]) -> None:
     """What quantizing activations may cost, from nothing but the step of each line."""
@@ -141,7 +154,7 @@ def test_int8_activations_err_by_half_a_step(isa: Library, case: dict[str, Any])
     assert bool(((quick - exact).abs() <= bound + 1e-30).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases(), data=st.data())
 def test_lookup_gives_rows(isa: Library, case: dict[str, Any], data: st.DataObject) -> None:
     fmt, weight = case["fmt"], case["weight"]
@@ -199,7 +212,7 @@ def test_memory_is_only_touched_where_it_should_be(name: str, tmp_path: Path) ->
     program = tmp_path / "sanitized"
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [f"-I{build.SOURCES}", str(DRIVER), str(build.SOURCES / build.MAIN)]
-    options = [*flags, *build.INSTRUCTION_SETS[name], *sources, "-o", str(program)]
+    options = [*flags, *flags_of(name), *sources, "-o", str(program)]
     subprocess.run([build.compiler(), *options], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

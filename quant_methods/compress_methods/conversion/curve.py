@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.conversion.chain import PruneTo
-from compress_methods.safetensors_io import fsync_directory
+from compress_methods.files import fsync_directory
 
 
 def draw_curve(

@@ -19,8 +19,9 @@ from compress_methods.conversion.journal import REPORT, Journal, sha256
 from compress_methods.conversion.plan import Plan
 from compress_methods.conversion.report import build_report, model_card
 from compress_methods.errors import CheckpointError
+from compress_methods.files import write_text
 from compress_methods.progress import Progress
-from compress_methods.safetensors_io import read_header, write_text
+from compress_methods.safetensors_io import read_header
 from compress_methods.skeleton import build_skeleton
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from compress_methods.compressed import INCOMPLETE, read_json
 from compress_methods.errors import OutputError
-from compress_methods.safetensors_io import fsync_directory, read_tensors, write_tensors, write_text
+from compress_methods.files import fsync_directory, write_text
+from compress_methods.safetensors_io import read_tensors, write_tensors
 
 WORK = ".work"
 JOURNAL = "journal.jsonl"

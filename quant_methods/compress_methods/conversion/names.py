@@ -1,9 +1,23 @@
-"""The recipes that come with the package, by name. Apart from `recipe.py` so that `--help` can list
-them without loading torch."""
+"""Names, as far as they are needed without loading torch: the recipes that come with the package,
+for `--help`, and which modules a recipe means, for planning."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from compress_methods.resources import config_path
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def matches(patterns: Iterable[str], module: str, kind: str) -> bool:
+    """Whether a rule's `match` means a module; `kind` is what `Skeleton.kind` says of it."""
+    return any(
+        pattern in (kind, module)
+        or (pattern.startswith("re:") and re.fullmatch(pattern[3:], module) is not None)
+        for pattern in patterns
+    )
 
 
 def recipe_names() -> list[str]:

@@ -25,15 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.conversion.calibration import CalibrationSettings
-from compress_methods.conversion.names import recipe_names
+from compress_methods.conversion.names import matches, recipe_names
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
 from compress_methods.registry import build_dataclass
 from compress_methods.resources import config_path
+from compress_methods.yaml_file import read_yaml
 
 KEYS = ("formats", "modules", "calibration")
 MODULE_KEYS = ("match", "format", "algorithm")
@@ -50,11 +49,7 @@ class ModuleRule:
 
     def matches(self, module: str, kind: str) -> bool:
         """`kind` is `blocks`, `embedding`, `lm_head` or empty, as `Skeleton.kind` gives it."""
-        return any(
-            pattern in (kind, module)
-            or (pattern.startswith("re:") and re.fullmatch(pattern[3:], module) is not None)
-            for pattern in self.match
-        )
+        return matches(self.match, module, kind)
 
 
 @dataclass(frozen=True)
@@ -111,12 +106,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Any, str, str]:
             f"recipe {str(recipe)!r}: neither a file nor a recipe name; "
             f"{nearest(str(recipe), recipe_names())}"
         )
-    try:
-        block = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        reason = " ".join(str(problem).split())
-        raise RecipeError(f"{path}: not readable as YAML ({reason})") from problem
-    return block, str(path), path.stem
+    return read_yaml(path, RecipeError), str(path), path.stem
 
 
 def parse_recipe(block: Any, where: str, name: str) -> Recipe:

@@ -40,8 +40,8 @@ from compress_methods.conversion.pipeline import (
 )
 from compress_methods.conversion.stages import Stage, open_stages
 from compress_methods.errors import CompressError, FormatError, OutputError, RecipeError
+from compress_methods.files import write_text
 from compress_methods.progress import size_text
-from compress_methods.safetensors_io import write_text
 
 CURVE = "curve.png"
 Opening = tuple[str | Path, bool, int]

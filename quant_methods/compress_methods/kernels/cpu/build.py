@@ -34,8 +34,19 @@ FLAGS = (
     "-Wextra",
     "-Werror",
 )
-_X86: dict[str, tuple[str, ...]] = {"avx2": ("-mavx2", "-mfma", "-mf16c")}
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_X86: dict[str, tuple[str, ...]] = {
+    "avx512_vnni": (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"),
+    "avx_vnni": (*_AVX2, "-mavxvnni"),
+    "avx2": _AVX2,
+}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": ()}
+# As /proc/cpuinfo calls them.
+_NEEDS = {
+    "avx512_vnni": {"avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_vnni"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
 TIMEOUT_SECONDS = 600
 
 
@@ -43,10 +54,24 @@ class BuildError(RuntimeError):
     """There is no library for this machine; the message says why in one line."""
 
 
+@cache
+def _processor() -> frozenset[str]:
+    """What the first processor can do; nothing where /proc does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def runs_here(isa: str) -> bool:
+    """Whether this machine has that instruction set."""
+    return _NEEDS.get(isa, set()) <= _processor()
+
+
 def instruction_set() -> str:
-    """The widest set of `INSTRUCTION_SETS` that this machine has, as torch sees it."""
-    has_avx2 = torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512"))
-    return "avx2" if has_avx2 and "avx2" in INSTRUCTION_SETS else "plain"
+    """The fastest of `INSTRUCTION_SETS` that this machine has."""
+    return next(isa for isa in INSTRUCTION_SETS if runs_here(isa))
 
 
 def cache_directory() -> Path:

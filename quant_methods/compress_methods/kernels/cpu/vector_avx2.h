@@ -1,5 +1,6 @@
-// Vectors of 32 bytes, 8 int32 and 8 floats for AVX2 with FMA.
+// Vectors of 32 bytes, 8 int32 and 8 floats for AVX2 with FMA, and for VNNI of either encoding.
 //
+// VNNI multiplies unsigned bytes with signed ones and adds four products to an int32, exactly.
 // AVX2 multiplies bytes only as unsigned times signed, into saturating int16 pairs. Codes up to 15
 // cannot saturate: 4 products of pairs sum to at most 4 * 2 * 15 * 127. Signed bytes move their sign
 // to the activation, which is why activations stop at -127: 2 * 128 * 127 is below 2^15.
@@ -11,7 +12,20 @@
 
 namespace vec {
 
+// Tests put an emulation here, to run this path on processors without VNNI.
+#if !defined(VC_DOT_BYTES) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VC_DOT_BYTES _mm256_dpbusd_epi32
+#elif !defined(VC_DOT_BYTES) && defined(__AVXVNNI__)
+#define VC_DOT_BYTES _mm256_dpbusd_avx_epi32
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+constexpr const char* kName = "avx512_vnni";
+#elif defined(__AVXVNNI__)
+constexpr const char* kName = "avx_vnni";
+#else
 constexpr const char* kName = "avx2";
+#endif
 
 struct Bytes {
   __m256i v;
@@ -52,6 +66,14 @@ inline Bytes spread_bits(const uint8_t* p, uint8_t value) {
 template <bool is_signed, int count>
 inline Ints dot(const Bytes* w, const int8_t* x) {
   __m256i sum = _mm256_setzero_si256();
+#ifdef VC_DOT_BYTES
+  for (int i = 0; i < count; ++i) {
+    __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
+    if constexpr (is_signed) a = _mm256_sign_epi8(a, w[i].v);
+    sum = VC_DOT_BYTES(sum, is_signed ? _mm256_abs_epi8(w[i].v) : w[i].v, a);
+  }
+  return {sum};
+#else
   const __m256i ones = _mm256_set1_epi16(1);
   for (int i = 0; i < count; ++i) {
     __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
@@ -64,6 +86,7 @@ inline Ints dot(const Bytes* w, const int8_t* x) {
     }
   }
   return {is_signed ? sum : _mm256_madd_epi16(sum, ones)};
+#endif
 }
 
 inline Floats zero() { return {_mm256_setzero_ps()}; }

@@ -1,0 +1,1 @@
+"""A/B tests of two running servers: replay prompts to both, compare with confidence, judge."""

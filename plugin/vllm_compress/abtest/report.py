@@ -1,0 +1,221 @@
+"""The result of a comparison as one dictionary (report.json), and as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_compress.abtest.client import Server
+from vllm_compress.abtest.judge import Judgement, Limit, judge, overall
+from vllm_compress.abtest.measure import Measured, PairOfAnswers
+from vllm_compress.abtest.metrics import METRICS
+from vllm_compress.abtest.replay import Options
+
+VERSION = 1
+WORST = 8
+SHOWN = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All there is to report. `limits` are those of judged metrics, by name."""
+
+    servers: tuple[Server, Server]
+    pairs: list[PairOfAnswers]
+    measured: list[Measured]
+    limits: Mapping[str, Limit]
+    options: Options
+    confidence: float
+    prompts: str
+    late: int
+
+
+def build(comparison: Comparison) -> dict[str, Any]:
+    """What report.json holds; keys as in `vllm-compress compare --help`."""
+    rows, judgements = [], []
+    for measured in comparison.measured:
+        limit = comparison.limits.get(measured.name)
+        judgement = None
+        if limit is not None:
+            judgement = judge(measured.estimate, limit, comparison.confidence)
+            judgements.append(judgement)
+        rows.append(_row(measured, limit, judgement))
+    total = overall(judgements)
+    pairs = comparison.pairs
+    return {
+        "version": VERSION,
+        "verdict": total.verdict,
+        "needed": total.needed,
+        "more_prompts": _more(total, len(pairs)),
+        "n": len(pairs),
+        "confidence": comparison.confidence,
+        "prompts": comparison.prompts,
+        "rate": comparison.options.rate,
+        "logprobs": comparison.options.logprobs,
+        "seed": comparison.options.seed,
+        "late": comparison.late,
+        "retries": {side: sum(getattr(p, side).tries - 1 for p in pairs) for side in "ab"},
+        "a": _server(comparison.servers[0]),
+        "b": _server(comparison.servers[1]),
+        "metrics": rows,
+        "worst": [_example(pair) for pair in worst(pairs)],
+    }
+
+
+def _row(measured: Measured, limit: Limit | None, judgement: Judgement | None) -> dict[str, Any]:
+    metric, estimate = METRICS[measured.name], measured.estimate
+    a, b = measured.values or (None, None)
+    return {
+        "metric": metric.name,
+        "text": metric.text,
+        "group": metric.group,
+        "unit": metric.unit,
+        "change": metric.change,
+        "a": finite(a),
+        "b": finite(b),
+        "value": finite(estimate.value) if estimate else None,
+        "low": finite(estimate.low) if estimate else None,
+        "high": finite(estimate.high) if estimate else None,
+        "n": estimate.n if estimate else 0,
+        "limit": limit.value if limit else None,
+        "worse": metric.bad,
+        "verdict": judgement.verdict if judgement else None,
+        "needed": judgement.needed if judgement else None,
+        "note": measured.note,
+    }
+
+
+def _server(server: Server) -> dict[str, Any]:
+    return {
+        "url": server.url,
+        "model": server.model,
+        "info": server.info,
+        "price_per_hour": server.price_per_hour,
+    }
+
+
+def _more(judgement: Judgement, n: int) -> int | None:
+    return None if judgement.needed is None else max(1, judgement.needed - n)
+
+
+def worst(pairs: Sequence[PairOfAnswers]) -> list[PairOfAnswers]:
+    """The prompts on which B differs from A for the worse, worst first: by score, then by how much
+    less likely it finds the prompt per token, then by how early the outputs part."""
+
+    def loss(pair: PairOfAnswers) -> tuple[float, float, float]:
+        score = pair.scores[0] - pair.scores[1] if pair.scores else 0.0
+        found = pair.logprobs
+        likelihood = (found.nll_b - found.nll_a) / found.tokens if found else 0.0
+        return score, likelihood, -pair.same_tokens / max(1, *pair.lengths)
+
+    differing = [p for p in pairs if p.answered and p.a.tokens != p.b.tokens]
+    return sorted(differing, key=loss, reverse=True)[:WORST]
+
+
+def _example(pair: PairOfAnswers) -> dict[str, Any]:
+    found = pair.logprobs
+    return {
+        "prompt": pair.prompt.shown[-SHOWN:],
+        "where": pair.prompt.where,
+        "a": pair.a.text[:SHOWN],
+        "b": pair.b.text[:SHOWN],
+        "same_tokens": pair.same_tokens,
+        "scores": pair.scores,
+        "nats_per_token": (found.nll_b - found.nll_a) / found.tokens if found else None,
+    }
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """The table for people."""
+    how = "one at a time" if report["rate"] is None else f"at {report['rate']:g} prompts/s"
+    lines = [
+        *(f"{side.upper()}  {describe(report[side])}" for side in "ab"),
+        f"{report['n']} prompts, {how}, {report['confidence']:.0%} intervals",
+        "",
+        f"{'metric':<12}{'A':>10}{'B':>10}  {'B against A':<34}{'n':>6}  verdict",
+    ]
+    for row in report["metrics"]:
+        lines.append(
+            f"{row['metric']:<12}{number(row['a']):>10}{number(row['b']):>10}  "
+            f"{change(row):<34}{row['n']:>6}  {judged(row)}".rstrip()
+        )
+    if report["late"]:
+        lines.append(
+            f"\n{report['late']} prompts had to wait for a place: the servers do not keep up with "
+            "this rate; raise --concurrency or lower --rate"
+        )
+    return "\n".join([*lines, "", f"verdict: {conclusion(report)}"])
+
+
+def describe(server: Mapping[str, Any]) -> str:
+    """A served model in a few words."""
+    formats = server["info"].get("formats")
+    price = server["price_per_hour"]
+    parts = [
+        f"{server['model']} at {server['url']}",
+        *([formats] if formats else []),
+        *([f"{price:g} per hour"] if price is not None else []),
+    ]
+    return ", ".join(parts)
+
+
+def change(row: Mapping[str, Any]) -> str:
+    """`1.02x [1.01, 1.03]`, or a plain value with its interval."""
+    if row["value"] is None:
+        return row["note"] or "nothing to compare"
+    sign = "+" if row["change"] == "difference" else ""
+    times = "x" if row["change"] == "ratio" else ""
+    ends = ", ".join(_signed(row[end], sign) for end in ("low", "high"))
+    return f"{_signed(row['value'], sign)}{times} [{ends}]"
+
+
+def judged(row: Mapping[str, Any]) -> str:
+    """The verdict of one metric with its limit, empty where it is not judged."""
+    if row["verdict"] is None:
+        return ""
+    more = f", needs {row['needed']:,} prompts" if row["needed"] else ""
+    return f"{row['verdict']} ({limit_text(row)}){more}"
+
+
+def limit_text(row: Mapping[str, Any]) -> str:
+    """`at most 1.02`, `at least -0.02`."""
+    if row["worse"] == "both":
+        return f"{1 / row['limit']:.3g} to {row['limit']:g}"
+    return f"{'at least' if row['worse'] == 'below' else 'at most'} {row['limit']:g}"
+
+
+def conclusion(report: Mapping[str, Any]) -> str:
+    """The overall verdict in one sentence."""
+    rows = [row for row in report["metrics"] if row["verdict"]]
+    decisive = [row["metric"] for row in rows if row["verdict"] == report["verdict"]]
+    if not rows:
+        return "undecided: no metric has a margin"
+    sentence = f"{report['verdict']} ({', '.join(decisive)})"
+    if report["verdict"] != "undecided":
+        return sentence
+    if report["more_prompts"] is None:
+        return f"{sentence}: too close to the margin, or nothing measured"
+    return f"{sentence}: about {report['more_prompts']:,} more prompts are needed"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for nothing."""
+    if value is None:
+        return "-"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    digits = 3 - (math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:.{min(6, max(0, digits))}f}"
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _signed(value: float | None, sign: str) -> str:
+    if value is None:
+        return "∞"
+    return f"{sign if value > 0 else ''}{number(value)}"

@@ -1,0 +1,208 @@
+"""Estimates with confidence intervals from pairs: one observation of A and of B per prompt.
+
+The prompt is the unit that was drawn at random, so every interval is over prompts, tokens of one
+prompt counting as one cluster. One estimator per kind of number:
+
+    ratio of totals, mean per token  ratio estimator, linearised variance (Cochran, Sampling
+                                     Techniques, ch. 6), Student's t; ratios on the log scale
+    mean of paired log ratios        Student's t on the logs: a geometric mean
+    difference of values in [0, 1]   adjusted Wald of Bonett and Price (2012), here for any
+                                     bounded pair: one more pair of each extreme is added, so that
+                                     no difference seen is not taken for none there is
+    mean of values in [0, 1]         Wilson's score interval, its n scaled by the variance seen
+    ratio of quantiles               percentile bootstrap over blocks of neighbouring prompts
+
+Latencies of neighbouring requests are not independent (queues, a disturbed machine): their
+variances get Bartlett-weighted autocovariances (Newey and West, 1987) over n^(1/3) neighbours.
+
+Fails where: fewer than some twenty prompts (the normal approximation); quantiles with less than
+five observations beyond them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its interval, the number of pairs behind it. `log` tells that it is a ratio, whose
+    error is measured on logs; `standard_error(n)` is what n pairs like these would give there."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    standard_error: Callable[[float], float] = field(repr=False, compare=False)
+    log: bool = False
+
+
+def t_quantile(p: float, df: int) -> float:
+    """Quantile of Student's t with a whole number of degrees of freedom, by bisection of its
+    distribution function, which is a finite sum then (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    if df > 500:
+        # Cornish and Fisher's first terms: off by less than 1e-7 from here on.
+        z = NormalDist().inv_cdf(p)
+        return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    if p < 0.5:
+        return -t_quantile(1 - p, df)
+    low, high = 0.0, 1.0
+    while _t_within(high, df) < 2 * p - 1:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, df) < 2 * p - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_within(t: float, df: int) -> float:
+    """P(|T| < t)."""
+    angle = math.atan(t / math.sqrt(df))
+    cosine = math.cos(angle)
+    total, term = 0.0, cosine if df % 2 else 1.0
+    for k in range(df % 2, df - 1, 2):
+        total += term
+        term *= cosine**2 * (k + 1) / (k + 2)
+    inside = math.sin(angle) * total
+    return 2 / math.pi * (angle + inside) if df % 2 else inside
+
+
+def mean_log_ratio(a: ArrayLike, b: ArrayLike, confidence: float, serial: bool) -> Estimate:
+    """Geometric mean of b / a, both positive, in the order of time where they are `serial`."""
+    logs = np.log(_floats(b)) - np.log(_floats(a))
+    return _student(float(logs.mean()), (logs - logs.mean()) / len(logs), confidence, serial, True)
+
+
+def mean_per(total: ArrayLike, count: ArrayLike, confidence: float) -> Estimate:
+    """sum(total) / sum(count), such as nats per token from those of every prompt."""
+    y, x = _floats(total), _floats(count)
+    mean = y.sum() / x.sum()
+    return _student(float(mean), (y - mean * x) / x.sum(), confidence)
+
+
+def exp_mean_per(total: ArrayLike, count: ArrayLike, confidence: float) -> Estimate:
+    """exp(sum(total) / sum(count)): a ratio of perplexities from differences in nats."""
+    y, x = _floats(total), _floats(count)
+    mean = y.sum() / x.sum()
+    return _student(float(mean), (y - mean * x) / x.sum(), confidence, log=True)
+
+
+def ratio_of_rates(
+    a: tuple[ArrayLike, ArrayLike],
+    b: tuple[ArrayLike, ArrayLike],
+    confidence: float,
+    serial: bool = False,
+) -> Estimate:
+    """(sum b0 / sum b1) / (sum a0 / sum a1), such as tokens per second of B over those of A."""
+    shares = [_floats(part) / _floats(part).sum() for part in (*a, *b)]
+    log_ratio = sum(
+        sign * math.log(_floats(part).sum())
+        for sign, part in zip((-1, 1, 1, -1), (*a, *b), strict=True)
+    )
+    influence = shares[2] - shares[3] - shares[0] + shares[1]
+    return _student(log_ratio, influence, confidence, serial, True)
+
+
+def bounded_difference(a: ArrayLike, b: ArrayLike, confidence: float) -> Estimate:
+    """Mean of b - a for values in [0, 1]."""
+    d = _floats(b) - _floats(a)
+    n, first, second = len(d), float(d.mean()), float((d**2).mean())
+
+    def standard_error(pairs: float) -> float:
+        mean, square = first * pairs / (pairs + 2), (second * pairs + 2) / (pairs + 2)
+        return math.sqrt(max(0.0, square - mean**2) / (pairs + 2))
+
+    centre = first * n / (n + 2)
+    half = _z(confidence) * standard_error(n)
+    return Estimate(first, max(-1.0, centre - half), min(1.0, centre + half), n, standard_error)
+
+
+def bounded_mean(
+    values: ArrayLike, confidence: float, weights: ArrayLike | None = None
+) -> Estimate:
+    """Mean of values in [0, 1], or sum(weights * values) / sum(weights)."""
+    x = _floats(values)
+    w = np.ones_like(x) if weights is None else _floats(weights)
+    n, p = len(x), float((w * x).sum() / w.sum())
+    variance = n * float(((w * (x - p)) ** 2).sum()) / float(w.sum()) ** 2
+    whole = p * (1 - p)
+    size = n * whole / variance if variance > 0 and whole > 0 else n
+    z = _z(confidence)
+    centre = (p + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * math.sqrt(whole / size + z**2 / (4 * size**2))
+
+    def standard_error(pairs: float) -> float:
+        return math.sqrt((whole * n / size + 1 / (pairs + 2)) / pairs)
+
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n, standard_error)
+
+
+def quantile_ratio(a: ArrayLike, b: ArrayLike, q: float, confidence: float, seed: int) -> Estimate:
+    """Ratio of the q-quantiles of b and of a, paired and in the order of time."""
+    x, y = _floats(a), _floats(b)
+    n = len(x)
+    value = float(np.quantile(y, q) / np.quantile(x, q))
+    generator = np.random.default_rng(seed)
+    block = max(1, round(n ** (1 / 3)))
+    parts = []
+    for _ in range(0, RESAMPLES, step := max(1, min(RESAMPLES, CHUNK // n))):
+        starts = generator.integers(0, n, (step, -(-n // block)))
+        picks = (starts[:, :, None] + np.arange(block)) % n
+        picks = picks.reshape(step, -1)[:, :n]
+        parts.append(np.quantile(y[picks], q, axis=1) / np.quantile(x[picks], q, axis=1))
+    logs = np.log(np.concatenate(parts))
+    low, high = np.exp(np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    spread = float(logs.std()) * math.sqrt(n)
+    return Estimate(value, float(low), float(high), n, lambda m: spread / math.sqrt(m), log=True)
+
+
+def _student(
+    centre: float, influence: Array, confidence: float, serial: bool = False, log: bool = False
+) -> Estimate:
+    """Interval from what each pair adds to the estimate; `influence` sums to nothing."""
+    n = len(influence)
+    spread = math.sqrt(_variance(influence, serial) * n) if n > 1 else math.inf
+    half = t_quantile((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) if n > 1 else math.inf
+    natural = _exp if log else float
+    return Estimate(
+        natural(centre),
+        natural(centre - half),
+        natural(centre + half),
+        n,
+        lambda m: spread / math.sqrt(m),
+        log,
+    )
+
+
+def _variance(influence: Array, serial: bool) -> float:
+    """Of the sum of `influence`, neighbours being correlated where it is `serial`."""
+    n = len(influence)
+    alone = total = float(influence @ influence)
+    for lag in range(1, round(n ** (1 / 3)) + 1 if serial else 1):
+        weight = 2 * (1 - lag / (round(n ** (1 / 3)) + 1))
+        total += weight * float(influence[lag:] @ influence[:-lag])
+    return max(alone, total) * n / (n - 1)
+
+
+@functools.cache
+def _z(confidence: float) -> float:
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _floats(values: ArrayLike) -> Array:
+    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,142 @@
+"""What was measured of a deployment, as a file, and what follows for the time of a step.
+
+A calibration says how long a step with n tokens takes (`tokens`), what more samples than one add
+(`head`), what each cached token that is read adds (`per_context`) and each pair of query and key of
+a prompt (`per_pair`), and what a request costs outside of steps. It is made by asking a server one
+request at a time (`measure.py`) or from the history of its metrics (`history.py`).
+
+The very deployment that was measured is planned with these numbers. Any other scheme or split on
+the same hardware is planned with its roofline, corrected by how far the measured deployment is from
+its own. Other hardware keeps the plain roofline: nothing was measured there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from compress_methods.errors import CompressError
+from compress_methods.registry import build_dataclass
+from vllm_compress.capacity.hardware import LOCAL, Hardware
+from vllm_compress.capacity.memory import Layout
+from vllm_compress.capacity.performance import (
+    Curve,
+    Measured,
+    Scaled,
+    Step,
+    roofline,
+    windows_of,
+)
+from vllm_compress.capacity.storage import Scheme
+
+VERSION = 1
+SAME_BYTES = 0.02
+
+
+class CalibrationFileError(CompressError):
+    """A calibration that cannot be read, or does not belong to what is planned."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measurements of one deployment. Times in seconds; `tokens` and `head` are [count, seconds].
+
+    `weight_bytes` and `devices` say of what; `machine` are the figures of the hardware it ran on.
+    `kv_tokens` is how many tokens the server's KV cache holds, where it says so.
+    """
+
+    source: str
+    url: str
+    model: str
+    machine: dict[str, Any]
+    weight_bytes: int
+    tokens: list[list[float]]
+    head: list[list[float]]
+    per_context: float
+    per_pair: float
+    request_seconds: float
+    devices: int = 1
+    kv_tokens: int | None = None
+    version: int = VERSION
+
+    def covers(self, scheme: Scheme, machine: Hardware, layout: Layout) -> bool:
+        """Whether it was measured on this very deployment, as far as weights tell."""
+        same = abs(scheme.weight_bytes - self.weight_bytes) <= SAME_BYTES * self.weight_bytes
+        return same and self.on(machine) and layout.devices == self.devices
+
+    def on(self, machine: Hardware) -> bool:
+        return bool(machine.key == self.machine["key"])
+
+    def adapt(self, machine: Hardware) -> Hardware:
+        """`local` as it was then: its figures are measured anew each time it is asked for."""
+        if machine.key != LOCAL or not self.on(machine):
+            return machine
+        known = {field.name for field in fields(Hardware)}
+        then = Hardware(**{k: v for k, v in self.machine.items() if k in known})
+        return replace(then, price_per_hour=machine.price_per_hour)
+
+    def measured(self, scheme: Scheme) -> Measured:
+        return Measured(
+            windows_of(scheme.shape),
+            _curve(self.tokens),
+            _curve(self.head or [[1, 0.0]]),
+            self.per_context,
+            self.per_pair,
+            self.request_seconds,
+        )
+
+
+def step_model(
+    scheme: Scheme,
+    machine: Hardware,
+    layout: Layout,
+    kv_value_bytes: int,
+    calibration: Calibration | None,
+    reference: Scheme | None,
+) -> tuple[Step, str]:
+    """How long steps take, and on what that rests: `measured`, `scaled` or `roofline`.
+
+    `reference` is the scheme the calibration was measured on, where it is known.
+    """
+    plain = roofline(scheme, machine, layout, kv_value_bytes)
+    if calibration is None or not calibration.on(machine):
+        return plain, "roofline"
+    if calibration.covers(scheme, machine, layout):
+        return calibration.measured(scheme), "measured"
+    if reference is None:
+        return plain, "roofline"
+    then = roofline(reference, machine, Layout(calibration.devices), kv_value_bytes)
+    return Scaled(plain, then, calibration.measured(reference)), "scaled"
+
+
+def read_calibration(path: Path) -> Calibration:
+    """From a file that `--save-calibration` wrote; raises `CalibrationFileError`."""
+    try:
+        block = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CalibrationFileError(f"--calibrate: {path}: no such file") from None
+    except (OSError, ValueError) as problem:
+        raise CalibrationFileError(f"{path}: not readable as JSON ({problem})") from None
+    if not isinstance(block, dict) or block.get("version") != VERSION:
+        found = block.get("version") if isinstance(block, dict) else type(block).__name__
+        raise CalibrationFileError(f"{path}: version is {found!r}, expected {VERSION}")
+    found = build_dataclass(Calibration, block, str(path), CalibrationFileError)
+    if not found.tokens or "key" not in found.machine:
+        raise CalibrationFileError(f"{path}: has no measurements (tokens) or no machine")
+    return Calibration(**asdict(found))
+
+
+def to_json(calibration: Calibration) -> str:
+    """The text of a calibration file."""
+    return json.dumps(asdict(calibration), indent=1) + "\n"
+
+
+def _curve(points: Sequence[Sequence[float]]) -> Curve:
+    """A curve through measured points, each no lower than those before it."""
+    out: list[tuple[float, float]] = []
+    for x, y in sorted((float(x), float(y)) for x, y in points):
+        out.append((x, max(y, out[-1][1]) if out else y))
+    return Curve(tuple(out))

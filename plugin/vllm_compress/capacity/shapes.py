@@ -1,0 +1,324 @@
+"""The shape of a model: every matrix, and what its attention keeps per token. No weights, no torch.
+
+From a checkpoint directory's config.json and safetensors headers, or from `configs/models/*.json`:
+the original config.json cut to what matters, and the parameters as transformers builds them on the
+meta device (`listing.py` writes these files; a test builds the models again and compares). A matrix
+stands for all its like: one per layer of `layers`, times `count` (experts).
+
+Fails for: layers whose state is no KV cache (Mamba, linear attention), and names that do not tell
+layers apart by number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from compress_methods.conversion.names import ROUTERS
+from compress_methods.errors import CheckpointError, nearest
+from compress_methods.resources import config_path
+from vllm_compress.served import METHOD, tensor_headers
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
+STATELESS = re.compile("linear|mamba|conv|recurrent")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter of a checkpoint: name, shape, bytes per value."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All [rows, cols] = [outputs, inputs] matrices of one name, `*` standing for the layer.
+
+    `kind` is `blocks`, `embedding` or `lm_head` where a recipe may compress it, else empty.
+    `layers` is empty outside the decoder blocks. `count` is how many there are in each layer.
+    """
+
+    module: str
+    rows: int
+    cols: int
+    kind: str
+    layers: tuple[int, ...] = ()
+    count: int = 1
+    itemsize: int = 2
+
+    @property
+    def experts(self) -> bool:
+        return "experts" in self.module.split(".")
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.cols * self.count * max(1, len(self.layers))
+
+    def name(self, layer: int | None) -> str:
+        """Hugging Face's name of the module in a layer; of many experts, the first."""
+        first = self.module if layer is None else self.module.replace("*", str(layer), 1)
+        return first.replace("*", "0")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Layers that keep the same: `window` is None, or how many tokens back they look."""
+
+    layers: int
+    window: int | None = None
+    chunked: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as the planner sees it. Widths are numbers of values."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    vocabulary: int
+    context: int
+    attention: tuple[Attention, ...]
+    matrices: tuple[Matrix, ...]
+    tied: bool = False
+    latent: int | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    widest: int = 0
+    quantized: str | None = None
+    path: Path | None = None
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(matrix.weights * matrix.itemsize for matrix in self.matrices)
+
+    @property
+    def kv_values(self) -> int:
+        """Values one layer keeps of one token, all heads together."""
+        return self.latent or self.kv_heads * (self.head_dim + self.value_dim)
+
+
+def shipped_shapes() -> list[str]:
+    """Names of the models whose shapes come with the package."""
+    return sorted(path.stem for path in config_path("models").glob("*.json"))
+
+
+def load_shape(model: str) -> ModelShape:
+    """Of a directory or a shipped name; raises `CheckpointError`."""
+    path = Path(model)
+    if path.is_dir():
+        return _from_directory(path)
+    names = shipped_shapes()
+    if model not in names:
+        raise CheckpointError(
+            f"{model}: neither a directory nor a shape that comes with vllm-compress; "
+            f"{nearest(model, names)}"
+        )
+    block = json.loads(config_path("models", f"{model}.json").read_text(encoding="utf-8"))
+    return read_shape(model, block["config"], expand(block["tensors"]))
+
+
+def expand(rows: Iterable[Any]) -> list[Tensor]:
+    """Tensors of a shipped list: [name with `*`, shape, `first:end:step` of the layers]."""
+    out = []
+    for name, shape, span in rows:
+        layers = range(*map(int, span.split(":"))) if span else [None]
+        names = [name if i is None else name.replace("*", str(i)) for i in layers]
+        out += [Tensor(each, tuple(shape), 2) for each in names]
+    return out
+
+
+def _from_directory(path: Path) -> ModelShape:
+    config_file = path / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{config_file}: no such file; is this a model directory?") from None
+    except ValueError as problem:
+        raise CheckpointError(f"{config_file}: not readable as JSON ({problem})") from None
+    quantized = (config.get("quantization_config") or {}).get("quant_method")
+    if quantized == METHOD:
+        tensors = _unpacked(path)
+    else:
+        tensors = [
+            Tensor(name, tuple(h["shape"]), ITEM_BYTES.get(h["dtype"], 1))
+            for name, h in tensor_headers(path).items()
+        ]
+    if not quantized:
+        # vLLM serves a float32 checkpoint in 16 bits.
+        tensors = [Tensor(t.name, t.shape, min(t.itemsize, 2)) for t in tensors]
+    return read_shape(path.name, config, tensors, path)
+
+
+def _unpacked(path: Path) -> list[Tensor]:
+    """What a compressed checkpoint holds, each matrix as one tensor of its [rows, cols]."""
+    from compress_methods.compressed import open_compressed
+
+    found = open_compressed(path)
+    tensors = [Tensor(f"{m.module}.weight", (m.rows, m.cols), 2) for m in found.matrices.values()]
+    return tensors + [Tensor(e.name, e.shape, e.dtype.itemsize) for e in found.dense.values()]
+
+
+def read_shape(
+    name: str, config: Mapping[str, Any], tensors: Iterable[Tensor], path: Path | None = None
+) -> ModelShape:
+    """From config.json and all parameters; raises `CheckpointError` naming a missing key."""
+    text = {**config, **(config.get("text_config") or {})}
+
+    def get(*keys: str, default: Any = None) -> Any:
+        found = next((text[key] for key in keys if text.get(key) is not None), default)
+        if found is None:
+            raise CheckpointError(f"{name}: config.json has no {keys[0]}; the planner needs it")
+        return found
+
+    layers, hidden = get("num_hidden_layers", "n_layer"), get("hidden_size", "n_embd")
+    heads = get("num_attention_heads", "n_head")
+    head_dim = get("head_dim", default=hidden // heads)
+    latent = text.get("kv_lora_rank")
+    tied = bool(get("tie_word_embeddings", default=_tied_unless_told(text)))
+    matrices = collect(tensors, hidden, tied, str(text.get("model_type")) == "gpt2")
+    experts = get("num_local_experts", "n_routed_experts", "num_experts", default=0)
+    return ModelShape(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=get("num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        value_dim=text.get("v_head_dim") or head_dim,
+        vocabulary=get("vocab_size"),
+        context=get("max_position_embeddings", "n_positions"),
+        attention=_attention(name, text, layers),
+        matrices=matrices,
+        tied=tied,
+        latent=latent + text["qk_rope_head_dim"] if latent else None,
+        experts=experts,
+        experts_per_token=get("num_experts_per_tok", default=1 if experts else 0),
+        widest=max((m.rows for m in matrices if m.kind == "blocks"), default=hidden),
+        quantized=(config.get("quantization_config") or {}).get("quant_method"),
+        path=path,
+    )
+
+
+def _tied_unless_told(text: Mapping[str, Any]) -> bool:
+    """transformers leaves the key out where it has the family's default."""
+    return str(text.get("model_type")).startswith(("gemma", "gpt2", "opt"))
+
+
+def _attention(name: str, text: Mapping[str, Any], layers: int) -> tuple[Attention, ...]:
+    kinds = text.get("layer_types") or _kinds(text, layers)
+    groups: dict[tuple[int | None, bool], int] = defaultdict(int)
+    for kind in kinds:
+        if STATELESS.search(kind):
+            raise CheckpointError(
+                f"{name}: has layers of {kind}, which keep no KV cache; planning needs one"
+            )
+        chunked = kind == "chunked_attention"
+        window = None if kind == "full_attention" else text.get("sliding_window")
+        groups[text.get("attention_chunk_size") if chunked else window, chunked] += 1
+    return tuple(Attention(n, window, chunked) for (window, chunked), n in groups.items())
+
+
+def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
+    """layer_types of configs written before transformers had the key."""
+    if text.get("attention_chunk_size"):
+        interval = text.get("no_rope_layer_interval", 4)
+        rope = text.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]
+        return ["chunked_attention" if r else "full_attention" for r in rope]
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        return ["full_attention"] * layers
+    pattern = text.get("sliding_window_pattern") or (
+        2 if text.get("model_type") == "gemma2" else None
+    )
+    if pattern is None:
+        return ["sliding_attention"] * layers
+    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+
+
+def collect(
+    tensors: Iterable[Tensor], hidden: int, tied: bool, inputs_first: bool = False
+) -> tuple[Matrix, ...]:
+    """Matrices of all parameters; the decoder blocks are the numbered modules with most values.
+
+    `inputs_first`: linear layers are stored [inputs, outputs], as in GPT-2.
+    """
+    tensors = [t for t in tensors if not (tied and _leaf(t.name) in HEADS)]
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        sizes[_prefix(tensor.name)] += prod(tensor.shape)
+    sizes.pop("", None)
+    blocks = max(sizes, key=lambda key: sizes[key], default="")
+    alike: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(list)
+    for tensor in tensors:
+        number = re.search(r"(?<=\.)\d+(?=\.)", tensor.name)
+        inside = number is not None and _prefix(tensor.name) == blocks
+        template = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
+        layer = int(number.group()) if inside and number else -1
+        alike[template, tensor.shape, tensor.itemsize].append(layer)
+    out = []
+    for (template, shape, itemsize), found in alike.items():
+        layers = tuple(sorted({layer for layer in found if layer >= 0}))
+        count = len(found) // max(1, len(layers))
+        inside = bool(layers)
+        out.append(_matrix(template, shape, itemsize, layers, count, inside, hidden, inputs_first))
+    return tuple(out)
+
+
+def _matrix(
+    template: str,
+    shape: tuple[int, ...],
+    itemsize: int,
+    layers: tuple[int, ...],
+    count: int,
+    inside: bool,
+    hidden: int,
+    inputs_first: bool,
+) -> Matrix:
+    module, leaf = template.removesuffix(".weight"), _leaf(template)
+    if len(shape) == 3 and inside:
+        # Experts in one tensor: [experts, outputs, inputs], in Llama 4 [experts, inputs, outputs].
+        experts, rows, cols = shape
+        if hidden == (cols if leaf == "down_proj" else rows):
+            rows, cols = cols, rows
+        return Matrix(module, rows, cols, "blocks", layers, count * experts, itemsize)
+    if len(shape) != 2:
+        return Matrix(module, prod(shape), 1, "", layers, count, itemsize)
+    rows, cols = shape
+    kind = ""
+    if inside and template.endswith(".weight") and leaf not in ROUTERS:
+        kind = "blocks"
+        rows, cols = (cols, rows) if inputs_first else (rows, cols)
+    elif not inside and leaf in HEADS:
+        kind = "lm_head"
+    elif not inside and leaf in EMBEDDINGS and "vision" not in template:
+        kind = "embedding"
+    return Matrix(module, rows, cols, kind, layers, count, itemsize)
+
+
+def _prefix(name: str) -> str:
+    """What stands before the first number: the list of blocks a tensor belongs to, or nothing."""
+    match = re.match(r"(.*?)\.\d+\.", name)
+    return match.group(1) if match else ""
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -1,0 +1,133 @@
+"""`vllm-compress compare URL_A URL_B --prompts FILE`: is B as good as A?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_compress.abtest.comparison import Plan
+
+DESCRIPTION = """\
+Send the same prompts to two vLLM servers, A the standard and B the candidate, and compare what
+comes back: quality, output, latency, throughput, errors and cost, each with a confidence interval.
+Metrics with a margin are judged: B is non-inferior, inferior or undecided."""
+EPILOG = """\
+prompts: every line of a .txt, or of a .jsonl with `prompt` or chat `messages`, and optionally
+`answer` (scored by exact match, or by --scorer) and `max_tokens`.
+
+metrics and default margins (--margin NAME=VALUE or NAME=none, as often as needed):
+  perplexity=1.02    of the prompts, B / A at most
+  kl=0.05            KL(A || B) on the prompts, nats per token at most; from the --logprobs
+                     likeliest tokens of both, a lower bound unless -1
+  score=0.02         mean task score, at most so much lower
+  errors=0.05        share of prompts without an answer, at most so much higher
+  ttft, ttft_p95, tpot, tpot_p95, cost, throughput   B / A, at most (throughput: at least)
+  top1, agreement, exact   share of the same likeliest prompt tokens, of the same output tokens
+                     before the first other one, of equal outputs: at least
+  length             output tokens B / A: at most, and at least 1 / VALUE
+
+Outputs are greedy. The first two requests to each server do not count, and no request finds its
+prefix in a cache. Without --rate one request runs at a time, A and B in turn, which of them first
+by chance. With --rate both get every prompt at the same moment: do not run them on one machine.
+
+Killed, or a server died: the same command continues. On a finished comparison it judges again, so
+--margin, --scorer and prices may be changed without asking the servers again.
+
+exit code: 0 non-inferior, 1 inferior or undecided, 2 the comparison could not be made.
+VLLM_API_KEY is sent where it is set.
+
+examples:
+  vllm-compress compare http://localhost:8000 http://localhost:8001 --prompts chats.jsonl
+  vllm-compress compare URL_A URL_B --prompts p.txt --rate 4 --margin ttft=1.1 --margin tpot=1.1
+  vllm-compress compare URL_A URL_B --prompts quiz.jsonl --scorer grade.py:grade -o quiz-int4
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("compare", description=DESCRIPTION, epilog=EPILOG)
+    add = parser.add_argument
+    add("urls", metavar="URL", nargs=2, help="of A and of B, such as http://localhost:8000")
+    add("--prompts", metavar="FILE", required=True, help=".txt or .jsonl")
+    add("-o", "--out", metavar="DIR", default="comparison", help="reports (default: comparison)")
+    for side in "ab":
+        add(f"--model-{side}", metavar="NAME", help=f"served name at {side.upper()}, if several")
+        add(
+            f"--price-{side}",
+            type=float,
+            metavar="PRICE",
+            help=f"of {side.upper()} per hour, all devices (default: what its /metrics says)",
+        )
+    add("--rate", type=float, metavar="R", help="prompts per second (default: one at a time)")
+    add(
+        "--concurrency",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts unanswered at most, with --rate (default 64)",
+    )
+    add("--max-tokens", type=int, default=64, metavar="N", help="to generate (default 64)")
+    add(
+        "--logprobs",
+        type=int,
+        default=20,
+        metavar="K",
+        help="per prompt token, for KL (default 20); 0: neither KL nor perplexity; -1: all, KL is "
+        "exact, slow, and the servers need --max-logprobs -1",
+    )
+    add("--margin", action="append", default=[], metavar="NAME=VALUE", help="see below")
+    add("--scorer", metavar="FILE:FUNCTION", help="function(row, output) -> 0 to 1, in a .py file")
+    add("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default 0.95)")
+    add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default 0)")
+    add("--json", action="store_true", help="print report.json")
+    add("--quiet", action="store_true", help="no progress on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    from vllm_compress.abtest.comparison import REPORT_HTML, compare
+    from vllm_compress.abtest.judge import NON_INFERIOR
+    from vllm_compress.abtest.report import text
+
+    plan = _plan(args)
+    result = compare(plan)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{text(result)}\nreport: {plan.out / REPORT_HTML}")
+    return 0 if result["verdict"] == NON_INFERIOR else 1
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from compress_methods.errors import CompressError
+    from vllm_compress.abtest.comparison import Plan
+    from vllm_compress.abtest.replay import Options
+
+    checks = (
+        ("--rate", args.rate, args.rate is None or 0 < args.rate < 1e6, "a number above 0"),
+        ("--concurrency", args.concurrency, args.concurrency >= 1, "a number from 1"),
+        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "a number from 1"),
+        ("--logprobs", args.logprobs, args.logprobs >= -1, "a number from 0, or -1"),
+        ("--confidence", args.confidence, 0.5 <= args.confidence < 1, "0.5 to below 1"),
+        *(
+            (f"--price-{s}", p, p is None or 0 < p < 1e9, "a number above 0")
+            for s, p in (("a", args.price_a), ("b", args.price_b))
+        ),
+    )
+    for option, value, good, expected in checks:
+        if not good:
+            raise CompressError(f"{option} is {value}, expected {expected}")
+    return Plan(
+        urls=(args.urls[0], args.urls[1]),
+        prompts=Path(args.prompts),
+        out=Path(args.out),
+        models=(args.model_a, args.model_b),
+        prices=(args.price_a, args.price_b),
+        max_tokens=args.max_tokens,
+        margins=args.margin,
+        scorer=args.scorer,
+        confidence=args.confidence,
+        options=Options(args.rate, args.concurrency, args.logprobs, args.seed),
+        quiet=args.quiet,
+    )

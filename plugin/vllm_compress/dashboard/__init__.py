@@ -1,0 +1,1 @@
+"""The dashboard: panels declared once, drawn by Grafana and by a page of our own."""

@@ -1,0 +1,56 @@
+"""Checkpoints that other tools quantized run on our CPU product, and mean what they meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress_methods.formats.integer import Integer
+from tests.e2e.engine import Engine
+from tests.e2e.foreign import write_foreign
+from tests.e2e.tiny import make_model, reference
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 21, 22, 23], [400, 401, 3, 77, 150]]
+CASES = {
+    "compressed-tensors int4 g128": ("compressed-tensors", Integer(4, 128, scale_dtype="float16")),
+    "compressed-tensors int4 row": ("compressed-tensors", Integer(4, -1, scale_dtype="float16")),
+    "compressed-tensors int4 zeros": (
+        "compressed-tensors",
+        Integer(4, 32, symmetric=False, scale_dtype="float16"),
+    ),
+    "compressed-tensors int8 row": ("compressed-tensors", Integer(8, -1, scale_dtype="float16")),
+    "gptq int4 g64": ("gptq", Integer(4, 64, scale_dtype="float16")),
+    "awq int4 g64": ("awq", Integer(4, 64, symmetric=False, scale_dtype="float16")),
+}
+EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
+SAID = "vllm-compress multiplies the"
+# vLLM takes GPTQ and AWQ in 16 bits only: dtype, and by how much log-probabilities may differ.
+PRECISION = {"compressed-tensors": ("float32", 2e-3), "gptq": ("bfloat16", 0.1)}
+PRECISION["awq"] = PRECISION["gptq"]
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_foreign_checkpoint_gives_what_its_stored_values_give(
+    engine: Engine, tmp_path: Path, case: str
+) -> None:
+    layout, fmt = CASES[case]
+    model = make_model("Llama", tmp_path / "model")
+    packed, dense = write_foreign(model, tmp_path, layout, fmt)
+    expected, _ = reference(dense, PROMPTS)
+    before = engine.log.count(SAID)
+    dtype, tolerance = PRECISION[layout]
+    result = engine.run(packed, PROMPTS, dtype=dtype, env=EXACT)
+    assert not result.error, result.error
+    for got, wanted in zip(result.logprobs, expected, strict=True):
+        assert got == pytest.approx(wanted, abs=tolerance)
+    assert engine.log.count(SAID) <= before + 1
+
+
+def test_with_vllm_forced_8_bits_have_no_kernel_again(engine: Engine, tmp_path: Path) -> None:
+    model = make_model("Llama", tmp_path / "model")
+    packed, _ = write_foreign(model, tmp_path, *CASES["compressed-tensors int8 row"])
+    result = engine.run(packed, PROMPTS, dtype="float32", env={"VLLM_COMPRESS_KERNEL": "vllm"})
+    assert "Failed to find a kernel" in result.error
