@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from compress_methods.conversion.chain import load_chain
 from compress_methods.errors import CompressError, OutputError, RecipeError
 from compress_methods.evaluate import Sums, compare_logits, load_tokenizer
 from compress_methods.loading import load_model
+from compress_methods.transforms import Block, Transform, register_transform
 from vllm_compress.cli import main
 
 SMALL = {"samples": 4, "length": 64, "held_out": 2}
@@ -226,16 +229,18 @@ def test_a_bound_on_size_takes_the_largest_result_below_it(
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("stage", "target", "words"),
     [
+        (WIDTH, {"size": "20%"}, r"size 20% cannot be met; at most, at level 85%, 53.1% of the"),
         (
-            {"size": "20%"},
-            r"size 20.0% cannot be met; at most, at level 85%, 53.1% of the original",
+            DEPTH,
+            {"perplexity_increase": "0.1%"},
+            r"increase 0.1% cannot be met; the best, at .* \+",
         ),
-        ({"perplexity_increase": "0.01%"}, r"0.0% cannot be met; the best, at level .* is \+\d"),
     ],
 )
 def test_a_target_that_cannot_be_met_says_the_best_and_exits_2(
+    stage: dict[str, Any],
     target: dict[str, str],
     words: str,
     novels_8m: Path,
@@ -243,9 +248,9 @@ def test_a_target_that_cannot_be_met_says_the_best_and_exits_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import re
-
-    (tmp_path / "mine.yaml").write_text(json.dumps(searched(**target)))
+    knob = "drop" if stage is DEPTH else "ffn"
+    recipe = chain({**stage, knob: "search"}, prune_to={**target, "steps": 20})
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
     arguments = [str(novels_8m), "--recipe", str(tmp_path / "mine.yaml"), "--quiet"]
     arguments += ["-o", str(tmp_path / "out"), "--calibration", str(some_text)]
     assert main(["convert", *arguments]) == 2
@@ -279,11 +284,6 @@ def test_search_sets_every_marked_value_to_the_same_level() -> None:
 def test_a_transform_of_another_distribution_needs_only_its_class(
     novels_8m: Path, some_text: Path, tmp_path: Path
 ) -> None:
-    from dataclasses import dataclass
-    from typing import ClassVar
-
-    from compress_methods.transforms import Block, Transform, register_transform
-
     @register_transform
     @dataclass(frozen=True)
     class Scale(Transform):

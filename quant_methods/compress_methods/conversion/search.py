@@ -162,8 +162,8 @@ class Search:
         if not small:
             least = self.levels[-1]
             raise RecipeError(
-                f"recipe {self.chain.name!r}: prune_to.size {size:.1%} cannot be met; at most, at "
-                f"level {least.level:.0%}, {least.bytes / self.original_bytes:.1%} of the original "
+                f"recipe {self.chain.name!r}: prune_to.size {100 * size:g}% cannot be met; at most, "
+                f"at level {least.level:.0%}, {least.bytes / self.original_bytes:.1%} of the original "
                 "are left"
             )
         return small if self.target.perplexity_increase is not None else small[:1]
@@ -188,7 +188,7 @@ class Search:
         closest = min(self.points, key=lambda point: point.increase)
         raise RecipeError(
             f"recipe {self.chain.name!r}: prune_to.perplexity_increase "
-            f"{self.target.perplexity_increase:.1%} cannot be met; the best, at level "
+            f"{100 * (self.target.perplexity_increase or 0):g}% cannot be met; the best, at level "
             f"{closest.level:.0%} and {closest.bytes / self.original_bytes:.1%} of the bytes, is "
             f"{closest.increase:+.1%} ({closest.perplexity:.3f}, was {closest.base_perplexity:.3f})"
         )
