@@ -231,7 +231,7 @@ def test_a_bound_on_size_takes_the_largest_result_below_it(
 @pytest.mark.parametrize(
     ("stage", "target", "words"),
     [
-        (WIDTH, {"size": "20%"}, r"size 20% cannot be met; at most, at level 85%, 53.1% of the"),
+        (WIDTH, {"size": "20%"}, r"size 20% cannot be met; the furthest level, 85%, leaves 53.1%"),
         (
             DEPTH,
             {"perplexity_increase": "0.1%"},

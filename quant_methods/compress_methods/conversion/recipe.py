@@ -11,7 +11,8 @@
 `match` is `blocks` (every linear layer inside the decoder blocks, routers excepted), `embedding`
 (the token table), `lm_head`, an exact Hugging Face module name, `re:` and a regular expression that
 matches the whole name, or a list of these. The first rule that matches wins; modules no rule
-matches are kept as they are. `algorithm` is a name or a mapping with its parameters.
+matches are kept as they are. `algorithm` is a name or a mapping with its parameters. A recipe of
+several stages holds `formats` and `modules` in its last one; see `chain.py`.
 """
 
 from __future__ import annotations

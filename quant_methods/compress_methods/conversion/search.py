@@ -162,9 +162,9 @@ class Search:
         if not small:
             least = self.levels[-1]
             raise RecipeError(
-                f"recipe {self.chain.name!r}: prune_to.size {100 * size:g}% cannot be met; at most, "
-                f"at level {least.level:.0%}, {least.bytes / self.original_bytes:.1%} of the original "
-                "are left"
+                f"recipe {self.chain.name!r}: prune_to.size {100 * size:g}% cannot be met; "
+                f"the furthest level, {least.level:.0%}, leaves {self._share(least):.1%} "
+                "of the bytes"
             )
         return small if self.target.perplexity_increase is not None else small[:1]
 
@@ -189,7 +189,7 @@ class Search:
         raise RecipeError(
             f"recipe {self.chain.name!r}: prune_to.perplexity_increase "
             f"{100 * (self.target.perplexity_increase or 0):g}% cannot be met; the best, at level "
-            f"{closest.level:.0%} and {closest.bytes / self.original_bytes:.1%} of the bytes, is "
+            f"{closest.level:.0%} and {self._share(closest):.1%} of the bytes, is "
             f"{closest.increase:+.1%} ({closest.perplexity:.3f}, was {closest.base_perplexity:.3f})"
         )
 
@@ -208,7 +208,7 @@ class Search:
         found = Point(**point)
         self.points.append(found)
         self._say(
-            f"level {found.level:.0%}: {found.bytes / self.original_bytes:.1%} of the bytes, "
+            f"level {found.level:.0%}: {self._share(found):.1%} of the bytes, "
             f"perplexity {found.perplexity:.3f} ({found.increase:+.1%})"
         )
         return found
@@ -233,6 +233,10 @@ class Search:
         report = read_json(self.out / REPORT)
         journal.finish()
         return report
+
+    def _share(self, result: Level | Point) -> float:
+        """Bytes as a share of the original's."""
+        return result.bytes / self.original_bytes
 
     def _say(self, line: str) -> None:
         if not self.quiet:
