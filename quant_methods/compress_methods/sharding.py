@@ -48,6 +48,11 @@ def check_matrix(module: str, kind: str, shape: tuple[int, int], fmt: Cuttable, 
         )
 
 
+def shares_heads(heads: int, groups: int, ways: int) -> bool:
+    """Whether vLLM can run attention over so many ranks; KV heads are repeated where too few."""
+    return heads % ways == 0 and (groups % ways == 0 if groups >= ways else ways % groups == 0)
+
+
 def check_sharding(checkpoint: CompressedCheckpoint, ways: int) -> None:
     """`check_matrix` for every matrix of a compressed checkpoint."""
     for matrix in checkpoint.matrices.values():

@@ -44,6 +44,25 @@ def plain(bits: int, algorithm: str) -> dict[str, Any]:
     }
 
 
+def pruned() -> list[tuple[str, Any]]:
+    """Layers and widths dropped: shipped recipes, and width alone with what refitting wins."""
+
+    def width(share: float, **more: Any) -> dict[str, Any]:
+        stage = {"transform": "width", "ffn": share, "multiple": 64, **more}
+        return {"stages": [stage]}
+
+    heads = {"attention": 0.5, "tensor_parallel": 2}
+    return [
+        ("depth25", "depth25"),
+        ("width25-int4", "width25-int4"),
+        ("(1 of 8 layers dropped)", {"stages": [{"transform": "depth", "drop": 1}]}),
+        ("(25% of the channels dropped)", width(0.25)),
+        ("(50% of the channels dropped)", width(0.5)),
+        ("(50% of the channels dropped, not refitted)", width(0.5, compensate=False)),
+        ("(50% of the channels and heads dropped)", width(0.5, **heads)),
+    ]
+
+
 def run() -> dict[str, Any]:
     from compress_methods import convert
     from compress_methods.conversion import pipeline
@@ -63,6 +82,7 @@ def run() -> dict[str, Any]:
     cases: list[tuple[str, Any]] = [(name, name) for name in RECIPES]
     for bits in PLAIN_BITS:
         cases += [(plain_name(bits, name), plain(bits, name)) for name in ("gptq", "rtn")]
+    cases += pruned()
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in cases:
             out = Path(folder) / "out"
@@ -74,7 +94,7 @@ def run() -> dict[str, Any]:
                     "recipe": name,
                     "bytes": report["bytes_after"],
                     "bytes_before": report["bytes_before"],
-                    "matrix_bits_per_weight": report["compressed_bits_per_weight"],
+                    "matrix_bits_per_weight": report["compressed_bits_per_weight"] or 16.0,
                     **measured.to_dict(),
                 }
             )

@@ -37,9 +37,11 @@ class Result:
 
 
 class Engine:
-    """A child process that runs one model at a time; `env` adds to its environment."""
+    """A child process that runs one model at a time; `env` adds to its environment, `flags` are
+    the interpreter's."""
 
-    def __init__(self, env: dict[str, str] | None = None) -> None:
+    def __init__(self, env: dict[str, str] | None = None, flags: tuple[str, ...] = ()) -> None:
+        self.flags = flags
         self.environment = {**os.environ, **ENVIRONMENT, **OFFLINE, **(env or {})}
         self._log = Path(tempfile.mkstemp(prefix="vllm-engine-", suffix=".log")[1])
 
@@ -53,7 +55,7 @@ class Engine:
         self._answers, answers = os.pipe()
         with self._log.open("wb") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.engine", str(jobs), str(answers)],
+                [sys.executable, *self.flags, "-m", "tests.e2e.engine", str(jobs), str(answers)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.environment,

@@ -51,9 +51,9 @@ def test_shipped_recipes_fit_the_model_and_say_when_to_choose_them(
     name: str, novels_8m: Path
 ) -> None:
     job = open_job(novels_8m, name)
-    assert job.plan.compressed_bytes < 0.7 * job.plan.original_bytes
+    assert job.plan.compressed_bytes < (0.7 if job.plan.jobs else 0.85) * job.plan.original_bytes
     text = (REPOSITORY / "configs" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    assert "Choose it" in text.split("formats:")[0]
+    assert "Choose it" in text.split("formats:")[0].split("stages:")[0]
 
 
 def test_rtn_stores_what_the_format_rounds_to_and_keeps_the_rest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -56,6 +57,55 @@ def start(*arguments: Path) -> subprocess.Popen[str]:
 
 def finished_blocks(out: Path) -> int:
     return len(list(out.glob("block-*.safetensors")))
+
+
+SEARCH = """
+stages:
+  - {transform: depth, drop: 1}
+  - {transform: width, ffn: search}
+  - formats: {w: {format: integer, bits: 4, group_size: 128}}
+    modules: [{match: blocks, format: w, algorithm: gptq}]
+calibration: {samples: 4, length: 128, held_out: 4}
+prune_to: {perplexity_increase: 30%, steps: 6}
+"""
+
+
+@pytest.mark.slow
+def test_a_search_over_a_chain_killed_at_random_moments_ends_with_the_same_bytes(
+    novels_8m: Path, some_text: Path, tmp_path: Path
+) -> None:
+    recipe, undisturbed, out = (tmp_path / name for name in ("recipe.yaml", "undisturbed", "out"))
+    recipe.write_text(SEARCH)
+    assert start(novels_8m, recipe, undisturbed, some_text).wait() == 0
+    moments = random.Random(0)
+    seen: set[str] = set()
+    for _ in range(KILLS):
+        goal = len(written(out)) + moments.randrange(2, 25)
+        process = start(novels_8m, recipe, out, some_text)
+        while process.poll() is None and len(written(out) | seen) < goal:
+            seen |= written(out)
+            time.sleep(0.005)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen |= written(out)
+        assert (out / INCOMPLETE).exists() or not out.exists() or not written(out)
+    assert len({path.partition("level-")[2][:4] for path in seen}) > 1
+    assert any("stage-2" in path for path in seen)
+    process = start(novels_8m, recipe, out, some_text)
+    assert process.wait() == 0
+    assert weights(out) == weights(undisturbed)
+    assert not (out / ".work").exists()
+    points = [json.loads((o / "report.json").read_text())["search"] for o in (undisturbed, out)]
+    assert points[0] == points[1]
+
+
+def written(out: Path) -> set[str]:
+    """Every finished file of weights, wherever in the work folder."""
+    # os.walk: folders may go while one looks.
+    found = ((folder, name) for folder, _, names in os.walk(out) for name in names)
+    return {f"{folder}/{name}" for folder, name in found if name.endswith(".safetensors")}
 
 
 @pytest.mark.slow

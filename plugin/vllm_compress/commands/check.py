@@ -21,8 +21,9 @@ examples:
   vllm-compress check meta-llama/Llama-3.2-1B --recipe int4-gptq -o out/int4
   vllm-compress check out/int4 --tensor-parallel-size 4 --hardware h100-sxm
 
---json before converting: model, recipe, modules, bytes_before, bytes_after, bits_per_weight, disk,
-disk_free, memory, memory_free (bytes), seconds.
+--json before converting: model, recipe, modules, bytes_before, bytes_after, disk, disk_free,
+memory, memory_free (bytes), seconds; of several stages, stages (a line each); of a search, levels
+(how many there are; bytes_after is that of the first) and bytes_after_least (of the last).
 --json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
 on this machine), device, device_memory (null without --hardware).
 Exit code 0 when nothing is wrong, 2 with one line that says what is.
@@ -46,32 +47,56 @@ def run(args: argparse.Namespace) -> int:
 def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     import shutil
 
-    from compress_methods.conversion.pipeline import check_calibration, open_job
-    from compress_methods.conversion.preflight import estimate, existing_parent, require_room
+    from compress_methods.conversion.chain import load_chain
+    from compress_methods.conversion.pipeline import (
+        check_calibration,
+        needs_calibration,
+        statement,
+    )
+    from compress_methods.conversion.preflight import (
+        estimate_stages,
+        existing_parent,
+        require_room,
+    )
     from compress_methods.conversion.sampling import require_cached
+    from compress_methods.conversion.search import find_levels
+    from compress_methods.conversion.stages import open_stages
     from compress_methods.memory import available_bytes
 
-    job = open_job(args.model, args.recipe, args.allow_pickle, args.tensor_parallel_size)
-    calibrated = args.calibration is not None or job.plan.needs_calibration
-    check_calibration(job, args.calibration)
+    chain = load_chain(args.recipe)
+    opening = (args.allow_pickle, args.tensor_parallel_size)
+    levels = [] if chain.prune_to is None else find_levels(chain, (args.model, *opening))
+    chain = levels[0].chain if levels else chain
+    stages = open_stages(args.model, chain, *opening)
+    source, plan = stages[0].opened.source, stages[-1].opened.plan
+    calibrated = args.calibration is not None or bool(levels) or needs_calibration(stages)
+    check_calibration(source.directory, chain.calibration, args.calibration)
     sampled = calibrated and args.calibration is None
     if sampled:
-        require_cached(job.source)
+        require_cached(source)
     out = Path(args.output)
-    expected = estimate(job.plan, job.skeleton, calibrated, sampled)
-    require_room(job.plan, job.skeleton, out, calibrated)
-    return {
-        "model": job.source.name,
-        "recipe": job.plan.recipe.name,
-        "modules": len(job.plan.jobs),
-        "bytes_before": job.plan.original_bytes,
-        "bytes_after": job.plan.compressed_bytes,
-        "disk": expected.disk,
+    expected = estimate_stages(stages, calibrated, sampled)
+    # A search halves its levels and keeps the best result so far beside the one it is at.
+    tries = len(levels).bit_length() or 1
+    disk = expected.disk + (plan.compressed_bytes if tries > 1 else 0)
+    require_room(disk, out)
+    result = {
+        "model": source.name,
+        "recipe": chain.name,
+        "modules": len(plan.jobs),
+        "bytes_before": source.nbytes,
+        "bytes_after": plan.compressed_bytes,
+        "disk": disk,
         "disk_free": shutil.disk_usage(existing_parent(out)).free,
         "memory": expected.memory,
         "memory_free": available_bytes(),
-        "seconds": round(expected.seconds, 1),
+        "seconds": round(tries * expected.seconds, 1),
     }
+    if chain.transforms:
+        result["stages"] = statement(stages).splitlines()[:-1]
+    if levels:
+        result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
+    return result
 
 
 def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +161,7 @@ def _lines(result: dict[str, Any]) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
-            value = ", ".join(value)
+            value = ("\n" + " " * 18 if key == "stages" else ", ").join(value)
         elif isinstance(value, int) and ("bytes" in key or "disk" in key or "memory" in key):
             value = f"{value / 1e6:,.1f} MB"
         elif key == "seconds":

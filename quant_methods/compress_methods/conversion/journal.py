@@ -120,6 +120,11 @@ class Journal:
         path = self._states(index)
         return read_tensors(path) if path.exists() else None
 
+    def saved_index(self) -> int | None:
+        """The furthest block that activations are kept for."""
+        found = self.work.glob("activations-*.safetensors")
+        return max((int(path.stem.partition("-")[2]) for path in found), default=None)
+
     def drop_states(self, below: int) -> None:
         """Delete the activations of earlier blocks."""
         for path in self.work.glob("activations-*.safetensors"):
@@ -138,12 +143,16 @@ class Journal:
     def abandon(self) -> None:
         """If no unit was finished yet, leave the place as it was found."""
         if not self.finished and not self.complete:
-            for leftover in self.directory.glob("*.tmp"):
-                leftover.unlink()
-            shutil.rmtree(self.work, ignore_errors=True)
-            (self.directory / INCOMPLETE).unlink(missing_ok=True)
-            if self._created:
-                self.directory.rmdir()
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave the place as it was found; no finished unit may lie outside the work folder."""
+        for leftover in self.directory.glob("*.tmp"):
+            leftover.unlink()
+        shutil.rmtree(self.work, ignore_errors=True)
+        (self.directory / INCOMPLETE).unlink(missing_ok=True)
+        if self._created:
+            self.directory.rmdir()
 
     def close(self) -> None:
         """Release the lock."""

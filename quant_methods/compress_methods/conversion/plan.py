@@ -8,8 +8,8 @@ the head. Everything a recipe can get wrong about a model is found here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from compress_methods.algorithms import Algorithm
 from compress_methods.conversion.checkpoint import Source
@@ -56,7 +56,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided: units in order, `dropped` original tensors with the reason."""
+    """Everything decided: units in order, `dropped` original tensors with the reason, `renamed`
+    ones that are stored under another name."""
 
     recipe: Recipe
     units: tuple[Unit, ...]
@@ -66,6 +67,7 @@ class Plan:
     tied: dict[str, str]
     embedding: str
     targets: tuple[str, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[Job]:
@@ -95,7 +97,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, source: Source) -> Plan:
     if not jobs:
         raise RecipeError(f"recipe {recipe.name!r} matches no module of {source.name}")
     _check_fused(jobs, skeleton)
-    units = tuple(_units(jobs, skeleton, source))
+    units = tuple(make_units(jobs, skeleton, source))
     copied = {name for unit in units for name in unit.copies}
     used = {source.names[f"{module}.weight"] for module in jobs}
     dropped = {}
@@ -175,7 +177,8 @@ def _check_fused(jobs: dict[str, Job], skeleton: Skeleton) -> None:
                 )
 
 
-def _units(jobs: dict[str, Job], skeleton: Skeleton, source: Source) -> Iterator[Unit]:
+def make_units(jobs: Mapping[str, Job], skeleton: Skeleton, source: Source) -> Iterator[Unit]:
+    """Output files in order: every job and every tensor that none compresses, each in one."""
     compressed = {source.names[f"{module}.weight"] for module in jobs}
     drop_tied = skeleton.embedding in jobs and skeleton.tied
     groups: dict[int | None, list[str]] = {}

@@ -7,13 +7,16 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from compress_methods.conversion.plan import Plan
+from compress_methods.conversion.run import Opened
 from compress_methods.conversion.sampling import CACHE_BYTES, FLOAT, RESIDENT_BYTES, batch_rows
+from compress_methods.conversion.stages import Stage
 from compress_methods.errors import OutputError
 from compress_methods.skeleton import Skeleton
 
@@ -99,12 +102,13 @@ def _flops_per_second() -> float:
     return 3 * 2 * 1024**3 / (time.perf_counter() - began)
 
 
-def require_room(plan: Plan, skeleton: Skeleton, out: Path, calibrated: bool) -> None:
-    """`OutputError` when the output's file system has no room or the place can't be written."""
+def require_room(needed: int, out: Path) -> None:
+    """`OutputError` when the output's file system has less than `needed` bytes for what is not
+    written yet, or the place can't be written."""
     place = existing_parent(out)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise OutputError(f"{place}: cannot be written to")
-    needed = estimate_disk(plan, skeleton, calibrated) - written(out)
+    needed -= written(out)
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
@@ -125,6 +129,45 @@ def estimate_disk(plan: Plan, skeleton: Skeleton, calibrated: bool) -> int:
     if not calibrated:
         return plan.compressed_bytes
     return plan.compressed_bytes + 2 * _states_bytes(plan, skeleton)
+
+
+def stages_disk(stages: Sequence[Opened], calibrated: bool) -> int:
+    """The same for a chain: every stage's result lies there until the next one's is finished."""
+    earlier = [0, *(stage.plan.compressed_bytes for stage in stages[:-1])]
+    return max(
+        before + estimate_disk(stage.plan, stage.skeleton, calibrated)
+        for before, stage in zip(earlier, stages, strict=True)
+    )
+
+
+def estimate_stages(stages: Sequence[Stage], calibrated: bool, sampled: bool) -> Estimate:
+    """Peak disk, peak memory and rough time of all stages; the original writes the text once."""
+    found = []
+    for number, stage in enumerate(stages):
+        opened = stage.opened
+        cost = estimate(opened.plan, opened.skeleton, calibrated, sampled and number == 0)
+        if stage.transform is not None and stage.transform.edits_blocks:
+            cost = _with_hessians(cost, opened)
+        found.append(cost)
+    return Estimate(
+        stages_disk([stage.opened for stage in stages], calibrated),
+        max(cost.memory for cost in found),
+        sum(cost.seconds for cost in found),
+    )
+
+
+def _with_hessians(cost: Estimate, opened: Opened) -> Estimate:
+    """What it takes besides to gather one Hessian per block and sweep its columns."""
+    settings = opened.plan.recipe.calibration
+    targets = opened.skeleton.targets.values()
+    columns = max(target.cols for target in targets if target.kind == "blocks")
+    flops = 2.0 * len(opened.skeleton.blocks) * columns**2
+    flops *= settings.samples * settings.length + columns
+    return Estimate(
+        cost.disk,
+        cost.memory + 4 * FLOAT * columns**2,
+        cost.seconds + flops / _flops_per_second(),
+    )
 
 
 def _states_bytes(plan: Plan, skeleton: Skeleton) -> int:

@@ -11,7 +11,8 @@
 `match` is `blocks` (every linear layer inside the decoder blocks, routers excepted), `embedding`
 (the token table), `lm_head`, an exact Hugging Face module name, `re:` and a regular expression that
 matches the whole name, or a list of these. The first rule that matches wins; modules no rule
-matches are kept as they are. `algorithm` is a name or a mapping with its parameters.
+matches are kept as they are. `algorithm` is a name or a mapping with its parameters. A recipe of
+several stages holds `formats` and `modules` in its last one; see `chain.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.conversion.calibration import CalibrationSettings
@@ -91,8 +92,13 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     """A recipe by shipped name, from a YAML file, or from a mapping; raises `RecipeError`."""
     if isinstance(recipe, Recipe):
         return recipe
+    return parse_recipe(*read_recipe(recipe))
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any]) -> tuple[Any, str, str]:
+    """What a recipe holds, where it is for error messages, and its name; raises `RecipeError`."""
     if isinstance(recipe, Mapping):
-        return parse_recipe(recipe, "recipe", "custom")
+        return recipe, "recipe", "custom"
     path = Path(recipe)
     if not path.exists() and str(recipe) in recipe_names():
         path = config_path("recipes", f"{recipe}.yaml")
@@ -101,14 +107,14 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
             f"recipe {str(recipe)!r}: neither a file nor a recipe name; "
             f"{nearest(str(recipe), recipe_names())}"
         )
-    return parse_recipe(read_yaml(path, RecipeError), str(path), path.stem)
+    return read_yaml(path, RecipeError), str(path), path.stem
 
 
 def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     """Validate a recipe's mapping; errors name `where` and the key."""
     if not isinstance(block, Mapping):
         raise RecipeError(f"{where}: expected a mapping, found {type(block).__name__}")
-    _known(block, KEYS, where)
+    known_keys(block, KEYS, where)
     formats_block = block.get("formats")
     if not isinstance(formats_block, Mapping) or not formats_block:
         raise RecipeError(f"{where}: formats is {formats_block!r}, expected a non-empty mapping")
@@ -125,16 +131,26 @@ def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     rules = tuple(
         _rule(entry, formats, f"{where}: modules[{i}]") for i, entry in enumerate(modules)
     )
-    calibration = build_dataclass(
-        CalibrationSettings, block.get("calibration") or {}, f"{where}: calibration", RecipeError
+    return Recipe(name, formats, rules, parse_calibration(block, where))
+
+
+def parse_calibration(block: Mapping[str, Any], where: str) -> CalibrationSettings:
+    """The `calibration:` of a recipe's mapping; raises `RecipeError`."""
+    return cast(
+        CalibrationSettings,
+        build_dataclass(
+            CalibrationSettings,
+            block.get("calibration") or {},
+            f"{where}: calibration",
+            RecipeError,
+        ),
     )
-    return Recipe(name, formats, rules, calibration)
 
 
 def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
     if not isinstance(entry, Mapping):
         raise RecipeError(f"{where}: expected a mapping, found {entry!r}")
-    _known(entry, MODULE_KEYS, where)
+    known_keys(entry, MODULE_KEYS, where)
     match = entry.get("match")
     patterns = tuple(match) if isinstance(match, list) else (match,)
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
@@ -158,7 +174,8 @@ def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
     return ModuleRule(patterns, name, algorithm)
 
 
-def _known(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def known_keys(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """`RecipeError` that names the nearest key for one that is not among `keys`."""
     for key in block:
         if key not in keys:
             raise RecipeError(f"{where}: unknown key {key!r}; {nearest(str(key), keys)}")

@@ -7,6 +7,11 @@ bytes_after, weight_error = ||W-Q||^2/||W||^2, output_error = ||(W-Q)X||^2/||WX|
 `kept` (bytes of tensors copied as they were), `dropped` (tensor: reason), `calibration`, `held_out`
 (perplexity, base_perplexity, kl, top1_agreement, tokens; null where nothing was run), `run`
 (seconds, peak_memory_bytes, bytes_per_second, tool_version): what differs between two runs.
+
+A recipe of several stages adds `original_parameters` and `stages`: for each its name, settings,
+config `changes` [before, after], `layers` kept, their `influence`, bytes and held-out quality. One
+that searched adds `search`: target, chosen level, and the `points` it saw (level, bytes,
+perplexity, increase, kl, within).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from compress_methods import __version__
 from compress_methods.conversion.checkpoint import Source
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.plan import Plan
+from compress_methods.safetensors_io import read_header
 
 
 def build_report(
@@ -32,9 +38,12 @@ def build_report(
     }
     matrix_weights = sum(math.prod(m["shape"]) for m in modules.values())
     matrix_bytes = sum(m["bytes_after"] for m in modules.values())
-    weights = sum(
-        math.prod(entry.shape) for name, entry in source.entries.items() if name not in plan.dropped
-    )
+    if plan.jobs:
+        held = [entry for name, entry in source.entries.items() if name not in plan.dropped]
+    else:
+        files = [read_header(journal.directory / unit.file) for unit in plan.units]
+        held = [entry for entries in files for entry in entries.values()]
+    weights = sum(math.prod(entry.shape) for entry in held)
     seconds = facts.get("seconds", 0.0)
     return {
         "fingerprint": journal.fingerprint,
@@ -47,7 +56,7 @@ def build_report(
         "bytes_before": source.nbytes,
         "bytes_after": plan.compressed_bytes,
         "bits_per_weight": 8 * plan.compressed_bytes / weights,
-        "compressed_bits_per_weight": 8 * matrix_bytes / matrix_weights,
+        "compressed_bits_per_weight": 8 * matrix_bytes / matrix_weights if modules else None,
         "parameters": weights,
         "modules": modules,
         "kept": plan.compressed_bytes - matrix_bytes,
@@ -66,6 +75,7 @@ def build_report(
 def model_card(report: dict[str, Any]) -> str:
     """The compressed model's README in Markdown, with the hub's metadata block."""
     before, after = report["bytes_before"], report["bytes_after"]
+    original = report.get("original_parameters", report["parameters"])
     lines = [
         "---",
         f"base_model: {report['base_model']}",
@@ -78,13 +88,15 @@ def model_card(report: dict[str, Any]) -> str:
         "| | original | compressed |",
         "|---|---|---|",
         f"| weights | {_size(before)} | {_size(after)} ({after / before:.1%}) |",
-        f"| bits per weight | {8 * before / report['parameters']:.2f} "
-        f"| {report['bits_per_weight']:.2f} |",
+        f"| parameters | {original:,} | {report['parameters']:,} |",
+        f"| bits per weight | {8 * before / original:.2f} | {report['bits_per_weight']:.2f} |",
     ]
     lines += _quality(report)
-    lines += ["", "## What was done", "", "| modules | format | algorithm | bytes | error |"]
-    lines += ["|---|---|---|---|---|", *_module_rows(report), ""]
-    lines += [f"Kept as they were: {_size(report['kept'])}. {_calibration(report)}", ""]
+    lines += ["", "## What was done", "", *_stages(report)]
+    if report["modules"]:
+        lines += ["| modules | format | algorithm | bytes | error |", "|---|---|---|---|---|"]
+        lines += [*_module_rows(report), "", f"Kept as they were: {_size(report['kept'])}."]
+    lines += [_calibration(report), ""]
     lines += _serving(report)
     return "\n".join(lines)
 
@@ -104,6 +116,22 @@ def _quality(report: dict[str, Any]) -> list[str]:
         "",
         f"Measured on {held['tokens']} tokens of the calibration source that no algorithm saw.",
     ]
+
+
+def _stages(report: dict[str, Any]) -> list[str]:
+    """A line for every transform: what it changed, and what was left of the quality after it."""
+    lines = []
+    for number, stage in enumerate(report.get("stages", ()), 1):
+        changes = [
+            f"{key} {before} to {after}"
+            for key, (before, after) in stage.get("changes", {}).items()
+            if not isinstance(after, list)
+        ]
+        measured = stage["held_out"]
+        quality = f", perplexity {measured['perplexity']:.3f}" if measured else ""
+        what = f" ({', '.join(changes)})" if changes else ""
+        lines.append(f"{number}. {stage['stage']}{what}: {_size(stage['bytes_after'])}{quality}")
+    return [*lines, ""] if lines else []
 
 
 def _module_rows(report: dict[str, Any]) -> list[str]:
@@ -128,24 +156,27 @@ def _calibration(report: dict[str, Any]) -> str:
     facts = report["calibration"] or {}
     if "length" not in facts:
         return "No calibration was needed; errors are relative to the weights."
+    errors = "; errors are relative to the layers' outputs" if report["modules"] else ""
     return (
         f"Calibrated on {facts['sequences']} sequences of {facts['length']} tokens "
-        f"({facts['source']}); errors are relative to the layers' outputs."
+        f"({facts['source']}){errors}."
     )
 
 
 def _serving(report: dict[str, Any]) -> list[str]:
     run = report["run"]
+    install, note = ["pip install vllm-compress"], "The plugin is found by vLLM on its own; "
+    if not report["modules"]:
+        install, note = [], "A plain model: transformers and any vLLM load it, without a plugin; "
     lines = [
         "## Serve it",
         "",
         "```",
-        "pip install vllm-compress",
+        *install,
         "vllm serve PATH_OF_THIS_DIRECTORY",
         "```",
         "",
-        "The plugin is found by vLLM on its own; no flag is needed. "
-        "`vllm-compress serve` adds a deployment label to the metrics.",
+        f"{note}no flag is needed. `vllm-compress serve` adds a deployment label to the metrics.",
         "",
     ]
     if run["peak_memory_bytes"]:

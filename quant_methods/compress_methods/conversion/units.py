@@ -7,7 +7,7 @@ states moved on through the compressed block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +126,13 @@ class Converter:
         assert self.runner is not None
         assert self.states is not None
         prefix = f"{self.skeleton.blocks_name}.{index}"
-        self.runner.load(dict(self._parameters(prefix)))
+        self.runner.load(self.parameters(prefix))
         needs = {
             j.target.module: j.algorithm.needs for j in unit.jobs if j.algorithm.needs != "nothing"
         }
         groups = self.runner.gather(index, self.states[CALIBRATION], needs) if needs else []
-        self.runner.run(index, self.states[HELD_BASE])
+        if HELD_BASE in self.states:
+            self.runner.run(index, self.states[HELD_BASE])
         stored, modules = self._solve_groups(unit, groups)
         self._write(unit, stored)
         for name in (CALIBRATION, HELD_COMPRESSED):
@@ -140,10 +141,10 @@ class Converter:
         self.journal.save_states(index + 1, self.states)
         return {"modules": modules}
 
-    def _parameters(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        for name in self.skeleton.parameter_names():
-            if name.startswith(f"{prefix}."):
-                yield name, self.source.read(name)
+    def parameters(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of a module as the source holds them, by their names in the model."""
+        names = self.skeleton.parameter_names()
+        return {name: self.source.read(name) for name in names if name.startswith(f"{prefix}.")}
 
     def _solve_groups(
         self, unit: Unit, groups: list[tuple[list[str], Gathered]]
@@ -200,10 +201,14 @@ class Converter:
 
     def _copy(self, unit: Unit, writer: Writer) -> None:
         for name in unit.copies:
-            entry = self.source.entries[name]
-            for _, slab in entry.slabs():
-                writer.put(name, require_finite(entry, slab))
-            self.progress.step(entry.nbytes, unit.name)
+            self._put(name, writer, name)
+
+    def _put(self, name: str, writer: Writer, stored: str) -> None:
+        """Copy a tensor of the source, a slab at a time, under the name it is `stored` by."""
+        entry = self.source.entries[name]
+        for _, slab in entry.slabs():
+            writer.put(stored, require_finite(entry, slab))
+        self.progress.step(entry.nbytes, stored)
 
     def _specs(self, unit: Unit) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
