@@ -1,7 +1,7 @@
 """What each recipe costs in quality: novels-8m, on a novel it has not seen.
 
-All shipped recipes, and both algorithms without clipping search side by side, so that what each
-part wins is visible. GPTQ is calibrated on text sampled from the model itself, once for all.
+All shipped recipes, and below them in brackets algorithms side by side, so that what each part wins
+is visible. All are calibrated on text sampled from the model itself, once for all.
 Needs the validation text (folder `shared` beside the repository, or VLLM_COMPRESS_SHARED).
 """
 
@@ -14,9 +14,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import sparse_cases
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
-RECIPES = ("int8", "int8-dynamic", "int4-rtn", "int4-gptq", "int3-gptq", "int2-gptq")
+RECIPES = (
+    *("int8", "int8-dynamic", "int4-rtn", "int4-gptq", "int3-gptq", "int2-gptq"),
+    *("sparse50-int8", "sparse50-int4-joint", "sparse24"),
+)
+TWO_PASSES = "(50% sparse, 4 bits, sparsegpt, then gptq)"
 PLAIN_BITS = (4, 3, 2)
 TOKENS = 40_000
 
@@ -82,11 +88,13 @@ def run() -> dict[str, Any]:
     cases: list[tuple[str, Any]] = [(name, name) for name in RECIPES]
     for bits in PLAIN_BITS:
         cases += [(plain_name(bits, name), plain(bits, name)) for name in ("gptq", "rtn")]
-    cases += pruned()
+    cases += [*sparse_cases.cases(), *pruned()]
     with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in cases:
+        models = [(MODEL, name, recipe) for name, recipe in cases]
+        pruned_model, second = sparse_cases.two_passes(MODEL, Path(folder))
+        for model, name, recipe in [*models, (pruned_model, TWO_PASSES, second)]:
             out = Path(folder) / "out"
-            report = convert(MODEL, recipe, out, quiet=True)
+            report = convert(model, recipe, out, quiet=True)
             measured = evaluate(out, MODEL, text, limit_tokens=TOKENS)
             shutil.rmtree(out)
             rows.append(

@@ -7,6 +7,7 @@ the head. Everything a recipe can get wrong about a model is found here.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,21 +18,24 @@ from compress_methods.conversion.recipe import ModuleRule, Recipe
 from compress_methods.errors import FormatError, RecipeError
 from compress_methods.formats import Format, TensorSpec
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.sparse import Sparse
 from compress_methods.quantization_config import CompressionSpec, Rule
 from compress_methods.skeleton import Skeleton, Target
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EMBEDDINGS, HEAD = "embeddings", "head"
+STEPS = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """One matrix to compress."""
+    """One matrix to compress. Formats to choose from, where `split.py` is to choose."""
 
     target: Target
     format_name: str
     format: Format
     algorithm: Algorithm
+    choices: tuple[Sparse, ...] = ()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -97,6 +101,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, source: Source) -> Plan:
     if not jobs:
         raise RecipeError(f"recipe {recipe.name!r} matches no module of {source.name}")
     _check_fused(jobs, skeleton)
+    _check_split(jobs, recipe)
     units = tuple(make_units(jobs, skeleton, source))
     copied = {name for unit in units for name in unit.copies}
     used = {source.names[f"{module}.weight"] for module in jobs}
@@ -141,7 +146,10 @@ def _jobs(recipe: Recipe, skeleton: Skeleton) -> Iterator[Job]:
                 f"{target.module} [{target.rows}, {target.cols}]: {problem} "
                 f"(format {rule.format!r})"
             ) from problem
-        yield Job(target, rule.format, fmt, rule.algorithm)
+        choices: tuple[Sparse, ...] = ()
+        if rule.split and isinstance(fmt, Sparse) and target.kind == "blocks":
+            choices = tuple(around(fmt, target))
+        yield Job(target, rule.format, fmt, rule.algorithm, choices)
     for rule in unused:
         if rule.match == ("lm_head",) and skeleton.tied:
             continue
@@ -149,6 +157,29 @@ def _jobs(recipe: Recipe, skeleton: Skeleton) -> Iterator[Job]:
             f"recipe {recipe.name!r}: match {', '.join(rule.match)} finds no module "
             "that an earlier rule has left"
         )
+
+
+def around(fmt: Sparse, target: Target) -> Iterator[Sparse]:
+    """The format at up to seven n, its own in the middle, of those that can hold the matrix and be
+    cut as finely; n rises."""
+    rows, cols = target.rows, target.cols
+    step = max(1, fmt.m // STEPS)
+    for n in range(fmt.n - 3 * step, fmt.n + 3 * step + 1, step):
+        if not 0 < n < max(fmt.m, fmt.n + 1):
+            continue
+        other = dataclasses.replace(fmt, n=n)
+        try:
+            units, own = other.units(rows, cols), fmt.units(rows, cols)
+        except FormatError:
+            continue
+        if own[0] % units[0] == 0 and own[1] % units[1] == 0:
+            yield other
+
+
+def fused_group(module: str) -> str:
+    """The same name for modules that vLLM runs as one matrix."""
+    parent, _, leaf = module.rpartition(".")
+    return next((f"{parent}.{'+'.join(group)}" for group in FUSED if leaf in group), module)
 
 
 def _rule_for(recipe: Recipe, target: Target) -> ModuleRule | None:
@@ -175,6 +206,16 @@ def _check_fused(jobs: dict[str, Job], skeleton: Skeleton) -> None:
                     f"{parent}: {'/'.join(group)} are fused by vLLM and must share one format; "
                     f"found {got}"
                 )
+
+
+def _check_split(jobs: Mapping[str, Job], recipe: Recipe) -> None:
+    for rule in recipe.modules:
+        mine = [job for job in jobs.values() if job.format_name == rule.format]
+        if rule.split and not any(len(job.choices) > 1 for job in mine):
+            raise RecipeError(
+                f"recipe {recipe.name!r}: split finds no other n for format {rule.format!r} that "
+                "its matrices could be stored in; choose a smaller group_size or another m"
+            )
 
 
 def make_units(jobs: Mapping[str, Job], skeleton: Skeleton, source: Source) -> Iterator[Unit]:

@@ -11,8 +11,9 @@
 `match` is `blocks` (every linear layer inside the decoder blocks, routers excepted), `embedding`
 (the token table), `lm_head`, an exact Hugging Face module name, `re:` and a regular expression that
 matches the whole name, or a list of these. The first rule that matches wins; modules no rule
-matches are kept as they are. `algorithm` is a name or a mapping with its parameters. A recipe of
-several stages holds `formats` and `modules` in its last one; see `chain.py`.
+matches are kept as they are. `algorithm` is a name or a mapping with its parameters. `split: error`
+divides the bytes of a sparse format among layers; see `split.py`. A recipe of several stages holds
+`formats` and `modules` in its last one; see `chain.py`.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from compress_methods.conversion.calibration import CalibrationSettings
 from compress_methods.conversion.names import matches, recipe_names
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
+from compress_methods.formats.sparse import Sparse
 from compress_methods.registry import build_dataclass
 from compress_methods.resources import config_path
 from compress_methods.yaml_file import read_yaml
 
 KEYS = ("formats", "modules", "calibration")
-MODULE_KEYS = ("match", "format", "algorithm")
+MODULE_KEYS = ("match", "format", "algorithm", "split")
 DEFAULT_ALGORITHM = "rtn"
+SPLIT = "error"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ModuleRule:
     match: tuple[str, ...]
     format: str
     algorithm: Algorithm
+    split: bool = False
 
     def matches(self, module: str, kind: str) -> bool:
         """`kind` is `blocks`, `embedding`, `lm_head` or empty, as `Skeleton.kind` gives it."""
@@ -77,6 +81,7 @@ class Recipe:
                         "algorithm": rule.algorithm.name,
                         **dataclasses.asdict(rule.algorithm),
                     },
+                    **({"split": SPLIT} if rule.split else {}),
                 }
                 for rule in self.modules
             ],
@@ -171,7 +176,15 @@ def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
         algorithm.check_format(formats[name])
     except RecipeError as problem:
         raise RecipeError(f"{where}: {problem}") from problem
-    return ModuleRule(patterns, name, algorithm)
+    split = entry.get("split")
+    if split not in (None, SPLIT):
+        raise RecipeError(f"{where}: split is {split!r}, expected {SPLIT}")
+    if split and not (isinstance(formats[name], Sparse) and algorithm.needs != "nothing"):
+        raise RecipeError(
+            f"{where}: split: {SPLIT} chooses n of a sparse format by what calibration shows; "
+            f"found format {formats[name].name!r} and algorithm {algorithm.name!r}"
+        )
+    return ModuleRule(patterns, name, algorithm, split is not None)
 
 
 def known_keys(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

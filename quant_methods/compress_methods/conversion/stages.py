@@ -28,6 +28,7 @@ from compress_methods.conversion.outline import outline, transform_plan
 from compress_methods.conversion.plan import make_plan
 from compress_methods.conversion.reshape import Reshape
 from compress_methods.conversion.run import Opened, Run
+from compress_methods.conversion.split import Split
 from compress_methods.errors import RecipeError
 from compress_methods.safetensors_io import read_tensors, write_tensors
 from compress_methods.sharding import check_matrix, shares_heads
@@ -162,7 +163,8 @@ def _run(
     quiet: bool,
 ) -> Run:
     if stage.transform is None:
-        return Run(opened, tokens, base, label=label, quiet=quiet)
+        split = any(job.choices for job in opened.plan.jobs)
+        return (Split if split else Run)(opened, tokens, base, label=label, quiet=quiet)
     return Reshape(stage.transform, stage.config, opened, tokens, base, label=label, quiet=quiet)
 
 
