@@ -179,7 +179,9 @@ def job_fingerprint(chain: Chain, stages: list[Stage], text: Text) -> str:
     used = "model" if needs_calibration(stages) else "none"
     if text.path is not None:
         used = sha256(text.path)
-    parts = (fingerprint(stages[0].opened.source), chain.sha256, used, __version__)
+    parts = [fingerprint(stages[0].opened.source), chain.sha256, used, __version__]
+    choices = [[c.n for c in job.choices] for job in stages[-1].opened.plan.jobs if job.choices]
+    parts += [str(choices)] if choices else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

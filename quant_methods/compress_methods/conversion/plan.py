@@ -7,6 +7,7 @@ the head. Everything a recipe can get wrong about a model is found here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from compress_methods.formats import Format, TensorSpec
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.sparse import Sparse
 from compress_methods.quantization_config import CompressionSpec, Rule
+from compress_methods.sharding import check_matrix
 from compress_methods.skeleton import Skeleton, Target
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -95,9 +97,12 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, source: Source) -> Plan:
-    """Decide everything; raises `RecipeError` where recipe and model do not fit."""
-    jobs = {job.target.module: job for job in _jobs(recipe, skeleton)}
+def make_plan(
+    recipe: Recipe, skeleton: Skeleton, source: Source, tensor_parallel_size: int = 1
+) -> Plan:
+    """Decide everything; `RecipeError` where recipe and model do not fit, `FormatError` where a
+    matrix cannot be cut for that many ranks."""
+    jobs = {job.target.module: job for job in _jobs(recipe, skeleton, tensor_parallel_size)}
     if not jobs:
         raise RecipeError(f"recipe {recipe.name!r} matches no module of {source.name}")
     _check_fused(jobs, skeleton)
@@ -123,7 +128,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, source: Source) -> Plan:
     )
 
 
-def _jobs(recipe: Recipe, skeleton: Skeleton) -> Iterator[Job]:
+def _jobs(recipe: Recipe, skeleton: Skeleton, ways: int) -> Iterator[Job]:
     unused = list(recipe.modules)
     for target in skeleton.targets.values():
         rule = _rule_for(recipe, target)
@@ -146,9 +151,10 @@ def _jobs(recipe: Recipe, skeleton: Skeleton) -> Iterator[Job]:
                 f"{target.module} [{target.rows}, {target.cols}]: {problem} "
                 f"(format {rule.format!r})"
             ) from problem
+        check_matrix(target.module, target.kind, (target.rows, target.cols), fmt, ways)
         choices: tuple[Sparse, ...] = ()
         if rule.split and isinstance(fmt, Sparse) and target.kind == "blocks":
-            choices = tuple(around(fmt, target))
+            choices = tuple(around(fmt, target, ways))
         yield Job(target, rule.format, fmt, rule.algorithm, choices)
     for rule in unused:
         if rule.match == ("lm_head",) and skeleton.tied:
@@ -159,21 +165,18 @@ def _jobs(recipe: Recipe, skeleton: Skeleton) -> Iterator[Job]:
         )
 
 
-def around(fmt: Sparse, target: Target) -> Iterator[Sparse]:
-    """The format at up to seven n, its own in the middle, of those that can hold the matrix and be
-    cut as finely; n rises."""
-    rows, cols = target.rows, target.cols
+def around(fmt: Sparse, target: Target, ways: int) -> Iterator[Sparse]:
+    """The format at up to seven n, its own in the middle: those that can hold the matrix and be cut
+    for `ways` ranks."""
+    shape = (target.rows, target.cols)
     step = max(1, fmt.m // STEPS)
     for n in range(fmt.n - 3 * step, fmt.n + 3 * step + 1, step):
-        if not 0 < n < max(fmt.m, fmt.n + 1):
-            continue
-        other = dataclasses.replace(fmt, n=n)
-        try:
-            units, own = other.units(rows, cols), fmt.units(rows, cols)
-        except FormatError:
-            continue
-        if own[0] % units[0] == 0 and own[1] % units[1] == 0:
-            yield other
+        if 0 < n < fmt.m or n == fmt.n:
+            other = dataclasses.replace(fmt, n=n)
+            with contextlib.suppress(FormatError):
+                other.check_shape(*shape)
+                check_matrix(target.module, target.kind, shape, other, ways)
+                yield other
 
 
 def fused_group(module: str) -> str:

@@ -152,7 +152,7 @@ class Split(Run):
             runner = self.block_runner()
             converter = self.converter(progress)
             states = self.states(converter, runner, first, (CALIBRATION,))
-            width = max(len(group.choices) for group in groups)
+            width = max((len(group.choices) for group in groups), default=1)
             shape = (len(groups), width)
             errors = states.setdefault(ERRORS, torch.zeros(shape, dtype=torch.float64))
             for index in range(first, count):

@@ -31,7 +31,7 @@ from compress_methods.conversion.run import Opened, Run
 from compress_methods.conversion.split import Split
 from compress_methods.errors import RecipeError
 from compress_methods.safetensors_io import read_tensors, write_tensors
-from compress_methods.sharding import check_matrix, shares_heads
+from compress_methods.sharding import shares_heads
 from compress_methods.skeleton import build_skeleton
 from compress_methods.transforms import Transform
 
@@ -89,11 +89,7 @@ def open_stages(
         stages.append(Stage(transform, Opened(skeleton, source, plan), config, made.config))
         skeleton, source, config = made.skeleton, made.source, made.config
     if chain.packing is not None:
-        plan = make_plan(chain.packing, skeleton, source)
-        for job in plan.jobs:
-            target = job.target
-            shape = (target.rows, target.cols)
-            check_matrix(target.module, target.kind, shape, job.format, tensor_parallel_size)
+        plan = make_plan(chain.packing, skeleton, source, tensor_parallel_size)
         stages.append(Stage(None, Opened(skeleton, source, plan), config, config))
     return stages
 

@@ -1,0 +1,163 @@
+"""Dividing the bytes of a sparse format among layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress_methods import convert
+from compress_methods.algorithms.wanda import Wanda
+from compress_methods.compressed import open_compressed
+from compress_methods.conversion.pipeline import open_job
+from compress_methods.conversion.plan import Job
+from compress_methods.conversion.split import Group, Split, choose
+from compress_methods.errors import FormatError, OutputError, RecipeError
+from compress_methods.formats.dense import Dense
+from compress_methods.formats.sparse import Sparse
+from compress_methods.skeleton import Target
+
+SMALL = {"samples": 4, "length": 64, "held_out": 2}
+INT4 = {"format": "integer", "bits": 4, "group_size": 128}
+
+
+def recipe(n: int = 64, m: int = 128, algorithm: Any = "wanda", **more: Any) -> dict[str, Any]:
+    values = more.pop("values", {"format": "dense"})
+    return {
+        "formats": {"s": {"format": "sparse", "n": n, "m": m, "values": values}},
+        "modules": [{"match": "blocks", "format": "s", "algorithm": algorithm, **more}],
+        "calibration": SMALL,
+    }
+
+
+def group(rows: int) -> Group:
+    choices = tuple(Sparse(n, 128, Dense()) for n in (32, 48, 64, 80, 96))
+    job = Job(Target("m", "blocks", rows, 256), "s", choices[2], Wanda(), choices)
+    return Group(0, (job,), choices)
+
+
+falls = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=4, max_size=4)
+
+
+def falling(drops: list[float], convex: bool) -> list[float]:
+    drops = sorted(drops, reverse=True) if convex else drops
+    return [sum(drops[i:]) for i in range(5)]
+
+
+def spent(groups: list[Group], picked: Any) -> int:
+    return sum(g.sizes[i] for g, i in zip(groups, picked, strict=True))
+
+
+def lost(errors: list[list[float]], picked: Any) -> float:
+    return sum(e[i] for e, i in zip(errors, picked, strict=True))
+
+
+@given(st.lists(st.tuples(falls, st.sampled_from((8, 16, 40))), min_size=1, max_size=6))
+def test_the_choice_costs_no_more_bytes_and_no_more_error_than_the_same_n_everywhere(
+    drawn: list[tuple[list[float], int]],
+) -> None:
+    groups = [group(rows) for _, rows in drawn]
+    errors = [falling(drops, convex=False) for drops, _ in drawn]
+    picked = choose(errors, groups)
+    uniform = [2] * len(groups)
+    assert spent(groups, picked) <= spent(groups, uniform)
+    assert lost(errors, picked) <= lost(errors, uniform)
+
+
+@given(st.lists(falls, min_size=1, max_size=4))
+def test_the_choice_is_the_best_there_is_where_errors_fall_ever_more_slowly(
+    drawn: list[list[float]],
+) -> None:
+    groups = [group(8) for _ in drawn]
+    errors = [falling(drops, convex=True) for drops in drawn]
+    budget = spent(groups, [2] * len(groups))
+    best = min(
+        lost(errors, picked)
+        for picked in product(range(5), repeat=len(groups))
+        if spent(groups, picked) <= budget
+    )
+    assert lost(errors, choose(errors, groups)) == pytest.approx(best, abs=1e-9)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    names = {"report.json", "README.md"}
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in names}
+
+
+def test_layers_get_different_n_in_the_same_bytes_and_a_stopped_run_goes_on(
+    novels_8m: Path, some_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = recipe(split="error")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    report = convert(novels_8m, split, whole, calibration=some_text, quiet=True)
+    checkpoint = open_compressed(whole)
+    counts = {name: matrix.format.n for name, matrix in checkpoint.matrices.items()}  # type: ignore[attr-defined]
+    assert len(set(counts.values())) > 2
+    for name, n in counts.items():
+        for first, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
+            if name.endswith(first):
+                assert all(counts[name.replace(first, other)] == n for other in others)
+    planned = open_job(novels_8m, recipe()).plan.compressed_bytes
+    assert 0.98 * planned < report["bytes_after"] <= planned
+    assert report["bytes_after"] == sum(m.nbytes for m in checkpoint.matrices.values()) + sum(
+        entry.nbytes for entry in checkpoint.dense.values()
+    )
+
+    measure = Split._measure_block
+
+    def stopped(self: Split, runner: Any, index: int, *rest: Any) -> Iterator[Any]:
+        if index == 5:
+            raise KeyboardInterrupt
+        return measure(self, runner, index, *rest)
+
+    monkeypatch.setattr(Split, "_measure_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        convert(novels_8m, split, out, calibration=some_text, quiet=True)
+    seen = []
+
+    def watched(self: Split, runner: Any, index: int, *rest: Any) -> Iterator[Any]:
+        seen.append(index)
+        return measure(self, runner, index, *rest)
+
+    monkeypatch.setattr(Split, "_measure_block", watched)
+    with pytest.raises(OutputError, match="another model, recipe"):
+        convert(novels_8m, recipe(), out, calibration=some_text, quiet=True)
+    convert(novels_8m, split, out, calibration=some_text, quiet=True)
+    assert seen == [5, 6, 7]
+    assert contents(out) == contents(whole)
+
+
+def test_only_what_ranks_can_cut_is_chosen_from(novels_8m: Path) -> None:
+    split = recipe(split="error", values={"format": "integer", "bits": 8, "group_size": -1})
+    for ways in (1, 2):
+        job = open_job(novels_8m, split, tensor_parallel_size=ways)
+        for found in job.plan.jobs:
+            if found.target.module.endswith("down_proj"):
+                units = [c.units(found.target.rows, found.target.cols)[1] for c in found.choices]
+                assert all(found.target.cols // ways % unit == 0 for unit in units)
+                assert len(units) > 1 or ways > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "evenly"}, "split is 'evenly', expected error"),
+        ({"split": "error", "algorithm": "magnitude"}, "calibration shows.*'magnitude'"),
+        ({"split": "error", "values": INT4}, "no other n for format 's'.*smaller group_size"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(
+    changes: dict[str, Any], message: str, novels_8m: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        open_job(novels_8m, recipe(**changes))
+
+
+def test_a_pattern_no_matrix_can_hold_is_refused(novels_8m: Path) -> None:
+    with pytest.raises((RecipeError, FormatError), match=r"o_proj|q_proj|down_proj"):
+        open_job(novels_8m, recipe(63, 128, split="error", values=INT4))
