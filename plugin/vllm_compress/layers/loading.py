@@ -152,7 +152,7 @@ def check_cuts(
             raise CheckpointError(
                 f"{target.module}: {size} {what} in {target.format.describe()} cannot be divided "
                 f"over {ranks} ranks at multiples of {unit}; use a smaller tensor-parallel size"
-                + (" or convert with a smaller group_size" if what == "columns" else "")
+                + (" or convert with a smaller group_size or m" if what == "columns" else "")
             )
 
 
