@@ -80,10 +80,10 @@ def _compressed(directory: Path) -> Served:
 
 
 def summarize(checkpoint: Any) -> Served:
-    """Of a `CompressedCheckpoint`. A format that stores fewer values says so in `sparsity`."""
+    """Of a `CompressedCheckpoint`. `sparsity` counts what formats do not store."""
     matrices = list(checkpoint.matrices.values())
     weights = sum(matrix.rows * matrix.cols for matrix in matrices)
-    absent = sum(m.rows * m.cols * getattr(m.format, "sparsity", 0.0) for m in matrices)
+    absent = sum(m.rows * m.cols * m.format.sparsity for m in matrices)
     weights += sum(math.prod(entry.shape) for entry in checkpoint.dense.values())
     nbytes = sum(matrix.nbytes for matrix in matrices)
     nbytes += sum(entry.nbytes for entry in checkpoint.dense.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,3 +28,14 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """Atomically write a matplotlib figure as PNG, the same bytes whenever it is drawn."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+        temporary.replace(path)
+        fsync_directory(path.absolute().parent)
+    finally:
+        temporary.unlink(missing_ok=True)

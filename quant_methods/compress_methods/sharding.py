@@ -44,7 +44,7 @@ def check_matrix(module: str, kind: str, shape: tuple[int, int], fmt: Cuttable, 
         each = f"{size / ways:g}"
         raise FormatError(
             f"{module}: {size} {what} over tensor-parallel {ways} are {each} each, "
-            f"no multiple of {unit} ({fmt.describe()}); choose a smaller group_size"
+            f"no multiple of {unit} ({fmt.describe()}); choose a smaller group_size or m"
         )
 
 

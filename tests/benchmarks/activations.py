@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.benchmarks.kernels import half
 from tests.benchmarks.quality import MODEL, validation_text
 
-RECIPES = ("int8", "int4-gptq", "int4-rtn", "int3-gptq", "int2-gptq")
+HALF_INT8 = {
+    "formats": {"s": half(128, bits=8, group_size=-1)},
+    "modules": [{"match": "blocks", "format": "s", "algorithm": "sparsegpt"}],
+    "calibration": {"samples": 64, "length": 512, "seed": 0, "held_out": 8},
+}
+RECIPES: dict[str, Any] = {
+    **{name: name for name in ("int8", "int4-gptq", "int4-rtn", "int3-gptq", "int2-gptq")},
+    "half of int8, sparsegpt": HALF_INT8,
+}
 KERNELS = ("cpu_exact", "cpu")
 TOKENS = 40_000
 
@@ -66,10 +75,10 @@ def run() -> dict[str, Any]:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in RECIPES:
-            out = Path(folder) / recipe
+        for name, recipe in RECIPES.items():
+            out = Path(folder) / name.replace(" ", "-")
             convert(MODEL, recipe, out, quiet=True)
-            rows.append({"recipe": recipe, **kl_by_kernel(out, validation_text(), TOKENS)})
+            rows.append({"recipe": name, **kl_by_kernel(out, validation_text(), TOKENS)})
     return {"rows": rows}
 
 

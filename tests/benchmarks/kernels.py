@@ -33,14 +33,13 @@ def bfloat16() -> tuple[int, int, Product]:
 
 
 def ours(kernel: str, **fmt: Any) -> Callable[[], tuple[int, int, Product]]:
-    """The same for a kernel of our table and a format."""
+    """The same for a kernel of our table and a format, integer unless it says otherwise."""
 
     def make() -> tuple[int, int, Product]:
-        from compress_methods.formats.base import Prepared
-        from compress_methods.formats.integer import Integer
+        from compress_methods.formats import Prepared, format_from_dict
         from compress_methods.kernels import KERNELS
 
-        chosen, form = KERNELS[kernel], Integer(**fmt)
+        chosen, form = KERNELS[kernel], format_from_dict({"format": "integer", **fmt})
         specs = form.tensors(ROWS, COLS)
         weight = torch.randn(ROWS, COLS)
         stored = form.pack(form.nearest(weight))
@@ -57,6 +56,11 @@ def ours(kernel: str, **fmt: Any) -> Callable[[], tuple[int, int, Product]]:
     return make
 
 
+def half(m: int, **values: Any) -> dict[str, Any]:
+    """Half of every m columns kept, integers unless `values` says otherwise."""
+    return {"format": "sparse", "n": m // 2, "m": m, "values": {"format": "integer", **values}}
+
+
 CASES: dict[str, Callable[[], tuple[int, int, Product]]] = {
     "bf16": bfloat16,
     "int4, torch": ours("torch_int4", bits=4, group_size=128),
@@ -66,6 +70,11 @@ CASES: dict[str, Callable[[], tuple[int, int, Product]]] = {
     "int4 g32, cpu": ours("cpu", bits=4, group_size=32),
     **{f"int{b} g128, cpu_exact": ours("cpu_exact", bits=b, group_size=128) for b in (2, 3, 4)},
     "int8 row, cpu_exact": ours("cpu_exact", bits=8, group_size=-1),
+    "half of int8, cpu": ours("cpu", **half(128, bits=8, group_size=-1)),
+    "2:4 of int8, cpu": ours("cpu", **half(4, bits=8, group_size=-1)),
+    "half of int4 g128, cpu": ours("cpu", **half(128, bits=4, group_size=128)),
+    "half of int8, cpu_exact": ours("cpu_exact", **half(128, bits=8, group_size=-1)),
+    "half of bf16, cpu_exact": ours("cpu_exact", **half(128, format="dense")),
 }
 
 

@@ -1,8 +1,10 @@
-"""Speed of real vLLM servers, one after another in one run: bf16 and every number of bits.
+"""Speed and memory of real vLLM servers, one after another in one run: bf16, every number of bits,
+and half of int8 and int4.
 
 A random Llama of 1.2 billion parameters (Llama-3.2-1B shape, vocabulary 128,256), round to nearest,
 since speed does not depend on the values. Eager, all cores; a prompt of 64 tokens, then `TOKENS`
 generated, one request at a time and four together. Only ratios carry over to other machines.
+Weights in memory are what the processes hold, less what the bf16 server holds besides its weights.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.kernels import half
 from tests.benchmarks.memory import ONE_B, VOCABULARY, make_llama
 from tests.e2e.server import VllmServer
 
@@ -25,11 +28,14 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4, "group_size": 128},
     "int3": {"bits": 3, "group_size": 128},
     "int2": {"bits": 2, "group_size": 128},
+    "half of int8": half(128, bits=8, group_size=-1),
+    "half of int4": half(128, bits=4, group_size=128),
 }
 
 
 def measure(model: Path) -> dict[str, float]:
-    """Time to first token and per output token in seconds, tokens/s of four requests together."""
+    """Time to first token and per output token in seconds, tokens/s of four requests together, and
+    the server's memory in bytes."""
     from openai import OpenAI
 
     with VllmServer(model, "--served-model-name", "m", "--dtype", "bfloat16") as server:
@@ -55,10 +61,12 @@ def measure(model: Path) -> dict[str, float]:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(ask, range(10, 14)))
         together = time.monotonic() - began
+        resident = server.resident_bytes()
     return {
         "ttft": statistics.median(t for t, _ in single),
         "tpot": statistics.median(t for _, t in single),
         "tokens_per_second_4": 4 * TOKENS / together,
+        "resident": resident,
     }
 
 
@@ -86,11 +94,13 @@ def run() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     base = results["rows"][0]
-    lines = ["| format | weights | decode, 1 request | first token, 64-token prompt | 4 requests |"]
-    lines.append("|---|---|---|---|---|")
+    other = base["resident"] - base["bytes"]
+    heads = ("format", "weights", "in memory", "decode, 1 request", "first token, 64-token prompt")
+    lines = [f"| {' | '.join(heads)} | 4 requests |", "|---|---|---|---|---|---|"]
     for row in results["rows"]:
         lines.append(
             f"| {row['format']} | {row['bytes'] / 1e9:.2f} GB "
+            f"| {(row['resident'] - other) / 1e9:.2f} GB "
             f"| {base['tpot'] / row['tpot']:.2f}x | {base['ttft'] / row['ttft']:.2f}x "
             f"| {row['tokens_per_second_4'] / base['tokens_per_second_4']:.2f}x |"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.e2e.server import ENVIRONMENT
+from tests.e2e.server import ENVIRONMENT, resident_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
@@ -28,12 +28,14 @@ OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
 
 @dataclass
 class Result:
-    """`top` are the most likely tokens at the same positions as `logprobs`."""
+    """`top` are the most likely tokens at the same positions as `logprobs`; `resident` is the
+    memory of the process with the model in it, mapped files apart, in bytes."""
 
     logprobs: list[list[float]] = field(default_factory=list)
     top: list[list[int]] = field(default_factory=list)
     generated: list[list[int]] = field(default_factory=list)
     error: str = ""
+    resident: int = 0
 
 
 class Engine:
@@ -130,7 +132,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     llm: Any = None
     try:
         llm = LLM(job["model"], **options)
-        return _score(llm, job["prompts"], job["tokens"])
+        scored = _score(llm, job["prompts"], job["tokens"])
+        gc.collect()
+        return {**scored, "resident": resident_bytes(os.getpid())}
     except Exception as problem:
         import traceback
 

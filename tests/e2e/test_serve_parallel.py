@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engine import Engine
-from tests.e2e.tiny import compress
+from tests.e2e.tiny import SPARSE, compress
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 FORMATS = {
     "w4": {"format": "integer", "bits": 4, "group_size": 128},
     "w8": {"format": "integer", "bits": 8, "group_size": -1},
+    **SPARSE,
 }
 EXACT = {"VLLM_COMPRESS_KERNEL": "reference"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -24,7 +25,7 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 def test_two_ranks_give_the_log_probabilities_of_one(
     engine: Engine, novels_8m: Path, novel_tokens: list[list[int]], tmp_path: Path
 ) -> None:
-    """Four blocks in int4, four in int8, embedding and head too: every kind of layer in both.
+    """Two blocks in int4, int8 and each of two sparse formats, embedding and head in others.
 
     By the reference kernel: the fast ones round their outputs to bfloat16, so partial sums differ.
     """
@@ -32,7 +33,14 @@ def test_two_ranks_give_the_log_probabilities_of_one(
         novels_8m,
         tmp_path / "mixed",
         FORMATS,
-        {r"re:model\.layers\.[0-3]\..*": "w4", "blocks": "w8", "embedding": "w8", "lm_head": "w4"},
+        {
+            r"re:model\.layers\.[01]\..*": "w4",
+            r"re:model\.layers\.[23]\..*": "w8",
+            r"re:model\.layers\.[45]\..*": "half-int8",
+            "blocks": "2of4-int4",
+            "embedding": "half-bfloat16",
+            "lm_head": "w4",
+        },
     )
     prompts = [tokens[:64] for tokens in novel_tokens]
     one = engine.run(model, prompts, tokens=16, dtype="float32", env=EXACT)

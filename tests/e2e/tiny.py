@@ -58,6 +58,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+INT8 = {"format": "integer", "bits": 8, "group_size": -1}
+INT4 = {"format": "integer", "bits": 4, "group_size": 32}
+SPARSE: dict[str, dict[str, Any]] = {
+    "half-int8": {"format": "sparse", "n": 64, "m": 128, "values": INT8},
+    "2of4-int4": {"format": "sparse", "n": 2, "m": 4, "values": INT4},
+    "half-bfloat16": {"format": "sparse", "n": 64, "m": 128, "values": {"format": "dense"}},
+}
+
 
 def make_model(kind: str, directory: Path, **changes: Any) -> Path:
     """A random model saved by transformers; biases are random too, so that a lost one shows."""

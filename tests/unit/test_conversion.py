@@ -50,6 +50,10 @@ def model(novels_8m: Path, tmp_path: Path) -> Path:
 def test_shipped_recipes_fit_the_model_and_say_when_to_choose_them(
     name: str, novels_8m: Path
 ) -> None:
+    if name == "pack-sparse":
+        with pytest.raises(RecipeError, match="no module of novels-8m has zeros"):
+            open_job(novels_8m, name)
+        return
     job = open_job(novels_8m, name)
     assert job.plan.compressed_bytes < (0.7 if job.plan.jobs else 0.85) * job.plan.original_bytes
     text = (REPOSITORY / "configs" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from compress_methods import heatmap
 from compress_methods.compressed import read_entries
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import format_from_dict
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.sparse import Sparse
 from compress_methods.quantization_config import CompressionSpec, Rule
 from compress_methods.safetensors_io import read_header, write_tensors
 from vllm_compress import cli
@@ -80,6 +83,7 @@ def test_a_module_has_its_format_shape_and_errors(
         "compressed": True,
         "weight_error": 0.02,
         "output_error": None,
+        "zeros": None,
     }
     assert modules["model.layers.1.proj.bias"]["shape"] == [48]
     assert modules["model.embed"]["format"] == "float32"
@@ -161,6 +165,77 @@ def test_eval_prints_the_numbers_it_returns(
     assert out.err == ""
     assert cli.main([*command, "--tokens", "1"]) == 2
     assert "--tokens is 1, expected a number from 2" in capsys.readouterr().err
+
+
+def test_zeros_are_those_of_the_report_or_counted(
+    compressed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fmt = Sparse(16, 32, Integer(8, -1))
+    weight = torch.randn(48, 64)
+    weight[3] = 0
+    tensors = {f"up.{key}": value for key, value in fmt.pack(fmt.nearest(weight)).items()}
+    tensors["norm.weight"] = torch.tensor([0.0, 1, 2, 3])
+    write_tensors(compressed / "model.safetensors", tensors)
+    spec = CompressionSpec({"s": fmt}, [Rule("up", "s", (48, 64))])
+    (compressed / "config.json").write_text(json.dumps({"quantization_config": spec.to_dict()}))
+    (compressed / "report.json").write_text(json.dumps({"modules": {"up": {"zeros": 0.25}}}))
+    assert inspect.read(compressed).modules["up"].zeros == 0.25
+    counted = inspect.read(compressed, count=True).modules
+    values = fmt.unpack(fmt.pack(fmt.nearest(weight)))
+    assert counted["up"].zeros == float((values == 0).double().mean())
+    assert counted["up"].zeros > 0.5
+    assert counted["norm"].zeros == 0.25
+    assert cli.main(["inspect", str(compressed), "--zeros"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "zeros" in out[2]
+    assert out[3].split()[-1] == f"{counted['up'].zeros:.1%}"
+
+
+def test_a_picture_shows_every_layer_and_kind(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from matplotlib.image import imread
+
+    picture = tmp_path / "errors.png"
+    command = ["inspect", str(compressed), "--heatmap", str(picture)]
+    assert cli.main(command) == 0
+    first = picture.read_bytes()
+    image = imread(picture)[..., :3]
+    assert image.reshape(-1, 3).std(0).min() > 0.05
+    assert cli.main(command) == 0
+    assert picture.read_bytes() == first
+    assert [p.name for p in tmp_path.glob("*.tmp")] == []
+    (compressed / "report.json").unlink()
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    assert "no errors of layers to draw" in capsys.readouterr().err
+    assert cli.main(["inspect", str(compressed), "--heatmap", str(tmp_path / "no" / "x.png")]) == 2
+
+
+@pytest.mark.parametrize("measure", ["output_error", "weight_error"])
+def test_cells_of_a_picture_are_the_errors_of_a_report(measure: str) -> None:
+    names = [f"model.layers.{i}.{kind}" for i in (0, 2) for kind in ("attn.q", "mlp.up")]
+    modules = {
+        name: {"weight_error": 1.0 + i, "output_error": 10.0 + i} for i, name in enumerate(names)
+    }
+    if measure == "weight_error":
+        modules[names[1]]["output_error"] = None
+    modules["lm_head"] = {"weight_error": 5.0, "output_error": None}
+    for expert in range(2):
+        modules[f"model.layers.2.mlp.experts.{expert}.up"] = {
+            "weight_error": 2.0 * expert,
+            "output_error": 2.0 * expert,
+        }
+    found, cells = heatmap._cells(modules)
+    first = 10.0 if measure == "output_error" else 1.0
+    assert found == measure
+    assert cells == {
+        (0, "attn.q"): first,
+        (0, "mlp.up"): first + 1,
+        (2, "attn.q"): first + 2,
+        (2, "mlp.up"): first + 3,
+        (2, "mlp.experts.up"): 1.0,
+    }
 
 
 def test_what_is_no_model_is_one_line(

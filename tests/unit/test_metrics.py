@@ -5,6 +5,7 @@ vLLM's own statistics and config classes are fed to the logger, so a field renam
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -27,6 +29,9 @@ from vllm.v1.metrics.stats import (
     SchedulerStats,
 )
 
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.sparse import Sparse
+from compress_methods.safetensors_io import write_tensors
 from tests.conftest import REPOSITORY
 from vllm_compress import metrics_adapter, served
 from vllm_compress.deployment import VARIABLE, declare_environment
@@ -298,6 +303,19 @@ def test_summary_of_a_compressed_model_counts_every_tensor(one_matrix: Path) -> 
     assert found.bits_per_weight == pytest.approx(stored * 8 / (64 * 128 + 64))
     assert (found.base_model, found.formats) == ("someone/base", "int4 g32")
     assert found.sparsity == 0
+
+
+def test_sparsity_counts_what_is_not_stored(one_matrix: Path) -> None:
+    """Three quarters of the one matrix of 64 x 128; the norm of 64 is dense."""
+    fmt = Sparse(32, 128, Integer(8, -1))
+    tensors = {f"up.{k}": v for k, v in fmt.pack(fmt.nearest(torch.randn(64, 128))).items()}
+    write_tensors(one_matrix / "model.safetensors", {**tensors, "norm.weight": torch.ones(64)})
+    config = json.loads((one_matrix / "config.json").read_text())
+    config["quantization_config"]["formats"]["w4"] = fmt.to_dict()
+    (one_matrix / "config.json").write_text(json.dumps(config))
+    found = served.describe(str(one_matrix), "vllm_compress")
+    assert found.sparsity == pytest.approx(0.75 * 64 * 128 / (64 * 128 + 64))
+    assert found.formats == "32:128 int8 row"
 
 
 @pytest.mark.parametrize("method", [None, "gptq", "vllm_compress"])

@@ -9,6 +9,7 @@ import torch
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer, IntegerSolution
+from compress_methods.formats.sparse import Sparse
 
 pytest.importorskip("vllm")
 
@@ -20,6 +21,7 @@ FORMATS = [
     Integer(bits=4, group_size=32),
     Integer(bits=3, group_size=64, symmetric=False),
     Integer(bits=8, group_size=-1),
+    Sparse(32, 64, Integer(bits=8, group_size=-1)),
 ]
 
 
@@ -88,6 +90,23 @@ def test_a_cut_inside_a_group_is_refused_by_name() -> None:
     ) as e:
         loading.check_cuts(target, [(0, 64)], (0, 192), 2)
     assert "smaller group_size" in str(e.value)
+
+
+def test_a_cut_inside_a_sparse_block_is_refused_by_name() -> None:
+    fmt = Sparse(64, 128, Integer(bits=8, group_size=-1))
+    target = Target("model.layers.0.mlp.down_proj", (64, 384), fmt)
+    with pytest.raises(CheckpointError, match=r"384 columns in 64:128 int8 row cannot be") as e:
+        loading.check_cuts(target, [(0, 64)], (0, 192), 2)
+    assert "multiples of 128" in str(e.value)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.describe())
+@pytest.mark.parametrize("rows", [8, 52])
+def test_dummy_weights_are_matrices_of_zeros(fmt: Format, rows: int) -> None:
+    target = Target("up", (rows, 128), fmt)
+    stored = loading._zeros(target)
+    loading.check(target, stored)
+    assert torch.equal(fmt.unpack(stored)[:rows], torch.zeros(rows, 128))
 
 
 def test_a_missing_part_is_named() -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+MOST_NOTES = 10
 DESCRIPTION = """\
 Compress a Hugging Face checkpoint, one decoder block at a time. Killed at any moment, the same
 command goes on where it was. Nothing is downloaded unless MODEL is a hub id."""
@@ -93,7 +94,24 @@ def _summary(report: dict[str, Any], out: Path) -> str:
             f"held-out text: perplexity {held['base_perplexity']:.3f} -> {held['perplexity']:.3f}, "
             f"KL {held['kl']:.5f} nats/token, same top token {held['top1_agreement']:.1%}"
         )
+    lines += _notes(report)
     seconds, peak = report["run"]["seconds"], report["run"]["peak_memory_bytes"]
     lines.append(f"{seconds:.0f} s, peak memory {peak / 1e6:,.0f} MB")
     lines.append(f"serve it: vllm-compress serve {out}")
     return "\n".join(lines)
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What someone should look at: modules left dense and rows of nothing but zeros."""
+    unfit = report.get("unfit") or {}
+    lines = [f"left dense: {name}: {why}" for name, why in list(unfit.items())[:MOST_NOTES]]
+    if len(unfit) > MOST_NOTES:
+        lines.append(f"and {len(unfit) - MOST_NOTES} more, all in report.json under unfit")
+    empty = {n: m["zero_rows"] for n, m in report["modules"].items() if m.get("zero_rows")}
+    if empty:
+        first = next(iter(empty))
+        lines.append(
+            f"all-zero rows: {sum(empty.values()):,} in {len(empty)} modules, such as {first} "
+            f"({empty[first]:,} of {report['modules'][first]['shape'][0]:,}); kept as zeros"
+        )
+    return lines

@@ -1,8 +1,8 @@
 """`vllm-compress inspect DIR`: what each matrix is stored as and what that costs.
 
-Reads headers and report.json only, so it takes as long for 70B parameters as for 7M. A directory of
-another method, or of none, works too; where stored integers do not say how many weights they hold,
-shapes and bits per weight are left out.
+Reads headers and report.json only, so it takes as long for 70B parameters as for 7M (`--zeros`
+reads every weight). A directory of another method, or of none, works too; where stored integers do
+not say how many weights they hold, shapes and bits per weight are left out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,19 @@ from typing import TYPE_CHECKING, Any
 from compress_methods.progress import size_text
 
 if TYPE_CHECKING:
+    from compress_methods.compressed import Matrix
     from compress_methods.safetensors_io import Entry
 
 DESCRIPTION = "Show formats, bytes, bits per weight and errors of a model, compressed or not."
 EPILOG = """\
 Errors come from report.json: the weights' is ||W - Q||^2 / ||W||^2, the outputs' the same of the
-layer's output on calibration text. A line stands for all layers alike, and its errors are means.
+layer's output on calibration text. Zeros are the share of a matrix that is zero, from report.json
+or, with --zeros, counted. A line stands for all layers alike, and its errors and zeros are means.
+
+examples:
+  vllm-compress inspect out/sparse50-int8
+  vllm-compress inspect ./pruned --zeros --modules
+  vllm-compress inspect out/sparse50-int8 --heatmap errors.png
 
 --json prints one object with the keys
   name, base_model, recipe      directory, original model and recipe (null where unknown)
@@ -35,10 +42,13 @@ layer's output on calibration text. A line stands for all layers alike, and its 
   weights                       how many, biases and norms included (null where unknown)
   bits_per_weight               of all; compressed_bits_per_weight of compressed matrices
   modules                       by name: format, shape, weights, bytes, bits_per_weight, compressed,
-                                weight_error, output_error
+                                weight_error, output_error, zeros
 Numbers that do not apply are null.
 """
-HEADER = ("module", "count", "format", "shape", "bytes", "bits", "weight error", "output error")
+HEADER = (
+    *("module", "count", "format", "shape", "bytes", "bits", "zeros"),
+    *("weight error", "output error"),
+)
 LEFT = ("module", "format")
 
 
@@ -54,6 +64,7 @@ class Row:
     compressed: bool
     weight_error: float | None = None
     output_error: float | None = None
+    zeros: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,11 @@ class Inspection:
             ),
         }
 
+    def title(self) -> list[str]:
+        """What it is and where it is from."""
+        origins = (("from", self.base_model), ("by", self.recipe))
+        return [self.name, *(f"{word} {name}" for word, name in origins if name)]
+
     def to_dict(self) -> dict[str, Any]:
         """The object of --json."""
         head = asdict(self)
@@ -94,17 +110,26 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("inspect", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("model", metavar="DIR", help="model directory")
     parser.add_argument("--modules", action="store_true", help="a line for every module")
+    parser.add_argument("--zeros", action="store_true", help="count zeros: reads all weights")
+    parser.add_argument(
+        "--heatmap", metavar="FILE", help="write a PNG of the errors by layer and module"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = read(Path(args.model))
+    found = read(Path(args.model), count=args.zeros)
+    if args.heatmap is not None:
+        from compress_methods.heatmap import draw_heatmap
+
+        modules = {name: asdict(row) for name, row in found.modules.items() if row.compressed}
+        draw_heatmap(Path(args.heatmap), modules, ", ".join(found.title()))
     print(json.dumps(found.to_dict(), indent=2) if args.json else render(found, args.modules))
     return 0
 
 
-def read(directory: Path) -> Inspection:
-    """Look at a directory; raises `CheckpointError`."""
+def read(directory: Path, *, count: bool = False) -> Inspection:
+    """Look at a directory; `count` its zeros, which reads it all. Raises `CheckpointError`."""
     from compress_methods.compressed import open_compressed, read_entries, read_json
     from compress_methods.errors import CheckpointError
     from compress_methods.loading import is_compressed
@@ -130,19 +155,20 @@ def read(directory: Path) -> Inspection:
                 compressed=True,
                 weight_error=errors.get(name, {}).get("weight_error"),
                 output_error=errors.get(name, {}).get("output_error"),
+                zeros=_zeros(matrix) if count else errors.get(name, {}).get("zeros"),
             )
-        modules |= _dense_rows(checkpoint.dense, modules, "")
+        modules |= _dense_rows(checkpoint.dense, modules, "", count=count)
     else:
         block = read_json(directory / "config.json").get("quantization_config") or {}
         method = str(block.get("quant_method", "unknown"))
-        modules |= _dense_rows(read_entries(directory), {}, method)
+        modules |= _dense_rows(read_entries(directory), {}, method, count=count)
     recipe = (report.get("recipe") or {}).get("name")
     name = directory.resolve().name
     return Inspection(name, base_model, recipe, report.get("bytes_before"), modules)
 
 
 def _dense_rows(
-    entries: Mapping[str, Entry], compressed: Mapping[str, Row], method: str
+    entries: Mapping[str, Entry], compressed: Mapping[str, Row], method: str, *, count: bool
 ) -> dict[str, Row]:
     """A row for each module of plain tensors; for a compressed matrix's bias, a row of its own."""
     owned: dict[str, list[Entry]] = defaultdict(list)
@@ -158,19 +184,24 @@ def _dense_rows(
             continue
         weights = sum(math.prod(t.shape) for t in tensors)
         dtype = str(main.dtype).removeprefix("torch.")
-        rows[name] = Row(dtype, main.shape, weights, size, _bits(size, weights), compressed=False)
+        zeros = None
+        if count:
+            found = sum(int((slab == 0).sum()) for _, slab in main.slabs())
+            zeros = found / max(1, math.prod(main.shape))
+        rows[name] = Row(
+            *(dtype, main.shape, weights, size, _bits(size, weights)), compressed=False, zeros=zeros
+        )
     return rows
+
+
+def _zeros(matrix: Matrix) -> float:
+    return float((matrix.unpack() == 0).double().mean())
 
 
 def render(found: Inspection, every_module: bool) -> str:
     """The table for people."""
     totals = found.totals()
-    title = [found.name]
-    if found.base_model:
-        title.append(f"from {found.base_model}")
-    if found.recipe:
-        title.append(f"by {found.recipe}")
-    lines = [", ".join(title), ""]
+    lines = [", ".join(found.title()), ""]
     lines += _table(_lines(found.modules, every_module))
     size = size_text(totals["bytes"])
     if found.original_bytes:
@@ -204,6 +235,7 @@ def _lines(modules: Mapping[str, Row], every_module: bool) -> list[tuple[str, ..
                 "" if shape is None else " x ".join(map(str, shape)),
                 size_text(size),
                 "" if bits is None else f"{bits:.2f}",
+                _mean_text((row.zeros for row in rows), ".1%"),
                 _mean_text(row.weight_error for row in rows),
                 _mean_text(row.output_error for row in rows),
             )
@@ -224,9 +256,9 @@ def _table(lines: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _mean_text(values: Iterable[float | None]) -> str:
+def _mean_text(values: Iterable[float | None], style: str = ".2e") -> str:
     known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.2e}" if known else ""
+    return format(sum(known) / len(known), style) if known else ""
 
 
 def _sum_known(values: Iterable[int | None]) -> int | None:

@@ -73,7 +73,7 @@ class Collector:
         return out
 
     def dummy(self, geometry: Geometry | None = None) -> dict[ShardId, dict[str, Tensor]]:
-        """Under `--load-format dummy` nothing is brought; zeros have the right sizes."""
+        """Under `--load-format dummy` nothing is brought; matrices of zeros take its place."""
         if self.found or not self.is_dummy:
             return self.found
         ids: list[ShardId] = [None]
@@ -90,8 +90,18 @@ def _is_dummy() -> bool:
 
 
 def _zeros(target: Target) -> dict[str, Tensor]:
-    specs = target.format.tensors(*target.shape)
-    return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    """A matrix of zeros as its format stores one: the fewest rows it can, again and again."""
+    fmt, (rows, cols) = target.format, target.shape
+    unit = fmt.units(rows, cols)[0]
+    few = fmt.pack(fmt.nearest(torch.zeros(unit, cols)))
+    out = {}
+    for name, spec in fmt.tensors(rows, cols).items():
+        axis = spec.rows_axis
+        out[name] = few[name]
+        if axis is not None:
+            repeated = torch.cat([few[name]] * -(-rows // unit), axis.axis)
+            out[name] = repeated.narrow(axis.axis, 0, spec.shape[axis.axis])
+    return out
 
 
 def check(target: Target, tensors: Mapping[str, Tensor]) -> None:
@@ -142,7 +152,7 @@ def check_cuts(
             raise CheckpointError(
                 f"{target.module}: {size} {what} in {target.format.describe()} cannot be divided "
                 f"over {ranks} ranks at multiples of {unit}; use a smaller tensor-parallel size"
-                + (" or convert with a smaller group_size" if what == "columns" else "")
+                + (" or convert with a smaller group_size or m" if what == "columns" else "")
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.conversion.chain import PruneTo
-from compress_methods.files import fsync_directory
+from compress_methods.files import write_picture
 
 
 def draw_curve(
@@ -43,7 +43,4 @@ def draw_curve(
     axes.set_xlabel("bytes, % of the original")
     axes.set_ylabel("perplexity on held-out text, % above the original")
     axes.grid(alpha=0.3)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-    temporary.replace(path)
-    fsync_directory(path.parent)
+    write_picture(path, figure)

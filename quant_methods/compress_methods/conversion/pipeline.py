@@ -52,7 +52,7 @@ def open_job(
     allow_pickle: bool = False,
     tensor_parallel_size: int = 1,
 ) -> Opened:
-    """Open model and recipe and plan the conversion; writes nothing, reads no weights.
+    """Open model and recipe and plan the conversion, as `open_stages` does.
 
     Of several stages the last one's plan, its `original_bytes` those of the original.
     """
@@ -102,7 +102,7 @@ def convert(
 
         opening = (model, allow_pickle, tensor_parallel_size)
         return Search(chain, Path(out), calibration, opening, quiet=quiet).run()
-    stages = open_stages(model, chain, allow_pickle, tensor_parallel_size)
+    stages = open_stages(model, chain, allow_pickle, tensor_parallel_size, quiet=quiet)
     source = stages[0].opened.source
     text = check_calibration(source.directory, chain.calibration, calibration)
     if chain.transforms and not quiet:

@@ -12,8 +12,10 @@
 (the token table), `lm_head`, an exact Hugging Face module name, `re:` and a regular expression that
 matches the whole name, or a list of these. The first rule that matches wins; modules no rule
 matches are kept as they are. `algorithm` is a name or a mapping with its parameters. `split: error`
-divides the bytes of a sparse format among layers; see `split.py`. A recipe of several stages holds
-`formats` and `modules` in its last one; see `chain.py`.
+divides the bytes of a sparse format among layers; see `split.py`. `pack_zeros`, instead of or
+beside `formats` and `modules`, takes what `match` takes: modules that have zeros already, for
+`zeros.py` to pack without loss. A recipe of several stages holds `formats` and `modules` in its
+last one; see `chain.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +39,7 @@ from compress_methods.registry import build_dataclass
 from compress_methods.resources import config_path
 from compress_methods.yaml_file import read_yaml
 
-KEYS = ("formats", "modules", "calibration")
+KEYS = ("formats", "modules", "calibration", "pack_zeros")
 MODULE_KEYS = ("match", "format", "algorithm", "split")
 DEFAULT_ALGORITHM = "rtn"
 SPLIT = "error"
@@ -65,13 +67,16 @@ class Recipe:
     formats: dict[str, Format]
     modules: tuple[ModuleRule, ...]
     calibration: CalibrationSettings
+    pack_zeros: tuple[str, ...] = ()
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Modules that `pack_zeros` named, with the reason why they stay dense."""
 
     @property
     def needs_calibration(self) -> bool:
         return any(rule.algorithm.needs != "nothing" for rule in self.modules)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        block = {
             "formats": {name: fmt.to_dict() for name, fmt in self.formats.items()},
             "modules": [
                 {
@@ -87,6 +92,7 @@ class Recipe:
             ],
             "calibration": dataclasses.asdict(self.calibration),
         }
+        return {**block, "pack_zeros": list(self.pack_zeros)} if self.pack_zeros else block
 
     @property
     def sha256(self) -> str:
@@ -120,6 +126,9 @@ def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     if not isinstance(block, Mapping):
         raise RecipeError(f"{where}: expected a mapping, found {type(block).__name__}")
     known_keys(block, KEYS, where)
+    packed = _patterns(block["pack_zeros"], f"{where}: pack_zeros") if "pack_zeros" in block else ()
+    if packed and not ("formats" in block or "modules" in block):
+        return Recipe(name, {}, (), parse_calibration(block, where), packed)
     formats_block = block.get("formats")
     if not isinstance(formats_block, Mapping) or not formats_block:
         raise RecipeError(f"{where}: formats is {formats_block!r}, expected a non-empty mapping")
@@ -136,7 +145,7 @@ def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     rules = tuple(
         _rule(entry, formats, f"{where}: modules[{i}]") for i, entry in enumerate(modules)
     )
-    return Recipe(name, formats, rules, parse_calibration(block, where))
+    return Recipe(name, formats, rules, parse_calibration(block, where), packed)
 
 
 def parse_calibration(block: Mapping[str, Any], where: str) -> CalibrationSettings:
@@ -156,15 +165,7 @@ def _rule(entry: Any, formats: Mapping[str, Format], where: str) -> ModuleRule:
     if not isinstance(entry, Mapping):
         raise RecipeError(f"{where}: expected a mapping, found {entry!r}")
     known_keys(entry, MODULE_KEYS, where)
-    match = entry.get("match")
-    patterns = tuple(match) if isinstance(match, list) else (match,)
-    if not patterns or not all(isinstance(p, str) and p for p in patterns):
-        raise RecipeError(f"{where}: match is {match!r}, expected a text or a list of texts")
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except re.error as problem:
-            raise RecipeError(f"{where}: match {pattern!r}: {problem}") from problem
+    patterns = _patterns(entry.get("match"), f"{where}: match")
     name = str(entry.get("format"))
     if name not in formats:
         raise RecipeError(f"{where}: unknown format {name!r}; {nearest(name, formats)}")
@@ -192,3 +193,16 @@ def known_keys(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> N
     for key in block:
         if key not in keys:
             raise RecipeError(f"{where}: unknown key {key!r}; {nearest(str(key), keys)}")
+
+
+def _patterns(match: Any, where: str) -> tuple[str, ...]:
+    """What `match` holds: a text or a list of texts."""
+    patterns = tuple(match) if isinstance(match, list) else (match,)
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise RecipeError(f"{where} is {match!r}, expected a text or a list of texts")
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as problem:
+            raise RecipeError(f"{where} {pattern!r}: {problem}") from problem
+    return patterns

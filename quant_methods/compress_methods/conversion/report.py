@@ -3,7 +3,9 @@
 `report.json`, stable keys: `fingerprint`, `base_model`, `recipe` (name, sha256, contents),
 `bytes_before`, `bytes_after`, `bits_per_weight` (of all parameters), `compressed_bits_per_weight`
 (of compressed matrices), `modules` (per module: format, algorithm, shape, bytes_before,
-bytes_after, weight_error = ||W-Q||^2/||W||^2, output_error = ||(W-Q)X||^2/||WX||^2 or null),
+bytes_after, weight_error = ||W-Q||^2/||W||^2, output_error = ||(W-Q)X||^2/||WX||^2 or null,
+zeros = share of stored values that are zero, zero_rows = rows of nothing else), `unfit` (module:
+why `pack_zeros` left it dense),
 `kept` (bytes of tensors copied as they were), `dropped` (tensor: reason), `calibration`, `held_out`
 (perplexity, base_perplexity, kl, top1_agreement, tokens; null where nothing was run), `run`
 (seconds, peak_memory_bytes, bytes_per_second, tool_version): what differs between two runs.
@@ -59,6 +61,7 @@ def build_report(
         "compressed_bits_per_weight": 8 * matrix_bytes / matrix_weights if modules else None,
         "parameters": weights,
         "modules": modules,
+        "unfit": dict(plan.recipe.unfit),
         "kept": plan.compressed_bytes - matrix_bytes,
         "dropped": plan.dropped,
         "calibration": facts.get("calibration"),

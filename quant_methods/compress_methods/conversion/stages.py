@@ -29,6 +29,7 @@ from compress_methods.conversion.plan import make_plan
 from compress_methods.conversion.reshape import Reshape
 from compress_methods.conversion.run import Opened, Run
 from compress_methods.conversion.split import Split
+from compress_methods.conversion.zeros import pack_zeros
 from compress_methods.errors import RecipeError
 from compress_methods.safetensors_io import read_tensors, write_tensors
 from compress_methods.sharding import shares_heads
@@ -71,9 +72,15 @@ class Stage:
 
 
 def open_stages(
-    model: str | Path, chain: Chain, allow_pickle: bool = False, tensor_parallel_size: int = 1
+    model: str | Path,
+    chain: Chain,
+    allow_pickle: bool = False,
+    tensor_parallel_size: int = 1,
+    *,
+    quiet: bool = True,
 ) -> list[Stage]:
-    """Plan every stage from the original's headers; writes nothing, reads no weights.
+    """Plan every stage from the original's headers; writes nothing, and reads no weights but those
+    whose zeros `pack_zeros` has to count, which shows progress unless `quiet`.
 
     Raises a `CompressError` for whatever a stage could not do.
     """
@@ -89,7 +96,10 @@ def open_stages(
         stages.append(Stage(transform, Opened(skeleton, source, plan), config, made.config))
         skeleton, source, config = made.skeleton, made.source, made.config
     if chain.packing is not None:
-        plan = make_plan(chain.packing, skeleton, source, tensor_parallel_size)
+        packing = chain.packing
+        if packing.pack_zeros:
+            packing = pack_zeros(packing, skeleton, source, tensor_parallel_size, quiet=quiet)
+        plan = make_plan(packing, skeleton, source, tensor_parallel_size)
         stages.append(Stage(None, Opened(skeleton, source, plan), config, config))
     return stages
 

@@ -7,7 +7,7 @@ states moved on through the compressed block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +75,17 @@ class Converter:
             weight = self.source.read(parameter).float()
             return self._solve(job, weight.T if job.target.transposed else weight, prepared)
         stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-        error = energy = 0.0
+        error, energy, zeros = 0.0, 0.0, [0, 0]
         for first, slab in self.source.slabs(parameter, fmt.units(rows, cols)[0]):
             weight = slab.float()
             packed = fmt.pack(job.algorithm.solve(weight, prepared, fmt))
             _place(fmt, packed, stored, (rows, cols), (first, first + len(slab)))
             here = float(torch.linalg.vecdot(weight, weight).sum(dtype=torch.float64))
-            error += relative_error(weight, fmt.unpack(packed)[: len(slab)]) * here
+            values = fmt.unpack(packed)[: len(slab)]
+            error += relative_error(weight, values) * here
             energy += here
-        facts = self._facts(job, error / max(energy, 1e-30), None)
+            zeros = [a + b for a, b in zip(zeros, count_zeros(values), strict=True)]
+        facts = self._facts(job, error / max(energy, 1e-30), None, zeros)
         return {f"{job.target.module}.{k}": v for k, v in stored.items()}, facts
 
     def _solve(
@@ -107,10 +109,13 @@ class Converter:
                 _place(fmt, packed, stored, (rows, cols), (first, last))
         values = fmt.unpack(stored)
         output = None if gathered is None else relative_error(weight, values, gathered)
-        facts = self._facts(job, relative_error(weight, values), output)
+        facts = self._facts(job, relative_error(weight, values), output, count_zeros(values))
         return {f"{job.target.module}.{name}": tensor for name, tensor in stored.items()}, facts
 
-    def _facts(self, job: Job, weight_error: float, output_error: float | None) -> Facts:
+    def _facts(
+        self, job: Job, weight_error: float, output_error: float | None, zeros: Sequence[int]
+    ) -> Facts:
+        """`zeros` as `count_zeros` gives them."""
         original = self.source.entry(f"{job.target.module}.weight")
         return {
             "format": job.format.describe(),
@@ -120,6 +125,8 @@ class Converter:
             "bytes_after": sum(spec.nbytes for spec in job.specs.values()),
             "weight_error": weight_error,
             "output_error": output_error,
+            "zeros": zeros[0] / (job.target.rows * job.target.cols),
+            "zero_rows": zeros[1],
         }
 
     def _block(self, unit: Unit, index: int) -> Facts:
@@ -223,6 +230,12 @@ class Converter:
         self.progress.step(
             self.source.entry(f"{job.target.module}.weight").nbytes, job.target.module
         )
+
+
+def count_zeros(values: Tensor) -> tuple[int, int]:
+    """Zeros in a matrix, and rows of nothing else."""
+    zero = values == 0
+    return int(zero.sum()), int(zero.all(1).sum())
 
 
 def _place(

@@ -160,6 +160,11 @@ class Format(ABC):
         nested = {k: v.to_dict() if isinstance(v, Format) else v for k, v in fields.items()}
         return {"format": self.name, **nested}
 
+    @property
+    def sparsity(self) -> float:
+        """Share of the matrix that is zero because nothing is stored for it."""
+        return 0.0
+
     def describe(self) -> str:
         """A few words for tables, such as `int4 g128`."""
         return self.name

@@ -136,6 +136,10 @@ class Sparse(Format):
     def quantize_activations(self, x: Tensor) -> Tensor:
         return self.values.quantize_activations(x)
 
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
     def describe(self) -> str:
         return f"{self.n}:{self.m} {self.values.describe()}"
 
