@@ -153,6 +153,26 @@ def test_depth_drops_the_layers_that_change_their_input_least_and_keeps_the_orde
     )
 
 
+def test_without_some_layers_it_is_the_original_that_passes_them_by(
+    novels_8m: Path, some_text: Path, tmp_path: Path
+) -> None:
+    """Layers of two kinds, so that each has to keep its own; a chain, so that it has to twice."""
+    changes = {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 6}
+    types = ["sliding_attention", "full_attention"] * 3
+    model = tiny("Qwen2", tmp_path / "model", novels_8m, **changes, layer_types=types)
+    stage = {"transform": "depth", "drop": 2}
+    report = prune(model, tmp_path / "out", some_text, stage, stage)
+    left = list(range(6))
+    for told in report["stages"]:
+        left = [left[i] for i in told["layers"]]
+    original, pruned = load_model(model), load_model(tmp_path / "out")
+    assert pruned.config.layer_types == [types[i] for i in left]
+    for index, layer in enumerate(original.model.layers):
+        if index not in left:
+            layer.forward = lambda states, *_, **__: states
+    assert torch.allclose(logits(original), logits(pruned), atol=2e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, 4]), st.integers(1, 7))
 def test_what_stays_is_the_least_squares_solution_on_it(seed: int, unit: int, kept: int) -> None:

@@ -38,6 +38,7 @@ from compress_methods.conversion.pipeline import (
     job_fingerprint,
     sample_tokens,
 )
+from compress_methods.conversion.preflight import require_room, stages_disk
 from compress_methods.conversion.stages import Stage, open_stages
 from compress_methods.errors import CompressError, FormatError, OutputError, RecipeError
 from compress_methods.files import write_text
@@ -134,6 +135,9 @@ class Search:
             f"searching {len(levels)} levels from {size_text(levels[0].bytes)} down to "
             f"{size_text(levels[-1].bytes)}; the original has {size_text(self.original_bytes)}"
         )
+        # The best result so far lies beside the one that is being made.
+        beside = levels[0].bytes if len(levels) > 1 else 0
+        require_room(stages_disk([s.opened for s in self.stages], True) + beside, self.out)
         try:
             journal = Journal(self.out, job_fingerprint(self.chain, self.stages, self.text))
         except OSError as problem:
@@ -149,6 +153,8 @@ class Search:
                     f"{self.out}: {problem.strerror or problem}; what is finished is kept, "
                     "the same command continues from there"
                 ) from problem
+            except OutputError:
+                raise
             except CompressError:
                 journal.abandon()
                 raise

@@ -8,11 +8,10 @@ results of all stages are compared with.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ class Stage:
         }
         return {
             "stage": self.name,
-            "settings": dataclasses.asdict(self.transform),
+            "settings": asdict(self.transform),
             "changes": changes,
         }
 
@@ -138,12 +137,13 @@ def run_stages(
         place = journal.work / f"stage-{number}"
         earlier = journal.work / f"stage-{number - 1}"
         if place.name not in journal.finished:
-            opened = stage.opened if number == 1 else _reopen(stage.opened, earlier)
+            if number > 1:
+                stage = _reopen(stage, earlier)
             base = read_tensors(base_path)[STATES] if base_path.exists() else None
             label = (
                 f"{stage.name} ({number} of {len(stages)})" if chain.transforms else "converting"
             )
-            run = _run(stage, opened, tokens, base, label, quiet)
+            run = _run(stage, tokens, base, label, quiet)
             if number == len(stages):
                 run.execute(journal)
                 return _finish(run, stage, history, finish_facts, quiet)
@@ -153,21 +153,15 @@ def run_stages(
                     if base is None and run.base is not None:
                         write_tensors(base_path, {STATES: run.base})
                     _finish(run, stage, history, finish_facts, quiet)
-            _record(journal, stage, opened, place)
+            _record(journal, stage, place)
         line = journal.finished[place.name]
         history = history.after(line["dropped"], line["renamed"], line["stage"])
         shutil.rmtree(earlier, ignore_errors=True)
     raise AssertionError("the last stage has returned")
 
 
-def _run(
-    stage: Stage,
-    opened: Opened,
-    tokens: Tensor | None,
-    base: Tensor | None,
-    label: str,
-    quiet: bool,
-) -> Run:
+def _run(stage: Stage, tokens: Tensor | None, base: Tensor | None, label: str, quiet: bool) -> Run:
+    opened = stage.opened
     if stage.transform is None:
         split = any(job.choices for job in opened.plan.jobs)
         return (Split if split else Run)(opened, tokens, base, label=label, quiet=quiet)
@@ -186,22 +180,24 @@ def _finish(
         told = Told(history, stage.facts())
     if isinstance(run, Reshape):
         config = run.made.config
+        stage = replace(stage, changed=config)
         told = Told(history, {**stage.facts(), "layers": run.kept, "influence": run.scores})
-    facts = finish_facts(run)
-    job = run.job
+    job, facts = run.job, finish_facts(run)
     return finish(run.journal, job.plan, job.source, facts, config=config, told=told, quiet=quiet)
 
 
-def _reopen(planned: Opened, directory: Path) -> Opened:
-    """A stage's source as the stage before has written it, in place of its planned headers."""
+def _reopen(planned: Stage, directory: Path) -> Stage:
+    """A stage with its source as the stage before has written it, in place of planned headers."""
     skeleton = build_skeleton(directory)
-    source = open_source(directory, skeleton, planned.source.name, False)
-    return Opened(skeleton, source, planned.plan)
+    source = open_source(directory, skeleton, planned.opened.source.name, False)
+    opened = Opened(skeleton, source, planned.opened.plan)
+    return replace(planned, opened=opened, config=read_json(directory / "config.json"))
 
 
-def _record(journal: Journal, stage: Stage, opened: Opened, place: Path) -> None:
+def _record(journal: Journal, stage: Stage, place: Path) -> None:
     """Journal a stage whose directory is complete."""
     assert stage.transform is not None
+    opened = stage.opened
     told = read_json(place / REPORT)["stages"][-1]
     made = outline(stage.transform, opened.skeleton, opened.source, stage.config, told["layers"])
     plan = transform_plan(
