@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -219,11 +220,10 @@ def test_the_number_of_prompts_asked_for_decides_four_times_in_five(
     make: Callable[[int, float], Draw], truth: float, limit: Limit
 ) -> None:
     pilot = make(4000, truth)(np.random.default_rng(3))
-    exact = Estimate(truth, pilot.low, pilot.high, 25, pilot.standard_error, pilot.log)
-    needed = needed_pairs(exact, limit, LEVEL)
+    needed = needed_pairs(replace(pilot, value=truth, n=25), limit, LEVEL)
     assert needed is not None
     assert needed > LEAST_PAIRS
-    assert 0.7 <= verdicts(make(needed, truth), limit, 600)[NON_INFERIOR] <= 0.88
+    assert 0.74 <= verdicts(make(needed, truth), limit, 600)[NON_INFERIOR] <= 0.88
 
 
 def test_equal_answers_are_no_proof_that_none_differs() -> None:

@@ -43,7 +43,8 @@ CHUNK = 2**22
 @dataclass(frozen=True)
 class Estimate:
     """A value, its interval, the number of pairs behind it. `log` tells that it is a ratio, whose
-    error is measured on logs; `standard_error(n)` is what n pairs like these would give there."""
+    error is measured on logs; `standard_error(n)` is what n pairs like these would give there.
+    `proportional` tells that this error would be larger as the value is."""
 
     value: float
     low: float
@@ -51,6 +52,7 @@ class Estimate:
     n: int
     standard_error: Callable[[float], float] = field(repr=False, compare=False)
     log: bool = False
+    proportional: bool = False
 
 
 @functools.cache
@@ -194,7 +196,13 @@ def _student(
     low, high = (centre - error * t for t in ends)
     spread = error * math.sqrt(n)
     return Estimate(
-        natural(centre), natural(low), natural(high), n, lambda m: spread / math.sqrt(m), log
+        natural(centre),
+        natural(low),
+        natural(high),
+        n,
+        lambda m: spread / math.sqrt(m),
+        log,
+        skewed,
     )
 
 
