@@ -11,7 +11,8 @@ from typing import Any
 from vllm_compress.abtest.client import Server
 from vllm_compress.abtest.judge import Judgement, Limit, judge, overall
 from vllm_compress.abtest.measure import Measured, PairOfAnswers
-from vllm_compress.abtest.metrics import METRICS
+from vllm_compress.abtest.metrics import limit_of
+from vllm_compress.abtest.metrics import metric as metric_of
 from vllm_compress.abtest.replay import Options
 
 VERSION = 1
@@ -37,7 +38,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
     """What report.json holds; keys as in `vllm-compress compare --help`."""
     rows, judgements = [], []
     for measured in comparison.measured:
-        limit = comparison.limits.get(measured.name)
+        limit = limit_of(measured.name, comparison.limits)
         judgement = None
         if limit is not None:
             judgement = judge(measured.estimate, limit, comparison.confidence)
@@ -66,7 +67,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
 
 
 def _row(measured: Measured, limit: Limit | None, judgement: Judgement | None) -> dict[str, Any]:
-    metric, estimate = METRICS[measured.name], measured.estimate
+    metric, estimate = metric_of(measured.name), measured.estimate
     a, b = measured.values or (None, None)
     return {
         "metric": metric.name,
@@ -131,15 +132,16 @@ def _example(pair: PairOfAnswers) -> dict[str, Any]:
 def text(report: Mapping[str, Any]) -> str:
     """The table for people."""
     how = "one at a time" if report["rate"] is None else f"at {report['rate']:g} prompts/s"
+    width = max(12, *(len(row["metric"]) + 1 for row in report["metrics"]))
     lines = [
         *(f"{side.upper()}  {describe(report[side])}" for side in "ab"),
         f"{report['n']} prompts, {how}, {report['confidence']:.0%} intervals",
         "",
-        f"{'metric':<12}{'A':>10}{'B':>10}  {'B against A':<34}{'n':>6}  verdict",
+        f"{'metric':<{width}}{'A':>10}{'B':>10}  {'B against A':<34}{'n':>6}  verdict",
     ]
     for row in report["metrics"]:
         lines.append(
-            f"{row['metric']:<12}{number(row['a']):>10}{number(row['b']):>10}  "
+            f"{row['metric']:<{width}}{number(row['a']):>10}{number(row['b']):>10}  "
             f"{change(row):<34}{row['n']:>6}  {judged(row)}".rstrip()
         )
     if report["late"]:
