@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int = 0, model: str = "m", noise: float = 0.0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.model = model
+        self.model, self.root = model, ""
         table = np.random.default_rng(0).normal(0, 2, (VOCABULARY, VOCABULARY))
         table = table + noise * np.random.default_rng(1).normal(size=table.shape)
         self.log_probabilities = table - np.log(np.exp(table).sum(1, keepdims=True))
@@ -68,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/metrics":
             self._send(200, self.server.metrics.encode())
         else:
-            cards = [{"id": self.server.model, "root": f"/models/{self.server.model}"}]
+            root = self.server.root or f"/models/{self.server.model}"
+            cards = [{"id": self.server.model, "root": root}]
             self._send(200, json.dumps({"data": cards}).encode())
 
     def do_POST(self) -> None:
@@ -99,13 +100,18 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] != server.model:
             return self._refuse(404, f"The model `{body['model']}` does not exist.")
         prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
+            (prompt,) = prompt
         tokens = prompt if isinstance(prompt, list) else server.tokenize(prompt)
         if len(tokens) > 500:
             return self._refuse(400, "This model's maximum context length is 500 tokens.")
         if "prompt_logprobs" in body:
             return self._score(tokens, body["prompt_logprobs"])
         time.sleep(server.delay)
-        self._stream(body, tokens)
+        if body.get("stream"):
+            return self._stream(body, tokens)
+        token = int(server.log_probabilities[tokens[-1] % VOCABULARY].argmax())
+        self._send(200, json.dumps({"choices": [{"index": 0, "text": f"{token % 2}"}]}).encode())
 
     def _stream(self, body: dict[str, Any], tokens: list[int]) -> None:
         server = self.server

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,8 @@ def test_prompts_that_a_server_refuses_are_its_errors(
     errors = compare.metric("errors")
     assert (errors["a"], errors["b"], errors["n"]) == (1 / 41, 1 / 41, 41)
     assert compare.metric("ttft")["n"] == compare.metric("kl")["n"] == COUNT
+    (reason,) = compare.report["refusals"]["b"]
+    assert reason.startswith("HTTP 400: This model's maximum context length")
     prompts.write_text(json.dumps({"prompt": "x" * 501}) + "\n")
     compare.out = compare.out.with_name("other")
     assert "answers no prompt; the last time HTTP 400: This model's" in compare.fails(*servers)
@@ -353,6 +356,46 @@ def test_prices_come_from_the_servers_metrics(compare: Compare) -> None:
     assert cost["value"] == pytest.approx(0.5 / speed["value"])
     assert cost["a"] == pytest.approx(6 / 3600 / speed["a"] * 1e6)
     assert compare.report["a"]["info"]["formats"] == "int8 row"
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_the_missing_harness_is_named_before_any_server_is_asked(compare: Compare) -> None:
+    said = compare.fails("http://127.0.0.1:9", "http://127.0.0.1:9", "--lm-eval", "gsm8k")
+    assert "pip install 'vllm-compress[lm-eval]'" in said
+    said = compare.fails("http://127.0.0.1:9", "http://127.0.0.1:9", "--lm-eval", "gsm8k:x")
+    assert "'gsm8k:x', expected TASK or TASK:QUESTIONS" in said
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_are_paired_by_question(
+    compare: Compare, tmp_path: Path, novels_8m: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"{i} is", "answer": str(i % 2)} for i in range(30)]
+    (tmp_path / "q.json").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "parity",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.json")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    path = tmp_path / "parity.yaml"
+    path.write_text(json.dumps(task))
+    with running(Server()) as a, running(Server(noise=1.0)) as b:
+        a.root = b.root = str(novels_8m)
+        compare(a, b, "--logprobs", 0, "--lm-eval", f"{path}:25")
+    row = compare.metric("parity/exact_match")
+    assert row["n"] == 25
+    assert row["value"] == pytest.approx(row["b"] - row["a"])
+    assert row["limit"] == -0.02
+    before = compare.report
+    assert compare(a, b, "--logprobs", 0, "--lm-eval", f"{path}:25") == 1  # nothing left to ask
+    assert compare.report == before
 
 
 class Links(HTMLParser):

@@ -130,6 +130,8 @@ def _ask(
                 run_tasks(pair, tasks, journal, line)
     except ServerError as problem:
         done = len(journal.records.get(ANSWERS, {}))
+        if not done:
+            raise
         raise ServerError(
             f"{problem}; {done} of {len(prompts)} prompts are kept in {plan.out}, "
             "the same command continues"

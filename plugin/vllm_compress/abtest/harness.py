@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from compress_methods.errors import CompressError
@@ -39,7 +40,8 @@ class HarnessError(CompressError):
 
 @dataclass(frozen=True)
 class Task:
-    """A task or group of tasks, and how many questions of each to ask at most."""
+    """A task or group of tasks, or the file `NAME.yaml` that defines the task NAME, and how many
+    questions of each to ask at most."""
 
     name: str
     limit: int | None = None
@@ -50,7 +52,7 @@ class Task:
 
 
 def read_tasks(text: str | None) -> list[Task]:
-    """`gsm8k,hellaswag:200`; raises `HarnessError`, also where there is no harness."""
+    """`gsm8k,hellaswag:200,mine.yaml`; raises `HarnessError`, also where there is no harness."""
     tasks = []
     for part in (text or "").split(",") if text else []:
         name, colon, number = part.strip().partition(":")
@@ -113,10 +115,14 @@ def _evaluate(server: Server, task: Task) -> Scores:
     try:
         # It prints; our own output may be JSON.
         with contextlib.redirect_stdout(sys.stderr):
+            path = Path(task.name)
+            own = path.parent if path.suffix == ".yaml" else None
+            manager = import_module(f"{HARNESS}.tasks").TaskManager(include_path=own)
             found = import_module(HARNESS).simple_evaluate(
                 model="local-completions",
                 model_args=arguments,
-                tasks=[task.name],
+                tasks=[path.stem if own else task.name],
+                task_manager=manager,
                 limit=task.limit,
                 bootstrap_iters=0,
             )
