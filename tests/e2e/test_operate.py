@@ -258,10 +258,12 @@ def test_c_compare_tells_a_good_variant_from_a_bad_one(
     prompts.write_text("\n".join(lines) + "\n")
     operation.servers["int4"].stop()
     stack = Stack(tmp_path / "stack", operation.models)
+    config = stack.folder / "deployments" / "int4.yaml"
+    composed, served = config.read_text(), f"{operation.models}/int4"
+    assert served in composed
     verdicts = {}
     for variant in ("int8", "int2"):
-        config = stack.folder / "deployments" / "int4.yaml"
-        config.write_text(config.read_text().replace("models/int4", f"models/{variant}"))
+        config.write_text(composed.replace(served, f"{operation.models}/{variant}"))
         with stack.server("int4", core=1) as candidate:
             urls = [operation.servers["full"].url, candidate.url]
             out = tmp_path / variant

@@ -155,7 +155,7 @@ def test_at_a_rate_both_get_every_prompt_and_no_more_are_open_than_allowed(
     for server in servers:
         assert len({body["prompt"] for body in server.streamed()}) == COUNT
         assert 2 <= server.most <= 5
-    assert compare.report["late"] > COUNT / 2
+    assert compare.report["late"] > COUNT / 4
     assert compare.metric("ttft")["a"] > 0.2
 
 
