@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.streaming_server import VOCABULARY
 from vllm_compress.abtest import statistics as stats
 from vllm_compress.abtest.judge import (
     INFERIOR,
@@ -23,6 +25,7 @@ from vllm_compress.abtest.judge import (
     needed_pairs,
     overall,
 )
+from vllm_compress.abtest.logprobs import compare_logprobs
 from vllm_compress.abtest.measure import busy_shares
 from vllm_compress.abtest.statistics import Array, Estimate
 
@@ -295,3 +298,31 @@ def test_shares_of_busy_time_add_up_to_it(found: list[tuple[float, float]]) -> N
 def test_requests_one_at_a_time_have_their_time_for_themselves() -> None:
     starts, seconds = np.array([0.0, 3.0, 10.0]), np.array([2.0, 4.0, 1.0])
     assert busy_shares(starts, starts + seconds) == pytest.approx(seconds)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**31), st.integers(1, VOCABULARY - 1), st.floats(0.01, 3))
+def test_kl_from_some_tokens_is_a_lower_bound_and_from_all_exact(
+    seed: int, count: int, noise: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    p, q = (generator.normal(0, 2, (5, VOCABULARY)) for _ in "pq")
+    q = p + noise * q
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
+    targets = generator.integers(0, VOCABULARY, 5).tolist()
+
+    def returned(log: Any, k: int) -> list[dict[int, float]]:
+        return [
+            {int(i): float(row[i]) for i in {*np.argsort(-row)[:k].tolist(), target}}
+            for row, target in zip(log, targets, strict=True)
+        ]
+
+    exact = float((np.exp(p) * (p - q)).sum())
+    every = (returned(x, VOCABULARY) for x in (p, q))
+    whole = compare_logprobs(*every, targets, whole=True)
+    some = compare_logprobs(returned(p, count), returned(q, count), targets, whole=False)
+    assert whole.kl == pytest.approx(exact)
+    assert -1e-6 <= some.kl <= exact + 1e-5
+    for score in (whole, some):
+        assert score.nll_b == pytest.approx(-float(q[range(5), targets].sum()))
+        assert score.top1 == int((p.argmax(1) == q.argmax(1)).sum())

@@ -14,15 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from compress_methods.errors import CompressError
-from tests.unit.streaming_server import VOCABULARY, Server, running
+from tests.unit.streaming_server import Server, running
 from vllm_compress.abtest import comparison, replay
 from vllm_compress.abtest.client import open_server
 from vllm_compress.abtest.journal import Journal
-from vllm_compress.abtest.logprobs import compare_logprobs
 from vllm_compress.abtest.metrics import METRICS, limits
 from vllm_compress.abtest.prompts import read_prompts
 from vllm_compress.abtest.scores import load_scorer
@@ -475,31 +472,3 @@ def test_the_fingerprint_knows_every_dial_that_changes_what_is_measured(prompts:
     assert all(comparison.fingerprint(read, plan) != expected for plan in other)
     assert comparison.fingerprint(read_prompts(prompts, 9), plain) != expected
     assert comparison.fingerprint(read[1:], plain) != expected
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 2**31), st.integers(1, VOCABULARY - 1), st.floats(0.01, 3))
-def test_kl_from_some_tokens_is_a_lower_bound_and_from_all_exact(
-    seed: int, count: int, noise: float
-) -> None:
-    generator = np.random.default_rng(seed)
-    p, q = (generator.normal(0, 2, (5, VOCABULARY)) for _ in "pq")
-    q = p + noise * q
-    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
-    targets = generator.integers(0, VOCABULARY, 5).tolist()
-
-    def returned(log: Any, k: int) -> list[dict[int, float]]:
-        return [
-            {int(i): float(row[i]) for i in {*np.argsort(-row)[:k].tolist(), target}}
-            for row, target in zip(log, targets, strict=True)
-        ]
-
-    exact = float((np.exp(p) * (p - q)).sum())
-    every = (returned(x, VOCABULARY) for x in (p, q))
-    whole = compare_logprobs(*every, targets, whole=True)
-    some = compare_logprobs(returned(p, count), returned(q, count), targets, whole=False)
-    assert whole.kl == pytest.approx(exact)
-    assert -1e-6 <= some.kl <= exact + 1e-5
-    for score in (whole, some):
-        assert score.nll_b == pytest.approx(-float(q[range(5), targets].sum()))
-        assert score.top1 == int((p.argmax(1) == q.argmax(1)).sum())
