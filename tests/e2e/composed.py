@@ -1,6 +1,6 @@
 """The services of deploy/compose as processes of this machine, for tests.
 
-    stack = Stack(folder, models)
+    stack = Stack(folder, {"full": directory, "int4": directory})
     with stack.server("full") as full, stack.server("int4"), stack.gateway() as gateway: ...
 
 Commands come from compose.yaml and deployment files from beside it. What has to differ on one
@@ -10,6 +10,7 @@ machine is put in their place: paths of volumes, and the addresses of services.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ class Composed(VllmServer):
 
 
 class Stack:
-    """compose.yaml, localized to `folder`; `models` has a directory for each variant."""
+    """compose.yaml, localized to `folder`; `models` are the directories of the two servers."""
 
-    def __init__(self, folder: Path, models: Path) -> None:
+    def __init__(self, folder: Path, models: Mapping[str, Path]) -> None:
         self.folder = folder
         self.services: dict[str, Any] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())[
             "services"
@@ -56,8 +57,10 @@ class Stack:
         (folder / "state").mkdir()
         for name in ("full", "int4"):
             text = (COMPOSE / "deployments" / f"{name}.yaml").read_text()
+            composed = f"model: /models/{name}\n"
+            assert composed in text
             (folder / "deployments" / f"{name}.yaml").write_text(
-                text.replace("model: /models/", f"model: {models}/")
+                text.replace(composed, f"model: {models[name]}\n")
             )
 
     def command(self, service: str) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.streaming_server import VOCABULARY
 from vllm_compress.abtest import statistics as stats
 from vllm_compress.abtest.judge import (
     INFERIOR,
@@ -22,6 +25,7 @@ from vllm_compress.abtest.judge import (
     needed_pairs,
     overall,
 )
+from vllm_compress.abtest.logprobs import compare_logprobs
 from vllm_compress.abtest.measure import busy_shares
 from vllm_compress.abtest.statistics import Array, Estimate
 
@@ -115,6 +119,18 @@ def agreement(n: int, p: float) -> Draw:
     return draw
 
 
+def same_tokens(n: int) -> Draw:
+    """Shares of the tokens of each prompt, prompts differing little; 0.98 in all."""
+
+    def draw(g: np.random.Generator) -> Estimate:
+        sizes = g.integers(50, 150, n).astype(float)
+        return stats.bounded_mean(
+            g.binomial(sizes.astype(int), g.beta(98, 2, n)) / sizes, LEVEL, sizes
+        )
+
+    return draw
+
+
 def covered(draw: Draw, truth: float, times: int = 600) -> float:
     """Share of intervals that hold the truth."""
     generator = np.random.default_rng(1)
@@ -136,28 +152,40 @@ def verdicts(draw: Draw, limit: Limit, times: int = 1500) -> dict[str, float]:
         (divergence(60, 0.03), 0.03),
         (latency(25, 1.3), 1.3),
         (throughput(80, 0.8), 0.8),
-        (slowest(150, 1.2), 1.2),
         (tasks(60, -0.04), -0.04),
         (tasks(150, 0.0, solved=0.9), 0.0),
         (agreement(60, 0.8), 0.8),
         (agreement(30, 0.97), 0.97),
+        (same_tokens(60), 0.98),
     ],
 )
 def test_intervals_hold_the_truth_as_often_as_they_say(draw: Draw, truth: float) -> None:
-    # Six hundred draws: a true 95% lies within 93 and 97; some methods are a little wide.
-    assert 0.925 <= covered(draw, truth, 200 if draw.__qualname__[:7] == "slowest" else 600) <= 0.99
+    # Of 600 draws, 95% are between 92.5 and 97.5. Values in [0, 1] may get wider intervals.
+    assert covered(draw, truth) >= 0.925
+
+
+def test_intervals_of_percentiles_hold_the_truth_nine_times_in_ten_or_more() -> None:
+    assert covered(slowest(150, 1.2), 1.2, 100) >= 0.9
+
+
+def test_intervals_are_not_wider_than_the_data_ask_for() -> None:
+    generator = np.random.default_rng(4)
+    for draw in (perplexity(100, 1.01), divergence(100, 0.03), latency(100, 1.3), same_tokens(100)):
+        values = [draw(generator) for _ in range(300)]
+        true_width = 2 * 1.96 * np.std([one.value for one in values])
+        assert np.mean([one.high - one.low for one in values]) < 1.2 * true_width
 
 
 def test_neighbours_that_are_alike_need_the_wider_interval() -> None:
-    assert covered(latency(200, 1.1, memory=0.6), 1.1) > 0.89
-    assert covered(latency(200, 1.1, memory=0.6, serial=False), 1.1) < 0.75
+    assert covered(latency(200, 1.1, memory=0.6), 1.1, 300) > 0.85
+    assert covered(latency(200, 1.1, memory=0.6, serial=False), 1.1, 300) < 0.72
 
 
 @pytest.mark.parametrize(
     ("draw", "limit"),
     [
         (perplexity(40, 1.02), Limit(1.02, "above")),
-        (divergence(100, 0.05), Limit(0.05, "above")),
+        (divergence(300, 0.05), Limit(0.05, "above")),
         (latency(60, 1.1), Limit(1.1, "above")),
         (tasks(150, -0.02), Limit(-0.02, "below")),
         (partial_scores(60, -0.0), Limit(0.0, "below")),
@@ -168,15 +196,14 @@ def test_a_server_at_its_margin_passes_and_fails_rarely(draw: Draw, limit: Limit
     """Either way at most (1 - 0.95) / 2, and three standard errors of this simulation."""
     allowed = 0.025 + 3 * math.sqrt(0.025 * 0.975 / 1500)
     found = verdicts(draw, limit)
-    # Skewed data (KL) push both ends one way: twice the error on one side, less on the other.
-    assert found[NON_INFERIOR] <= (2 * allowed if limit.value == 0.05 else allowed)
+    assert found[NON_INFERIOR] <= allowed
     assert found[INFERIOR] <= allowed
 
 
 def test_clear_cases_are_decided() -> None:
     limit = Limit(1.02, "above")
-    assert verdicts(perplexity(40, 1.0), limit, 300)[NON_INFERIOR] > 0.85
-    assert verdicts(perplexity(40, 1.06), limit, 300)[INFERIOR] > 0.95
+    assert verdicts(perplexity(150, 1.0), limit, 300)[NON_INFERIOR] > 0.95
+    assert verdicts(perplexity(150, 1.06), limit, 300)[INFERIOR] > 0.95
     both = Limit(1.2, "both")
     assert verdicts(throughput(200, 1.0), both, 100)[NON_INFERIOR] > 0.9
     assert verdicts(throughput(200, 0.6), both, 100)[INFERIOR] > 0.9
@@ -196,8 +223,7 @@ def test_the_number_of_prompts_asked_for_decides_four_times_in_five(
     make: Callable[[int, float], Draw], truth: float, limit: Limit
 ) -> None:
     pilot = make(4000, truth)(np.random.default_rng(3))
-    exact = Estimate(truth, pilot.low, pilot.high, 25, pilot.standard_error, pilot.log)
-    needed = needed_pairs(exact, limit, LEVEL)
+    needed = needed_pairs(replace(pilot, value=truth, n=25), limit, LEVEL)
     assert needed is not None
     assert needed > LEAST_PAIRS
     assert 0.74 <= verdicts(make(needed, truth), limit, 600)[NON_INFERIOR] <= 0.88
@@ -270,5 +296,33 @@ def test_shares_of_busy_time_add_up_to_it(found: list[tuple[float, float]]) -> N
 
 
 def test_requests_one_at_a_time_have_their_time_for_themselves() -> None:
-    starts = np.array([0.0, 3.0, 10.0])
-    assert busy_shares(starts, starts + np.array([2, 4, 1])) == pytest.approx([2, 4, 1])
+    starts, seconds = np.array([0.0, 3.0, 10.0]), np.array([2.0, 4.0, 1.0])
+    assert busy_shares(starts, starts + seconds) == pytest.approx(seconds)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**31), st.integers(1, VOCABULARY - 1), st.floats(0.01, 3))
+def test_kl_from_some_tokens_is_a_lower_bound_and_from_all_exact(
+    seed: int, count: int, noise: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    p, q = (generator.normal(0, 2, (5, VOCABULARY)) for _ in "pq")
+    q = p + noise * q
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
+    targets = generator.integers(0, VOCABULARY, 5).tolist()
+
+    def returned(log: Any, k: int) -> list[dict[int, float]]:
+        return [
+            {int(i): float(row[i]) for i in {*np.argsort(-row)[:k].tolist(), target}}
+            for row, target in zip(log, targets, strict=True)
+        ]
+
+    exact = float((np.exp(p) * (p - q)).sum())
+    every = (returned(x, VOCABULARY) for x in (p, q))
+    whole = compare_logprobs(*every, targets, whole=True)
+    some = compare_logprobs(returned(p, count), returned(q, count), targets, whole=False)
+    assert whole.kl == pytest.approx(exact)
+    assert -1e-6 <= some.kl <= exact + 1e-5
+    for score in (whole, some):
+        assert score.nll_b == pytest.approx(-float(q[range(5), targets].sum()))
+        assert score.top1 == int((p.argmax(1) == q.argmax(1)).sum())

@@ -19,6 +19,7 @@ from compress_methods.files import write_text
 from compress_methods.progress import Progress
 from vllm_compress.abtest import report
 from vllm_compress.abtest.client import Server, open_server
+from vllm_compress.abtest.harness import Task, measure_tasks, missing, read_tasks, run_tasks
 from vllm_compress.abtest.journal import Journal
 from vllm_compress.abtest.measure import measure, read_pairs
 from vllm_compress.abtest.metrics import limits
@@ -43,6 +44,7 @@ class Plan:
     max_tokens: int = 64
     margins: Sequence[str] = ()
     scorer: str | None = None
+    lm_eval: str | None = None
     confidence: float = 0.95
     options: Options = field(default_factory=Options)
     quiet: bool = False
@@ -53,22 +55,18 @@ def compare(plan: Plan) -> dict[str, Any]:
     judged = limits(plan.margins)
     prompts = read_prompts(plan.prompts, plan.max_tokens)
     scorer = load_scorer(plan.scorer) if plan.scorer else None
+    tasks = read_tasks(plan.lm_eval)
     with Journal(plan.out, fingerprint(prompts, plan)) as journal:
-        pair = _servers(plan, prompts, journal)
-        try:
-            _replay(pair, prompts, plan, journal)
-        except ServerError as problem:
-            done = len(journal.records.get(ANSWERS, {}))
-            raise ServerError(
-                f"{problem}; {done} of {len(prompts)} prompts are kept in {plan.out}, "
-                "the same command continues"
-            ) from problem
+        pair = _servers(plan, prompts, tasks, journal)
+        _ask(pair, prompts, tasks, plan, journal)
         pairs = read_pairs(prompts, journal.records, scorer)
         lines = journal.records[ANSWERS].values()
+        measured = measure(pairs, pair, plan.options, plan.confidence)
+        measured += measure_tasks(tasks, journal.records, plan.confidence)
         comparison = report.Comparison(
             servers=pair,
             pairs=pairs,
-            measured=measure(pairs, pair, plan.options, plan.confidence),
+            measured=measured,
             limits=judged,
             options=plan.options,
             confidence=plan.confidence,
@@ -89,12 +87,13 @@ def fingerprint(prompts: list[Prompt], plan: Plan) -> str:
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()
 
 
-def _servers(plan: Plan, prompts: list[Prompt], journal: Journal) -> Pair:
+def _servers(plan: Plan, prompts: list[Prompt], tasks: list[Task], journal: Journal) -> Pair:
     """Both servers, with the user's prices: as they were when the comparison began, and checked to
     serve the same still if there is anything left to ask them."""
     phases = [ANSWERS, SCORES] if plan.options.logprobs else [ANSWERS]
     noted = {side: Server(**facts) for side, facts in journal.notes.get(SERVERS, {}).items()}
-    if not noted or any(len(journal.records.get(phase, {})) < len(prompts) for phase in phases):
+    left = any(len(journal.records.get(phase, {})) < len(prompts) for phase in phases)
+    if not noted or left or missing(tasks, journal):
         for side, url, model in zip("ab", plan.urls, plan.models, strict=True):
             found = open_server(side, url, model)
             if not found.same_model(noted.setdefault(side, found)):
@@ -112,9 +111,28 @@ def _servers(plan: Plan, prompts: list[Prompt], journal: Journal) -> Pair:
     return a, b
 
 
-def _replay(pair: Pair, prompts: list[Prompt], plan: Plan, journal: Journal) -> None:
-    with Progress(len(prompts), "replaying", sys.stderr, quiet=plan.quiet) as progress:
-        replay(pair, prompts, plan.options, journal, progress)
-    if plan.options.logprobs:
-        with Progress(len(prompts), "scoring", sys.stderr, quiet=plan.quiet) as progress:
-            score(pair, prompts, plan.options, journal, progress)
+def _ask(
+    pair: Pair, prompts: list[Prompt], tasks: list[Task], plan: Plan, journal: Journal
+) -> None:
+    """Everything that is not in the journal yet; raises `ServerError` or `HarnessError`."""
+
+    def progress(total: int, label: str) -> Progress:
+        return Progress(total, label, sys.stderr, quiet=plan.quiet)
+
+    try:
+        with progress(len(prompts), "replaying") as line:
+            replay(pair, prompts, plan.options, journal, line)
+        if plan.options.logprobs:
+            with progress(len(prompts), "scoring") as line:
+                score(pair, prompts, plan.options, journal, line)
+        if tasks:
+            with progress(2 * len(tasks), "lm-eval") as line:
+                run_tasks(pair, tasks, journal, line)
+    except ServerError as problem:
+        done = len(journal.records.get(ANSWERS, {}))
+        if not done:
+            raise
+        raise ServerError(
+            f"{problem}; {done} of {len(prompts)} prompts are kept in {plan.out}, "
+            "the same command continues"
+        ) from problem

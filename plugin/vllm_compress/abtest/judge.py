@@ -82,6 +82,8 @@ def needed_pairs(estimate: Estimate, limit: Limit, confidence: float) -> int | N
         return None
     normal = NormalDist()
     errors = normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(POWER)
+    if estimate.proportional and 0 < estimate.value < limit.value:
+        errors *= limit.value / estimate.value
 
     def enough(pairs: int) -> bool:
         return errors * estimate.standard_error(pairs) <= distance

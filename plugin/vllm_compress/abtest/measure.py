@@ -1,7 +1,8 @@
 """From journaled answers and log-probabilities to one row per metric.
 
 A pair counts for a metric where both sides have what it needs: answers of both for times, more
-than one token of both for tpot. Means over tokens weigh prompts by their tokens.
+than one token of both for tpot. Perplexity, kl and top1 weigh
+prompts by their tokens, agreement counts every prompt alike.
 
 Throughput is output tokens per second in which the server had something to do. Where several
 requests overlap, each gets an equal share of that time, so the shares of all add up to the time
@@ -127,13 +128,12 @@ def _likelihood(scores: list[Score], confidence: float) -> list[Measured]:
 def _outputs(pairs: list[PairOfAnswers], confidence: float) -> list[Measured]:
     if not pairs:
         return []
-    longest = [max(pair.lengths) for pair in pairs]
-    same = [pair.same_tokens / most for pair, most in zip(pairs, longest, strict=True)]
+    same = [pair.same_tokens / max(pair.lengths) for pair in pairs]
     exact = [float(pair.a.tokens == pair.b.tokens) for pair in pairs]
     a, b = ([float(pair.lengths[side]) for pair in pairs] for side in (0, 1))
     one = np.ones(len(pairs))
     return [
-        Measured("agreement", None, st.bounded_mean(same, confidence, longest)),
+        Measured("agreement", None, st.bounded_mean(same, confidence)),
         Measured("exact", None, st.bounded_mean(exact, confidence)),
         Measured("length", (_mean(a), _mean(b)), st.ratio_of_rates((a, one), (b, one), confidence)),
     ]

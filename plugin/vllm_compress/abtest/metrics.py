@@ -12,8 +12,8 @@ knows whether it may be paid for memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from compress_methods.errors import CompressError, nearest
 from vllm_compress.abtest.judge import Limit
@@ -63,6 +63,19 @@ METRICS = {
     )
 }
 NONE = "none"
+SCORE = "score"
+
+
+def metric(name: str) -> Metric:
+    """By name; `task/score` is one of lm-evaluation-harness, judged as task scores are."""
+    if name in METRICS:
+        return METRICS[name]
+    return replace(METRICS[SCORE], name=name, text="lm-evaluation-harness", group="tasks")
+
+
+def limit_of(name: str, limits: Mapping[str, Limit]) -> Limit | None:
+    """Of a metric or a task; None where it is not judged."""
+    return limits.get(name if name in METRICS else SCORE)
 
 
 class MarginError(CompressError):

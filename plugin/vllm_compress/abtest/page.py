@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_compress.abtest.measure import PairOfAnswers
 from vllm_compress.abtest.plots import VERDICT_COLOURS, distributions, interval
-from vllm_compress.abtest.report import change, conclusion, describe, limit_text, number
+from vllm_compress.abtest.report import change, conclusion, describe, limit_text, number, remarks
 
 CSS = """
 :root { color-scheme: light }
@@ -72,21 +72,11 @@ def _head(report: Mapping[str, Any]) -> str:
         f'<div><b class="{side}">{side.upper()}</b> {escape(describe(report[side]))}</div>'
         for side in "ab"
     )
-    late = (
-        f" {report['late']} prompts had to wait: the servers do not keep up with the rate."
-        if report["late"]
-        else ""
-    )
-    retries = report["retries"]
-    again = "".join(
-        f" {retries[side]} requests to {side.upper()} were tried again."
-        for side in "ab"
-        if retries[side]
-    )
+    notes = "".join(f"<div>{escape(remark)}.</div>" for remark in remarks(report))
     return (
         "<h1>Is B as good as A?</h1>"
         f'<div class="muted">{report["n"]} prompts of {escape(report["prompts"])}, {_how(report)}.'
-        f'{late}{again}</div><div class="verdict" style="border-color:{colour}">'
+        f'{notes}</div><div class="verdict" style="border-color:{colour}">'
         f"{_sentence(report, colour)}</div>{sides}"
     )
 

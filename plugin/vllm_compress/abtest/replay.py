@@ -46,13 +46,12 @@ Pair = tuple[Server, Server]
 @dataclass(frozen=True)
 class Options:
     """How prompts are replayed. `rate` in prompts per second, None: one at a time. `logprobs` per
-    token: 0 leaves them out, -1 is all. `waits` are the seconds between tries."""
+    token: 0 leaves them out, -1 is all."""
 
     rate: float | None = None
     concurrency: int = 64
     logprobs: int = 20
     seed: int = 0
-    waits: tuple[float, ...] = RETRY_WAITS
 
 
 def replay(
@@ -150,7 +149,7 @@ class _Run:
 
     async def answer(self, server: Server, prompt: Prompt) -> Answer:
         """The answer, or the error that is the prompt's; `ServerError` if the server is gone."""
-        for tries, wait in enumerate((*self.options.waits, None), 1):
+        for tries, wait in enumerate((*RETRY_WAITS, None), 1):
             try:
                 answer = await ask(self.clients[server.side], server, prompt, self.zero)
                 return replace(answer, tries=tries)
@@ -189,7 +188,7 @@ def _scorable(line: dict[str, Any]) -> list[int] | None:
 
 
 def _logprobs(server: Server, tokens: list[int], options: Options) -> list[dict[int, float]]:
-    for wait in (*options.waits, None):
+    for wait in (*RETRY_WAITS, None):
         try:
             return prompt_logprobs(server.url, server.model, tokens, options.logprobs)
         except ServerError as problem:

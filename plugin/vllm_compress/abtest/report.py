@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 from vllm_compress.abtest.client import Server
 from vllm_compress.abtest.judge import Judgement, Limit, judge, overall
 from vllm_compress.abtest.measure import Measured, PairOfAnswers
-from vllm_compress.abtest.metrics import METRICS
+from vllm_compress.abtest.metrics import limit_of
+from vllm_compress.abtest.metrics import metric as metric_of
 from vllm_compress.abtest.replay import Options
 
 VERSION = 1
 WORST = 8
 SHOWN = 2000
+REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
     """What report.json holds; keys as in `vllm-compress compare --help`."""
     rows, judgements = [], []
     for measured in comparison.measured:
-        limit = comparison.limits.get(measured.name)
+        limit = limit_of(measured.name, comparison.limits)
         judgement = None
         if limit is not None:
             judgement = judge(measured.estimate, limit, comparison.confidence)
@@ -58,6 +61,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
         "seed": comparison.options.seed,
         "late": comparison.late,
         "retries": {side: sum(getattr(p, side).tries - 1 for p in pairs) for side in "ab"},
+        "refusals": {side: _refusals(pairs, side) for side in "ab"},
         "a": _server(comparison.servers[0]),
         "b": _server(comparison.servers[1]),
         "metrics": rows,
@@ -66,7 +70,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
 
 
 def _row(measured: Measured, limit: Limit | None, judgement: Judgement | None) -> dict[str, Any]:
-    metric, estimate = METRICS[measured.name], measured.estimate
+    metric, estimate = metric_of(measured.name), measured.estimate
     a, b = measured.values or (None, None)
     return {
         "metric": metric.name,
@@ -95,6 +99,12 @@ def _server(server: Server) -> dict[str, Any]:
         "info": server.info,
         "price_per_hour": server.price_per_hour,
     }
+
+
+def _refusals(pairs: Sequence[PairOfAnswers], side: str) -> dict[str, int]:
+    """The most frequent reasons for no answer, and how often each was given."""
+    reasons = Counter(error for pair in pairs if (error := getattr(pair, side).error))
+    return dict(reasons.most_common(REASONS))
 
 
 def _more(judgement: Judgement, n: int) -> int | None:
@@ -131,23 +141,36 @@ def _example(pair: PairOfAnswers) -> dict[str, Any]:
 def text(report: Mapping[str, Any]) -> str:
     """The table for people."""
     how = "one at a time" if report["rate"] is None else f"at {report['rate']:g} prompts/s"
+    width = max(12, *(len(row["metric"]) + 1 for row in report["metrics"]))
     lines = [
         *(f"{side.upper()}  {describe(report[side])}" for side in "ab"),
         f"{report['n']} prompts, {how}, {report['confidence']:.0%} intervals",
         "",
-        f"{'metric':<12}{'A':>10}{'B':>10}  {'B against A':<34}{'n':>6}  verdict",
+        f"{'metric':<{width}}{'A':>10}{'B':>10}  {'B against A':<34}{'n':>6}  verdict",
     ]
     for row in report["metrics"]:
         lines.append(
-            f"{row['metric']:<12}{number(row['a']):>10}{number(row['b']):>10}  "
+            f"{row['metric']:<{width}}{number(row['a']):>10}{number(row['b']):>10}  "
             f"{change(row):<34}{row['n']:>6}  {judged(row)}".rstrip()
         )
+    lines += ["", *remarks(report)] if remarks(report) else []
+    return "\n".join([*lines, "", f"verdict: {conclusion(report)}"])
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """What went on beside the numbers, a sentence each."""
+    found = []
+    for side in "ab":
+        for reason, count in report["refusals"][side].items():
+            found.append(f"{side.upper()} gave no answer to {count}: {reason}")
+        if report["retries"][side]:
+            found.append(f"{report['retries'][side]} requests to {side.upper()} were tried again")
     if report["late"]:
-        lines.append(
-            f"\n{report['late']} prompts had to wait for a place: the servers do not keep up with "
+        found.append(
+            f"{report['late']} prompts had to wait for a place: the servers do not keep up with "
             "this rate; raise --concurrency or lower --rate"
         )
-    return "\n".join([*lines, "", f"verdict: {conclusion(report)}"])
+    return found
 
 
 def describe(server: Mapping[str, Any]) -> str:

@@ -3,20 +3,25 @@
 The prompt is the unit that was drawn at random, so every interval is over prompts, tokens of one
 prompt counting as one cluster. One estimator per kind of number:
 
-    ratio of totals, mean per token  ratio estimator, linearised variance (Cochran, Sampling
+    ratio of totals                  ratio estimator, linearised variance (Cochran, Sampling
                                      Techniques, ch. 6), Student's t; ratios on the log scale
+    mean per token of what is skewed the same with Hall's correction (J. Royal Stat. Soc. B 54,
+                                     1992): KL has a long right tail, and its upper end decides
     mean of paired log ratios        Student's t on the logs: a geometric mean
     difference of values in [0, 1]   adjusted Wald of Bonett and Price (2012), here for any
                                      bounded pair: one more pair of each extreme is added, so that
                                      no difference seen is not taken for none there is
-    mean of values in [0, 1]         Wilson's score interval, its n scaled by the variance seen
+    mean of values in [0, 1]         Wilson's score interval, wide enough whatever their
+                                     distribution; for shares of tokens its n is what the
+                                     variance between prompts says, at most the tokens
     ratio of quantiles               percentile bootstrap over blocks of neighbouring prompts
 
 Latencies of neighbouring requests are not independent (queues, a disturbed machine): their
 variances get Bartlett-weighted autocovariances (Newey and West, 1987) over n^(1/3) neighbours.
 
 Fails where: fewer than some twenty prompts (the normal approximation); quantiles with less than
-five observations beyond them.
+five observations beyond them; a KL so skewed that a few prompts make up most of it (simulated with
+a log-normal one of sigma 1 and 100 prompts: an upper end too low in 4.7% instead of 2.5%).
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ CHUNK = 2**22
 @dataclass(frozen=True)
 class Estimate:
     """A value, its interval, the number of pairs behind it. `log` tells that it is a ratio, whose
-    error is measured on logs; `standard_error(n)` is what n pairs like these would give there."""
+    error is measured on logs; `standard_error(n)` is what n pairs like these would give there.
+    `proportional` tells that this error would be larger as the value is."""
 
     value: float
     low: float
@@ -46,8 +52,10 @@ class Estimate:
     n: int
     standard_error: Callable[[float], float] = field(repr=False, compare=False)
     log: bool = False
+    proportional: bool = False
 
 
+@functools.cache
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t with a whole number of degrees of freedom, by bisection of its
     distribution function, which is a finite sum then (Abramowitz and Stegun 26.7.3, 26.7.4)."""
@@ -85,10 +93,10 @@ def mean_log_ratio(a: ArrayLike, b: ArrayLike, confidence: float, serial: bool) 
 
 
 def mean_per(total: ArrayLike, count: ArrayLike, confidence: float) -> Estimate:
-    """sum(total) / sum(count), such as nats per token from those of every prompt."""
+    """sum(total) / sum(count), such as nats per token from those of every prompt; skewed."""
     y, x = _floats(total), _floats(count)
     mean = y.sum() / x.sum()
-    return _student(float(mean), (y - mean * x) / x.sum(), confidence)
+    return _student(float(mean), (y - mean * x) / x.sum(), confidence, skewed=True)
 
 
 def exp_mean_per(total: ArrayLike, count: ArrayLike, confidence: float) -> Estimate:
@@ -131,13 +139,14 @@ def bounded_difference(a: ArrayLike, b: ArrayLike, confidence: float) -> Estimat
 def bounded_mean(
     values: ArrayLike, confidence: float, weights: ArrayLike | None = None
 ) -> Estimate:
-    """Mean of values in [0, 1], or sum(weights * values) / sum(weights)."""
+    """Mean of values in [0, 1], or sum(weights * values) / sum(weights), each value then being a
+    share of `weights` observations."""
     x = _floats(values)
     w = np.ones_like(x) if weights is None else _floats(weights)
     n, p = len(x), float((w * x).sum() / w.sum())
     variance = n * float(((w * (x - p)) ** 2).sum()) / float(w.sum()) ** 2
     whole = p * (1 - p)
-    size = n * whole / variance if variance > 0 and whole > 0 else n
+    size = min(n * whole / variance, float(w.sum())) if variance > 0 and whole > 0 else n
     z = _z(confidence)
     centre = (p + z**2 / (2 * size)) / (1 + z**2 / size)
     half = z / (1 + z**2 / size) * math.sqrt(whole / size + z**2 / (4 * size**2))
@@ -168,21 +177,42 @@ def quantile_ratio(a: ArrayLike, b: ArrayLike, q: float, confidence: float, seed
 
 
 def _student(
-    centre: float, influence: Array, confidence: float, serial: bool = False, log: bool = False
+    centre: float,
+    influence: Array,
+    confidence: float,
+    serial: bool = False,
+    log: bool = False,
+    skewed: bool = False,
 ) -> Estimate:
     """Interval from what each pair adds to the estimate; `influence` sums to nothing."""
     n = len(influence)
-    spread = math.sqrt(_variance(influence, serial) * n) if n > 1 else math.inf
-    half = t_quantile((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) if n > 1 else math.inf
     natural = _exp if log else float
+    if n == 1:
+        never = natural(-math.inf), natural(math.inf)
+        return Estimate(natural(centre), *never, n, lambda _: math.inf, log)
+    error = math.sqrt(_variance(influence, serial))
+    quantile = t_quantile((1 + confidence) / 2, n - 1)
+    ends = [_unskewed(t, influence) if skewed else t for t in (quantile, -quantile)]
+    low, high = (centre - error * t for t in ends)
+    spread = error * math.sqrt(n)
     return Estimate(
         natural(centre),
-        natural(centre - half),
-        natural(centre + half),
+        natural(low),
+        natural(high),
         n,
         lambda m: spread / math.sqrt(m),
         log,
+        skewed,
     )
+
+
+def _unskewed(t: float, influence: Array) -> float:
+    """Where a mean of skewed values has the quantile that it would have at `t` without."""
+    n, square = len(influence), float((influence**2).mean())
+    skew = float((influence**3).mean()) / square**1.5 / math.sqrt(n) if square else 0.0
+    if abs(skew) < 1e-6:
+        return t
+    return 3 / skew * (float(np.cbrt(1 + skew * (t - skew / 6))) - 1)
 
 
 def _variance(influence: Array, serial: bool) -> float:

@@ -29,6 +29,7 @@ from vllm_compress.served import METHOD, tensor_headers
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 HEADS = ("lm_head", "embed_out", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 STATELESS = re.compile("linear|mamba|conv|recurrent")
 
 
@@ -266,52 +267,47 @@ def collect(
     for tensor in tensors:
         sizes[_prefix(tensor.name)] += prod(tensor.shape)
     sizes.pop("", None)
-    blocks = max(sizes, key=lambda key: sizes[key], default="")
+    blocks = max(sizes, key=lambda key: sizes[key], default=None)
     alike: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(list)
     for tensor in tensors:
-        number = re.search(r"(?<=\.)\d+(?=\.)", tensor.name)
-        inside = number is not None and _prefix(tensor.name) == blocks
-        template = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
-        layer = int(number.group()) if inside and number else -1
-        alike[template, tensor.shape, tensor.itemsize].append(layer)
+        layer = NUMBER.search(tensor.name) if _prefix(tensor.name) == blocks else None
+        key = (NUMBER.sub("*", tensor.name), tensor.shape, tensor.itemsize)
+        alike[key].append(-1 if layer is None else int(layer.group()))
     out = []
     for (template, shape, itemsize), found in alike.items():
         layers = tuple(sorted({layer for layer in found if layer >= 0}))
-        count = len(found) // max(1, len(layers))
-        inside = bool(layers)
-        out.append(_matrix(template, shape, itemsize, layers, count, inside, hidden, inputs_first))
+        rows, cols, experts = _rows_and_cols(template, shape, hidden)
+        kind = _kind(template, shape, bool(layers))
+        if inputs_first and kind == "blocks":
+            rows, cols = cols, rows
+        count = experts * len(found) // max(1, len(layers))
+        module = template.removesuffix(".weight")
+        out.append(Matrix(module, rows, cols, kind, layers, count, itemsize))
     return tuple(out)
 
 
-def _matrix(
-    template: str,
-    shape: tuple[int, ...],
-    itemsize: int,
-    layers: tuple[int, ...],
-    count: int,
-    inside: bool,
-    hidden: int,
-    inputs_first: bool,
-) -> Matrix:
-    module, leaf = template.removesuffix(".weight"), _leaf(template)
-    if len(shape) == 3 and inside:
-        # Experts in one tensor: [experts, outputs, inputs], in Llama 4 [experts, inputs, outputs].
-        experts, rows, cols = shape
-        if hidden == (cols if leaf == "down_proj" else rows):
-            rows, cols = cols, rows
-        return Matrix(module, rows, cols, "blocks", layers, count * experts, itemsize)
+def _rows_and_cols(template: str, shape: tuple[int, ...], hidden: int) -> tuple[int, int, int]:
+    """Outputs, inputs and how many of them; what is no matrix has one column."""
+    if len(shape) == 2:
+        return *shape, 1
+    if len(shape) != 3:
+        return prod(shape), 1, 1
+    # Experts in one tensor: [experts, outputs, inputs], in Llama 4 [experts, inputs, outputs].
+    experts, rows, cols = shape
+    turned = hidden == (cols if _leaf(template) == "down_proj" else rows)
+    return (cols, rows, experts) if turned else (rows, cols, experts)
+
+
+def _kind(template: str, shape: tuple[int, ...], inside: bool) -> str:
+    leaf = _leaf(template)
+    if inside:
+        matrix = len(shape) == 3 or (len(shape) == 2 and template.endswith(".weight"))
+        return "blocks" if matrix and leaf not in ROUTERS else ""
     if len(shape) != 2:
-        return Matrix(module, prod(shape), 1, "", layers, count, itemsize)
-    rows, cols = shape
-    kind = ""
-    if inside and template.endswith(".weight") and leaf not in ROUTERS:
-        kind = "blocks"
-        rows, cols = (cols, rows) if inputs_first else (rows, cols)
-    elif not inside and leaf in HEADS:
-        kind = "lm_head"
-    elif not inside and leaf in EMBEDDINGS and "vision" not in template:
-        kind = "embedding"
-    return Matrix(module, rows, cols, kind, layers, count, itemsize)
+        return ""
+    if leaf in HEADS:
+        return "lm_head"
+    return "embedding" if leaf in EMBEDDINGS and "vision" not in template else ""
 
 
 def _prefix(name: str) -> str:

@@ -22,7 +22,7 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
   perplexity=1.02    of the prompts, B / A at most
   kl=0.05            KL(A || B) on the prompts, nats per token at most; from the --logprobs
                      likeliest tokens of both, a lower bound unless -1
-  score=0.02         mean task score, at most so much lower
+  score=0.02         mean task score, at most so much lower; of every --lm-eval task too
   errors=0.05        share of prompts without an answer, at most so much higher
   ttft, ttft_p95, tpot, tpot_p95, cost, throughput   B / A, at most (throughput: at least)
   top1, agreement, exact   share of the same likeliest prompt tokens, of the same output tokens
@@ -79,6 +79,12 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--margin", action="append", default=[], metavar="NAME=VALUE", help="see below")
     add("--scorer", metavar="FILE:FUNCTION", help="function(row, output) -> 0 to 1, in a .py file")
+    add(
+        "--lm-eval",
+        metavar="TASKS",
+        help="also run these tasks of lm-evaluation-harness, such as gsm8k,hellaswag:200 (200 "
+        "questions); needs vllm-compress[lm-eval]",
+    )
     add("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default 0.95)")
     add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default 0)")
     add("--json", action="store_true", help="print report.json")
@@ -127,6 +133,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         max_tokens=args.max_tokens,
         margins=args.margin,
         scorer=args.scorer,
+        lm_eval=args.lm_eval,
         confidence=args.confidence,
         options=Options(args.rate, args.concurrency, args.logprobs, args.seed),
         quiet=args.quiet,
