@@ -4,7 +4,7 @@ It reaches vLLM's processes in one environment variable, because vLLM starts the
 other channel that stays out of the compile cache's key. The variable holds a bare name (set by hand
 or by `serve --deployment`) or the whole deployment as JSON (set by `serve --config`). vLLM warns of
 any `VLLM_*` variable it does not know, and refuses to start with `--fail-on-environ-validation`;
-`declare_environment` makes this one known.
+`declare_environment` makes ours known.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import Any
 from compress_methods.errors import CompressError, DeploymentError
 
 VARIABLE = "VLLM_COMPRESS_DEPLOYMENT"
+# All that a user or one of our processes may set. The kernel's choice reaches the compile cache's
+# key as VLLM_COMPRESS_FINGERPRINT, see `layers.ops`.
+VARIABLES = (VARIABLE, "VLLM_COMPRESS_KERNEL", "VLLM_COMPRESS_CACHE", "VLLM_COMPRESS_FOREIGN")
 _VALID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]{0,127}")
 
 
@@ -141,11 +144,12 @@ def current_deployment(model: str, served_name: str) -> Deployment:
 
 
 def declare_environment() -> None:
-    """Tell vLLM that the variable exists. Idempotent; for every process that reads a config."""
+    """Tell vLLM that our variables exist. Idempotent; for every process that reads a config."""
     from vllm import envs
 
-    # A constant: what vLLM reads here enters the compile cache's key, and a name changes no graph.
-    envs.environment_variables.setdefault(VARIABLE, _constant)
+    # Constants: what vLLM reads here enters the compile cache's key, and none changes a graph.
+    for name in VARIABLES:
+        envs.environment_variables.setdefault(name, _constant)
 
 
 def _constant() -> None:

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress_methods.errors import CompressError, DeploymentError
+from compress_methods.errors import DeploymentError
 from compress_methods.registry import build_dataclass
-from compress_methods.resources import config_path
 from compress_methods.yaml_file import read_yaml
+from vllm_compress.capacity.hardware import LOCAL, find_hardware, hardware_names
 from vllm_compress.deployment import Deployment, Device, Objectives, check_name
 from vllm_compress.served import METHOD, describe, quantization_method, variant_of
 
@@ -131,16 +131,18 @@ def _options(block: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 def _with_table(device: Device, options: Mapping[str, Any], where: str) -> Device:
     """With the price that configs/hardware.yaml has; GPUs must be as many as vLLM will take."""
-    known = _hardware().get(device.type or "", {})
-    if known.get("kind") == "gpu":
+    if device.type is None or device.type == LOCAL or device.type not in hardware_names():
+        return device
+    known = find_hardware(device.type)
+    if known.kind == "gpu":
         ranks = math.prod(_size(options, name, where) for name in PARALLEL)
         if ranks != device.count:
             raise DeploymentError(
                 f"{where}: count is {device.count}, but vllm's parallel sizes take {ranks}; "
                 "set tensor-parallel-size or count"
             )
-    if device.price_per_hour is None and known.get("price_per_hour") is not None:
-        return dataclasses.replace(device, price_per_hour=known["price_per_hour"])
+    if device.price_per_hour is None and known.price_per_hour is not None:
+        return dataclasses.replace(device, price_per_hour=known.price_per_hour)
     return device
 
 
@@ -149,8 +151,3 @@ def _size(options: Mapping[str, Any], name: str, where: str) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise DeploymentError(f"{where}: {name} is {size!r}, expected a whole number from 1 up")
     return size
-
-
-def _hardware() -> dict[str, Any]:
-    table: dict[str, Any] = read_yaml(config_path("hardware.yaml"), CompressError)["hardware"]
-    return table

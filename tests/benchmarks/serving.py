@@ -1,9 +1,10 @@
 """Speed and memory of real vLLM servers, one after another in one run: bf16, every number of bits,
-and half of int8 and int4.
+half of int8 and int4, and vLLM's own int4 where it has one.
 
 A random Llama of 1.2 billion parameters (Llama-3.2-1B shape, vocabulary 128,256), round to nearest,
-since speed does not depend on the values. Eager, all cores; a prompt of 64 tokens, then `TOKENS`
-generated, one request at a time and four together. Only ratios carry over to other machines.
+since speed does not depend on the values. Embedding and output head are one matrix, in 8 bits where
+the blocks are and in 4 bits below. Eager, all cores; prompts of 64 tokens, then `TOKENS` generated,
+by 1, 4 and 16 requests at once, and one prompt of 1,000. Only ratios carry over to other machines.
 Weights in memory are what the processes hold, less what the bf16 server holds besides its weights.
 """
 
@@ -19,9 +20,11 @@ from typing import Any
 
 from tests.benchmarks.kernels import half
 from tests.benchmarks.memory import ONE_B, VOCABULARY, make_llama
-from tests.e2e.server import VllmServer
+from tests.e2e.server import ServerError, VllmServer
 
-TOKENS = 12
+TOKENS, LONG = 12, 1000
+CLIENTS = (1, 4, 16)
+HEADS = {bits: {"bits": bits, "group_size": group} for bits, group in ((8, -1), (4, 128))}
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "group_size": -1},
     "int8-dynamic": {"bits": 8, "group_size": -1, "activations": "int8"},
@@ -33,40 +36,67 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(model: Path) -> dict[str, float]:
-    """Time to first token and per output token in seconds, tokens/s of four requests together, and
-    the server's memory in bytes."""
-    from openai import OpenAI
+class Asker:
+    """Requests to one server; times in seconds."""
 
-    with VllmServer(model, "--served-model-name", "m", "--dtype", "bfloat16") as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600)
+    def __init__(self, url: str) -> None:
+        from openai import OpenAI
 
-        def ask(seed: int) -> tuple[float, float]:
-            began = time.monotonic()
-            prompt = [(seed * 7919 + i * 104729) % 4000 + 10 for i in range(64)]
-            extra = {"ignore_eos": True}
-            first = None
-            stream = client.completions.create(
-                model="m", prompt=prompt, max_tokens=TOKENS, stream=True, extra_body=extra
-            )
-            for _ in stream:
-                first = first or time.monotonic()
-            end = time.monotonic()
-            assert first is not None
-            return first - began, (end - first) / (TOKENS - 1)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1200)
 
-        ask(0)
-        single = [ask(i) for i in range(1, 3)]
+    def ask(self, seed: int, length: int = 64, tokens: int = TOKENS) -> tuple[float, float]:
+        """Time to the first token and per token after it."""
         began = time.monotonic()
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(ask, range(10, 14)))
-        together = time.monotonic() - began
-        resident = server.resident_bytes()
+        prompt = [(seed * 7919 + i * 104729) % 4000 + 10 for i in range(length)]
+        first = None
+        stream = self.client.completions.create(
+            model="m",
+            prompt=prompt,
+            max_tokens=tokens,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for _ in stream:
+            first = first or time.monotonic()
+        end = time.monotonic()
+        assert first is not None
+        return first - began, (end - first) / max(tokens - 1, 1)
+
+    def together(self, clients: int, seed: int) -> dict[str, float]:
+        """As many requests at once, twice where there is one: medians, and tokens/s of all."""
+        rounds = 2 if clients == 1 else 1
+        began = time.monotonic()
+        with ThreadPoolExecutor(clients) as pool:
+            times = list(pool.map(self.ask, range(seed, seed + clients * rounds)))
+        seconds = time.monotonic() - began
+        return {
+            "clients": clients,
+            "ttft": statistics.median(t for t, _ in times),
+            "tpot": statistics.median(t for _, t in times),
+            "tokens_per_second": clients * rounds * TOKENS / seconds,
+        }
+
+
+def measure(model: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Loads by clients, seconds of a long prompt, and the server's memory in bytes."""
+    options = ("--served-model-name", "m", "--dtype", "bfloat16")
+    with VllmServer(model, *options, env=environment) as server:
+        asker = Asker(server.url)
+        asker.ask(0)
+        loads = [asker.together(clients, 100 * clients) for clients in CLIENTS]
+        long = asker.ask(1, LONG, 1)[0]
+        return {"loads": loads, "long_prompt": long, "resident": server.resident_bytes()}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    fmt = FORMATS[name]
+    head = HEADS[8 if fmt.get("values", fmt)["bits"] == 8 else 4]
     return {
-        "ttft": statistics.median(t for t, _ in single),
-        "tpot": statistics.median(t for _, t in single),
-        "tokens_per_second_4": 4 * TOKENS / together,
-        "resident": resident,
+        "formats": {"w": {"format": "integer", **fmt}, "head": {"format": "integer", **head}},
+        "modules": [
+            {"match": "blocks", "format": "w", "algorithm": "rtn"},
+            {"match": ["embedding", "lm_head"], "format": "head", "algorithm": "rtn"},
+        ],
     }
 
 
@@ -77,17 +107,21 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_llama(place / "bf16", ONE_B, 1, VOCABULARY)
-        cases: dict[str, Path] = {"bf16": place / "bf16"}
-        for name, fmt in FORMATS.items():
-            recipe = {
-                "formats": {"w": {"format": "integer", **fmt}},
-                "modules": [{"match": "blocks", "format": "w", "algorithm": "rtn"}],
-            }
-            cases[name] = place / name
-            convert(place / "bf16", recipe, cases[name], quiet=True)
-        for name, model in cases.items():
+        cases: dict[str, tuple[Path, dict[str, str]]] = {"bf16": (place / "bf16", {})}
+        for name in FORMATS:
+            convert(place / "bf16", recipe_of(name), place / name, quiet=True)
+            cases[name] = (place / name, {})
+        cases["int4, vLLM's kernel"] = (place / "int4", {"VLLM_COMPRESS_KERNEL": "vllm"})
+        for name, (model, environment) in cases.items():
             size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-            rows.append({"format": name, "bytes": size, **measure(model)})
+            try:
+                measured = measure(model, environment)
+            except ServerError:
+                if not environment:
+                    raise
+                print(f"{name}: not on this machine", file=sys.stderr, flush=True)
+                continue
+            rows.append({"format": name, "bytes": size, **measured})
             print(rows[-1], file=sys.stderr, flush=True)
     return {"rows": rows}
 
@@ -95,17 +129,27 @@ def run() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     base = results["rows"][0]
     other = base["resident"] - base["bytes"]
-    heads = ("format", "weights", "in memory", "decode, 1 request", "first token, 64-token prompt")
-    lines = [f"| {' | '.join(heads)} | 4 requests |", "|---|---|---|---|---|---|"]
+    heads = ["format", "weights", "in memory"]
+    heads += [f"decode, {n} request{'s' * (n > 1)}" for n in CLIENTS]
+    heads += ["first token, 64-token prompt", f"{LONG:,}-token prompt"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in results["rows"]:
+        pairs = list(zip(base["loads"], row["loads"], strict=True))
+        speeds = [b["tpot"] / r["tpot"] for b, r in pairs]
+        speeds += [pairs[0][0]["ttft"] / pairs[0][1]["ttft"]]
+        speeds += [base["long_prompt"] / row["long_prompt"]]
         lines.append(
             f"| {row['format']} | {row['bytes'] / 1e9:.2f} GB "
             f"| {(row['resident'] - other) / 1e9:.2f} GB "
-            f"| {base['tpot'] / row['tpot']:.2f}x | {base['ttft'] / row['ttft']:.2f}x "
-            f"| {row['tokens_per_second_4'] / base['tokens_per_second_4']:.2f}x |"
+            + "".join(f"| {speed:.2f}x " for speed in speeds)
+            + "|"
         )
+    loads = base["loads"]
+    times = ", ".join(f"{1e3 * load['tpot']:.0f}" for load in loads)
+    rates = ", ".join(f"{load['tokens_per_second']:.1f}" for load in loads)
     lines.append(
-        f"\nSpeed relative to bf16 ({1e3 * base['tpot']:.0f} ms per token, "
-        f"{base['ttft']:.2f} s to the first, {base['tokens_per_second_4']:.1f} tokens/s of four)"
+        f"\nSpeed relative to bf16: {times} ms per token of {', '.join(map(str, CLIENTS))} "
+        f"requests ({rates} tokens/s of all), {loads[0]['ttft']:.2f} s to the first token, "
+        f"{base['long_prompt']:.1f} s for the long prompt."
     )
     return "\n".join(lines)

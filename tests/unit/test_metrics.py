@@ -34,7 +34,7 @@ from compress_methods.formats.sparse import Sparse
 from compress_methods.safetensors_io import write_tensors
 from tests.conftest import REPOSITORY
 from vllm_compress import metrics_adapter, served
-from vllm_compress.deployment import VARIABLE, declare_environment
+from vllm_compress.deployment import VARIABLE, VARIABLES, declare_environment
 from vllm_compress.metrics import PREFIX, DeploymentStatLogger
 
 MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
@@ -333,8 +333,13 @@ def test_other_methods_keep_their_name_and_no_bits_per_weight() -> None:
     assert found.weight_bytes
 
 
-def test_vllm_knows_the_variable_and_no_name_changes_a_compile_cache_key() -> None:
+def test_vllm_knows_our_variables_and_none_changes_a_compile_cache_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from vllm import envs
 
     declare_environment()
-    assert envs.environment_variables[VARIABLE]() is None
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "anything")
+        assert envs.environment_variables[name]() is None
+    envs.validate_environ(hard_fail=True)

@@ -224,8 +224,8 @@ def _recipe(recipe: str) -> tuple[str, dict[str, Storage], list[tuple[tuple[str,
         block = _read(recipe)
         if extra := sorted(set(block) - KEYS):
             raise RecipeError(
-                f"recipe {recipe!r} changes the model's structure ({', '.join(extra)}); "
-                "convert it, then plan the result"
+                f"recipe {recipe!r} does more than store matrices in another format "
+                f"({', '.join(extra)}); convert the model, then plan the result"
             )
         if all(_key(spec) in _table() for spec in block["formats"].values()):
             known = {k: Known(**_table()[_key(s)], spec=s) for k, s in block["formats"].items()}
