@@ -67,11 +67,11 @@ def test_every_matrix_has_the_bytes_its_format_says_whole_and_cut(name: str) -> 
 
     shape = load_shape(name)
     for recipe in recipe_names():
-        formats = load_recipe(recipe).formats
         try:
             scheme = apply_recipe(shape, recipe)
         except RecipeError:
             continue
+        formats = load_recipe(recipe).formats
         by_text = {fmt.describe(): fmt for fmt in formats.values()}
         for part in scheme.parts:
             fmt = by_text.get(part.storage.describe())
@@ -81,6 +81,17 @@ def test_every_matrix_has_the_bytes_its_format_says_whole_and_cut(name: str) -> 
                 rows, cols = rank_shape(shape, part.matrix, ways)
                 if cols % part.storage.units(rows, cols)[1] == 0:
                     assert part.storage.nbytes(rows, cols) == fmt.nbytes(rows, cols)
+
+
+@pytest.mark.parametrize("recipe", ["depth25", "width25-int4", "pack-sparse", "a file"])
+def test_what_shapes_or_weights_decide_has_to_be_converted_first(
+    recipe: str, tmp_path: Path
+) -> None:
+    if recipe == "a file":
+        recipe = str(tmp_path / "recipe.yaml")
+        Path(recipe).write_text("stages: [{transform: depth, drop: 1}]\n")
+    with pytest.raises(RecipeError, match="convert the model, then plan the result"):
+        apply_recipe(load_shape("llama-3.2-1b"), recipe)
 
 
 @given(

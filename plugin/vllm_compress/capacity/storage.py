@@ -222,22 +222,31 @@ def _recipe(recipe: str) -> tuple[str, dict[str, Storage], list[tuple[tuple[str,
     """Name, formats and (match, format) of a recipe, without torch for those that are shipped."""
     if recipe in recipe_names():
         block = _read(recipe)
-        if extra := sorted(set(block) - KEYS):
-            raise RecipeError(
-                f"recipe {recipe!r} does more than store matrices in another format "
-                f"({', '.join(extra)}); convert the model, then plan the result"
-            )
+        _check_keys(recipe, block)
         if all(_key(spec) in _table() for spec in block["formats"].values()):
             known = {k: Known(**_table()[_key(s)], spec=s) for k, s in block["formats"].items()}
             return recipe, dict(known), [(_patterns(r), r["format"]) for r in block["modules"]]
-    from compress_methods.conversion.recipe import load_recipe
+    from compress_methods.conversion.recipe import parse_recipe, read_recipe
     from compress_methods.formats.dense import Dense
 
-    loaded = load_recipe(recipe)
+    given, where, name = read_recipe(recipe)
+    _check_keys(recipe, given)
+    loaded = parse_recipe(given, where, name)
     formats: dict[str, Storage] = {
         name: Plain() if isinstance(fmt, Dense) else fmt for name, fmt in loaded.formats.items()
     }
     return loaded.name, formats, [(rule.match, rule.format) for rule in loaded.modules]
+
+
+def _check_keys(recipe: str, block: Any) -> None:
+    """`RecipeError` where shapes or weights decide what is stored, not the recipe alone."""
+    found = set(block) if isinstance(block, Mapping) else set()
+    extra = sorted({"stages", "prune_to", "pack_zeros"} & found)
+    if extra:
+        raise RecipeError(
+            f"recipe {recipe!r} does more than store matrices in another format "
+            f"({', '.join(extra)}); convert the model, then plan the result"
+        )
 
 
 def _patterns(rule: Mapping[str, Any]) -> tuple[str, ...]:
