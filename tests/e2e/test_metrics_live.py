@@ -27,7 +27,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.server import VllmServer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 CLIENTS = 16
 APART_SECONDS = 0.1
 ATTEMPTS = 6

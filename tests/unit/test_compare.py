@@ -143,6 +143,7 @@ def test_one_request_at_a_time_in_an_order_drawn_for_every_prompt(
         assert len({body["cache_salt"] for body in server.streamed()}) == len(sent)
 
 
+@pytest.mark.alone
 def test_at_a_rate_both_get_every_prompt_and_no_more_are_open_than_allowed(
     servers: tuple[Server, Server], compare: Compare
 ) -> None:
