@@ -3,8 +3,8 @@
     python -m tests.benchmarks [quality] [rtn] [gptq] [layers] [activations]
         [kernels] [serving] [planner]
 
-Each module has `run() -> dict` and `table(results) -> str`. Results go to
-tests/benchmarks/results/NAME.json with the machine they were measured on.
+Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
+to tests/benchmarks/results/NAME.json, with the machine they were measured on, and NAME.png.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def main(names: list[str]) -> int:
         module = import_module(f"tests.benchmarks.{name}")
         results = {"machine": machine(), **module.run()}
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+        if hasattr(module, "plot"):
+            module.plot(results, RESULTS / f"{name}.png")
         print(f"\n{name} ({results['machine']})\n\n{module.table(results)}\n", flush=True)
     return 0
 

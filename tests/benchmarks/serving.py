@@ -153,3 +153,26 @@ def table(results: dict[str, Any]) -> str:
         f"{base['long_prompt']:.1f} s for the long prompt."
     )
     return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Tokens/s of each format by requests at once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = results["rows"]
+    figure, panel = pyplot.subplots(figsize=(9, 4))
+    width = 0.8 / len(CLIENTS)
+    for at, clients in enumerate(CLIENTS):
+        places = [i + (at - 1) * width for i in range(len(rows))]
+        rates = [1 / row["loads"][at]["tpot"] for row in rows]
+        bars = panel.bar(places, rates, width, label=f"{clients} request{'s' * (clients > 1)}")
+        panel.bar_label(bars, fmt="%.1f", fontsize=6)
+    panel.set_xticks(range(len(rows)), [row["format"] for row in rows], fontsize=8)
+    panel.set_ylabel("decode, tokens/s of each request")
+    panel.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
