@@ -26,6 +26,7 @@ REPORT_KEYS = {
     "modules",
     "kept",
     "dropped",
+    "unfit",
     "calibration",
     "held_out",
     "run",
