@@ -19,7 +19,7 @@ demo: setup ## compress a small model, serve it, ask it, read its metrics
 	@$(PYTHON) -m vllm_compress.demo
 
 test: setup tools ## all tests, those that start vLLM servers too
-	@$(PYTHON) -m pytest tests -m "not alone" --numprocesses 2 --dist loadfile
+	@$(PYTHON) -m pytest tests -m "not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@$(PYTHON) -m pytest tests -m alone
 
 test-fast: setup ## the tests that take seconds
