@@ -1,16 +1,20 @@
 """What each recipe costs in quality: novels-8m, on a novel it has not seen.
 
 All shipped recipes, and below them in brackets algorithms side by side, so that what each part wins
-is visible. All are calibrated on text sampled from the model itself, once for all.
+is visible. All are calibrated on the same text, sampled from the model itself. It takes up to an hour
+and, when stopped, goes on where it was.
 Needs the validation text (folder `shared` beside the repository, or VLLM_COMPRESS_SHARED).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ RECIPES = (
 TWO_PASSES = "(50% sparse, 4 bits, sparsegpt, then gptq)"
 PLAIN_BITS = (4, 3, 2)
 TOKENS = 40_000
+SOURCES = ("quant_methods/**/*.py", "configs/recipes/*.yaml", "tests/benchmarks/*.py")
 
 
 def validation_text() -> Path:
@@ -69,12 +74,30 @@ def pruned() -> list[tuple[str, Any]]:
     ]
 
 
-def run() -> dict[str, Any]:
-    from compress_methods import convert
+def unfinished() -> Path:
+    """Where rows are kept until all are there; another file as soon as any code differs."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in REPOSITORY.glob(pattern)):
+        digest.update(path.read_bytes())
+    return Path(tempfile.gettempdir()) / f"vllm-compress-quality-{digest.hexdigest()[:16]}.jsonl"
+
+
+def cases() -> dict[str, Any]:
+    """Recipes by row; that of `TWO_PASSES` is for a model of its own."""
+    found: dict[str, Any] = {name: name for name in RECIPES}
+    for bits in PLAIN_BITS:
+        found |= {plain_name(bits, name): plain(bits, name) for name in ("gptq", "rtn")}
+    return {**found, **dict(sparse_cases.cases()), **dict(pruned()), TWO_PASSES: None}
+
+
+def one_thread() -> None:
+    """In every worker: results do not depend on how many there are, text is sampled once."""
+    import torch
+
     from compress_methods.conversion import pipeline
     from compress_methods.conversion.sampling import sample_from_model
-    from compress_methods.evaluate import evaluate
 
+    torch.set_num_threads(1)
     sampled: dict[Any, Any] = {}
 
     def sample_once(source: Any, tokenizer: Any, settings: Any, *rest: Any) -> Any:
@@ -83,30 +106,46 @@ def run() -> dict[str, Any]:
         return sampled[settings]
 
     pipeline.sample_from_model = sample_once
-    text = validation_text()
-    rows = []
-    cases: list[tuple[str, Any]] = [(name, name) for name in RECIPES]
-    for bits in PLAIN_BITS:
-        cases += [(plain_name(bits, name), plain(bits, name)) for name in ("gptq", "rtn")]
-    cases += [*sparse_cases.cases(), *pruned()]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One row."""
+    from compress_methods import convert
+    from compress_methods.evaluate import evaluate
+
+    recipe = cases()[name]
     with tempfile.TemporaryDirectory() as folder:
-        models = [(MODEL, name, recipe) for name, recipe in cases]
-        pruned_model, second = sparse_cases.two_passes(MODEL, Path(folder))
-        for model, name, recipe in [*models, (pruned_model, TWO_PASSES, second)]:
-            out = Path(folder) / "out"
-            report = convert(model, recipe, out, quiet=True)
-            measured = evaluate(out, MODEL, text, limit_tokens=TOKENS)
-            shutil.rmtree(out)
-            rows.append(
-                {
-                    "recipe": name,
-                    "bytes": report["bytes_after"],
-                    "bytes_before": report["bytes_before"],
-                    "matrix_bits_per_weight": report["compressed_bits_per_weight"] or 16.0,
-                    **measured.to_dict(),
-                }
-            )
-    return {"model": MODEL.name, "rows": rows}
+        model, out = MODEL, Path(folder) / "out"
+        if name == TWO_PASSES:
+            model, recipe = sparse_cases.two_passes(MODEL, Path(folder))
+        report = convert(model, recipe, out, quiet=True)
+        measured = evaluate(out, MODEL, validation_text(), limit_tokens=TOKENS)
+    row = {
+        "recipe": name,
+        "bytes": report["bytes_after"],
+        "bytes_before": report["bytes_before"],
+        "matrix_bits_per_weight": report["compressed_bits_per_weight"] or 16.0,
+        **measured.to_dict(),
+    }
+    with unfinished().open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def run() -> dict[str, Any]:
+    """All rows, several at a time; stopped, it goes on with those not kept yet."""
+    validation_text()
+    kept = unfinished()
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    rows = {row["recipe"]: row for row in map(json.loads, lines)}
+    names = list(cases())
+    missing = [name for name in names if name not in rows]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, one_thread) as pool:
+        rows |= zip(missing, pool.map(measure, missing), strict=True)
+    kept.unlink(missing_ok=True)
+    return {"model": MODEL.name, "rows": [rows[name] for name in names]}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Unstructured(Sparse):
     name: ClassVar[str] = "unstructured"
 
     def select(self, scores: Tensor) -> Tensor:
-        order = scores.argsort(-1, descending=True, stable=True)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
         places = order[:, : self.kept(scores.shape[1])]
         return scores.new_zeros(scores.shape, dtype=bool).scatter_(1, places, True)
 

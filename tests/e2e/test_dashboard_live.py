@@ -33,7 +33,7 @@ from vllm_compress.dashboard.page import serve
 from vllm_compress.dashboard.panels import ALERTS, ENERGY, panels
 from vllm_compress.prometheus import Prometheus as Client
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 SHIPPED = REPOSITORY / "deploy" / "prometheus"
 VARIANTS = ("full", "int4")
 CLIENTS = 4

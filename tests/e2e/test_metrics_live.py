@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.alone,
     pytest.mark.e2e,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
 ]
 CLIENTS = 16
 APART_SECONDS = 0.1

@@ -26,7 +26,7 @@ from tests.e2e.prometheus import Prometheus
 from tests.e2e.tiny import compress
 from vllm_compress.cli import main
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 REQUESTS, USERS, SHARE = 300, 150, 0.3
 CLIENTS = 8
 ALERT = """

@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 KV_SPACE = 2**30
 
 
-@pytest.mark.timeout(400)
 def test_a_served_model_calibrates_the_plan_of_itself(
     novels_8m: Path,
     tmp_path: Path,

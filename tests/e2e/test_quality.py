@@ -17,7 +17,7 @@ from compress_methods.evaluate import evaluate, load_tokenizer
 from tests.benchmarks import sparse_cases
 from tests.benchmarks.sparse_cases import FIFTY, INT4, SEVENTY, TWO_FOUR, sparse
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 TOKENS = 20_000
 SPARSE_TOKENS = 10_000
 MOST_OF_RTN = {4: 0.40, 3: 0.40, 2: 0.32}

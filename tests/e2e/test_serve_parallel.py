@@ -21,7 +21,6 @@ EXACT = {"VLLM_COMPRESS_KERNEL": "reference"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-@pytest.mark.timeout(600)
 def test_two_ranks_give_the_log_probabilities_of_one(
     engine: Engine, novels_8m: Path, novel_tokens: list[list[int]], tmp_path: Path
 ) -> None:
