@@ -1,8 +1,8 @@
 """What each recipe costs in quality: novels-8m, on a novel it has not seen.
 
 All shipped recipes, and below them in brackets algorithms side by side, so that what each part wins
-is visible. All are calibrated on the same text, sampled from the model itself. It takes up to an hour
-and, when stopped, goes on where it was.
+is visible. All are calibrated on the same text, sampled from the model itself. It takes up to
+an hour and, when stopped, goes on where it was.
 Needs the validation text (folder `shared` beside the repository, or VLLM_COMPRESS_SHARED).
 """
 
