@@ -35,7 +35,7 @@ class Result:
     top: list[list[int]] = field(default_factory=list)
     generated: list[list[int]] = field(default_factory=list)
     error: str = ""
-    resident: int = 0
+    resident: int = field(default=0, compare=False)
 
 
 class Engine:
