@@ -10,6 +10,7 @@ A model that does not load is a result too: `error` holds what the user would re
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -134,6 +135,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         llm = LLM(job["model"], **options)
         scored = _score(llm, job["prompts"], job["tokens"])
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what loading needed for a moment and nobody holds now
         return {**scored, "resident": resident_bytes(os.getpid())}
     except Exception as problem:
         import traceback

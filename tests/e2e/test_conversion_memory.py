@@ -21,8 +21,8 @@ def test_rtn_needs_less_memory_than_the_model_is_large(tmp_path: Path) -> None:
 
 def test_gptq_needs_no_more_memory_for_more_layers(tmp_path: Path, some_text: Path) -> None:
     peaks = []
-    for layers in (2, 8):
-        shape = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": layers}
+    for layers in (2, 6):
+        shape = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": layers}
         model, out = tmp_path / f"model{layers}", tmp_path / f"out{layers}"
         make_llama(model, shape, shards=1, vocabulary=4096)
         text = tmp_path / "text.txt"

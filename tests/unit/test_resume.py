@@ -79,7 +79,7 @@ def test_a_search_over_a_chain_killed_at_random_moments_ends_with_the_same_bytes
     assert start(novels_8m, recipe, undisturbed, some_text).wait() == 0
     moments = random.Random(0)
     seen: set[str] = set()
-    for _ in range(KILLS // 2):
+    for _ in range(KILLS // 3):
         goal = len(seen) + moments.randrange(2, 12)
         process = start(novels_8m, recipe, out, some_text)
         while process.poll() is None and len(written(out) | seen) < goal:
