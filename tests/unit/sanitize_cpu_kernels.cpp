@@ -34,7 +34,7 @@ int products = 0, look_ups = 0;
 
 void use(const Matrix& m) {
   const auto bias = filled<float>(kRows, 4);
-  for (const int64_t tokens : {1, 7}) {
+  for (const int64_t tokens : {1, 7, 33}) {
     for (const int dtype : {0, 2}) {
       for (const int mode : {0, 1, 2}) {
         // Bytes 0 to 255 as fp32 values, or as pairs of bytes of an fp16 value below infinity.

@@ -60,16 +60,30 @@ inline float magnitude(const float* x, int64_t count) {
   return from_bits(most);
 }
 
+// What values are multiplied by to become codes, and codes by to become values. `most` is the
+// magnitude that becomes 127. If it isn't finite the scale is NaN, and with it all that it scales.
+struct Step {
+  float inverse, scale;
+};
+inline Step step_of(float most) {
+  constexpr float kLeast = 1e-35f;
+  if (to_bits(most) >= 0x7f800000u) return {0.0f, from_bits(0x7fc00000u)};
+  return most > kLeast ? Step{127.0f / most, most / 127.0f} : Step{0.0f, 0.0f};
+}
+
 struct Activations {
   int64_t tokens = 0, lines = 0, groups = 0;
   int group = kLine;  // columns per weight group; 0 for the whole row
+  int offset = 0;     // added to codes, see `vec::kSignedOffset`
   std::vector<float> values, scales, sums;
   std::vector<int8_t> codes;
 
-  int64_t width() const { return lines * kLine; }
+  // From one token to the next; tokens a power of two apart would share places in the cache.
+  int64_t width() const { return lines * kLine + 64; }
 
-  void resize(int64_t tokens_, int64_t lines_, int64_t groups_, int group_, bool exact) {
-    tokens = tokens_, lines = lines_, groups = groups_, group = group_;
+  void resize(int64_t tokens_, int64_t lines_, int64_t groups_, int group_, int offset_,
+              bool exact) {
+    tokens = tokens_, lines = lines_, groups = groups_, group = group_, offset = offset_;
     if (exact) {
       grow(values, tokens * width());
     } else {
@@ -100,26 +114,21 @@ struct Activations {
     }
   }
 
-  // `most` is the magnitude that becomes 127. Values that are not finite make the scale NaN, and
-  // with it every output of the token.
   void quantize_line(int64_t token, int64_t at, const float* x, float most) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    constexpr float kLeast = 1e-35f;
     int8_t* q = &codes[token * width() + at * kLine];
-    const bool finite = to_bits(most) < 0x7f800000u;
-    const float inverse = finite && most > kLeast ? 127.0f / most : 0.0f;
-    const float scale = finite ? (most > kLeast ? most / 127.0f : 0.0f) : from_bits(0x7fc00000u);
+    const auto [inverse, scale] = step_of(most);
     scales[token * lines + at] = scale;
     const int step = group == 0 || group > kLine ? kLine : group;
     for (int first = 0; first < kLine; first += step) {
       int32_t sum = 0;
       if (inverse == 0.0f) {
-        std::memset(q + first, 0, step);
+        std::memset(q + first, offset, step);
       } else {
         for (int i = first; i < first + step; ++i) {
           const float rounded = x[i] * inverse + kRound - kRound;
           const int32_t code = static_cast<int32_t>(rounded);
-          q[i] = static_cast<int8_t>(code);
+          q[i] = static_cast<int8_t>(code + offset);
           sum += code;
         }
       }

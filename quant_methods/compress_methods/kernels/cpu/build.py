@@ -23,6 +23,7 @@ import torch
 SOURCES = Path(__file__).resolve().parent
 MAIN = "gemm.cpp"
 CACHE_VARIABLE = "VLLM_COMPRESS_CACHE"
+ISA_VARIABLE = "VLLM_COMPRESS_ISA"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-std=c++17",
@@ -35,17 +36,31 @@ FLAGS = (
     "-Werror",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *_AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"),
+    "-mprefer-vector-width=512",
+)
 _X86: dict[str, tuple[str, ...]] = {
-    "avx512_vnni": (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"),
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "avx512_vnni": _AVX512,
     "avx_vnni": (*_AVX2, "-mavxvnni"),
     "avx2": _AVX2,
 }
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": ()}
 # As /proc/cpuinfo calls them.
+_NARROW = {"avx2", "fma", "f16c"}
+_WIDE = {
+    *_NARROW,
+    *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512vbmi", "avx512_vbmi2", "avx512_vnni"),
+}
 _NEEDS = {
-    "avx512_vnni": {"avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_vnni"},
-    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
-    "avx2": {"avx2", "fma", "f16c"},
+    "amx": {*_WIDE, "amx_tile", "amx_int8", "amx_bf16"},
+    "avx512_vnni": _WIDE,
+    "avx_vnni": {*_NARROW, "avx_vnni"},
+    "avx2": _NARROW,
 }
 TIMEOUT_SECONDS = 600
 
@@ -70,7 +85,12 @@ def runs_here(isa: str) -> bool:
 
 
 def instruction_set() -> str:
-    """The fastest of `INSTRUCTION_SETS` that this machine has."""
+    """`VLLM_COMPRESS_ISA`, or the fastest of `INSTRUCTION_SETS` that this machine has."""
+    if chosen := os.environ.get(ISA_VARIABLE):
+        there = [isa for isa in INSTRUCTION_SETS if runs_here(isa)]
+        if chosen not in there:
+            raise BuildError(f"{ISA_VARIABLE} is {chosen!r}, expected one of {', '.join(there)}")
+        return chosen
     return next(isa for isa in INSTRUCTION_SETS if runs_here(isa))
 
 

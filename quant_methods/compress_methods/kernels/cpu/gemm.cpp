@@ -5,25 +5,31 @@
 // a block, the tokens of a tile stay in the first-level cache while its rows pass by. Zero points
 // come in as scale * zero * (sum of the group's activations), so the inner loop never sees them.
 // Sparse lines take longer to decode; where tokens fill more than a tile, a block's rows are decoded
-// once, to dense lines in the second-level cache.
+// once, to dense lines in the second-level cache. Many tokens go another way (`panel.h`) where there
+// is AVX-512.
 //
 //   value = scale * (code - zero)
 //   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "matrix.h"
+#ifdef VC_PANELS
+#include "blocks.h"
+#endif
 
 extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
                                       void (*body)(int64_t, int64_t, void*), void* context);
 
 namespace {
 
-constexpr int kTokens = 4;
+constexpr int kTokens = vec::kTokens;
 constexpr int64_t kRows = 16;
 constexpr int64_t kMostTokens = 512;  // whose activations are held at a time
 constexpr int64_t kWork = 1 << 17;    // multiplications worth a thread
@@ -46,13 +52,36 @@ inline vec::Floats floats(const Values& line, int vector) {
   return line.v[4 * vector + part];
 }
 
-template <class Code, int part, int tokens>
-inline void multiply_floats(const typename Code::Line& line, int vector, const float* x,
+template <class Code, int quarter, int tokens>
+VC_INLINE void multiply_floats(const typename Code::Line& line, int vector, const float* x,
                             int64_t stride, vec::Floats* sums) {
-  const vec::Floats value = floats<Code, part>(line, vector);
+  const vec::Floats value = floats<Code, quarter>(line, vector);
   for (int t = 0; t < tokens; ++t) {
-    const vec::Floats in = vec::load_floats(x + t * stride + 8 * part);
+    const vec::Floats in = vec::load_floats(x + t * stride + vec::kFloats * quarter);
     sums[t] = vec::multiply_add(value, in, sums[t]);
+  }
+}
+
+// All quarters of a vector, or those of one half.
+template <class Code, int count, int tokens>
+VC_INLINE void multiply_quarters(const typename Code::Line& line, int vector, int half, const float* x,
+                              int64_t stride, vec::Floats* sums) {
+  if (count == 4 || half == 0) {
+    multiply_floats<Code, 0, tokens>(line, vector, x, stride, sums);
+    multiply_floats<Code, 1, tokens>(line, vector, x, stride, sums);
+  }
+  if (count == 4 || half == 1) {
+    multiply_floats<Code, 2, tokens>(line, vector, x, stride, sums);
+    multiply_floats<Code, 3, tokens>(line, vector, x, stride, sums);
+  }
+}
+
+template <int split, class Vector>
+inline Vector add_scaled(Vector a, const float* scales, Vector sum) {
+  if constexpr (split == 2) {
+    return scale_add_halves(a, scales, sum);
+  } else {
+    return vec::scale_add(a, *scales, sum);
   }
 }
 
@@ -79,7 +108,9 @@ float value_of(const typename Code::Line& line, int64_t column) {
 template <class Code, int group, bool exact, int tokens>
 void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, const Activations& in,
                       int64_t token, float* totals) {
-  constexpr int kGroups = kLine / group, kPerGroup = group / 32;
+  // A vector of 64 columns may hold two groups of 32.
+  constexpr int kWide = group < vec::kBytes ? vec::kBytes : group;
+  constexpr int kParts = kLine / kWide, kPerPart = kWide / vec::kBytes, kSplit = kWide / group;
   const int64_t width = in.width();
   const int8_t* q = exact ? nullptr : in.codes.data() + token * width;
   const float* x = exact ? in.values.data() + token * width : nullptr;
@@ -89,25 +120,32 @@ void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, co
   for (int64_t at = 0; at < in.lines; ++at, p += bytes) {
     typename Code::Line line;
     Code::decode(p, bytes, line);
-    for (int g = 0; g < kGroups; ++g) {
-      const float scale = terms.scales[at * kGroups + g];
-      const int64_t column = at * kLine + g * group;
+    vec::prefetch(p + kAhead);
+    if (bytes > 64) vec::prefetch(p + kAhead + 64);
+    for (int g = 0; g < kParts; ++g) {
+      const float* scales = terms.scales.data() + (at * kParts + g) * kSplit;
+      const int64_t column = at * kLine + g * kWide;
       if constexpr (exact) {
-        vec::Floats parts[tokens];
-        for (auto& part : parts) part = vec::zero();
-        for (int v = 0; v < kPerGroup; ++v) {
-          const float* from = x + column + 32 * v;
-          multiply_floats<Code, 0, tokens>(line, g * kPerGroup + v, from, width, parts);
-          multiply_floats<Code, 1, tokens>(line, g * kPerGroup + v, from, width, parts);
-          multiply_floats<Code, 2, tokens>(line, g * kPerGroup + v, from, width, parts);
-          multiply_floats<Code, 3, tokens>(line, g * kPerGroup + v, from, width, parts);
+        constexpr int kPieces = 4 / kSplit;  // quarters of a vector that share a scale
+        for (int half = 0; half < kSplit; ++half) {
+          vec::Floats parts[tokens];
+          for (auto& part : parts) part = vec::zero();
+          for (int v = 0; v < kPerPart; ++v) {
+            multiply_quarters<Code, kPieces, tokens>(line, g * kPerPart + v, half,
+                                                     x + column + vec::kBytes * v, width, parts);
+          }
+          for (int t = 0; t < tokens; ++t) {
+            sums[t] = vec::scale_add(parts[t], scales[half], sums[t]);
+          }
         }
-        for (int t = 0; t < tokens; ++t) sums[t] = vec::scale_add(parts[t], scale, sums[t]);
       } else {
+        const vec::Bytes* codes = line.v + g * kPerPart;
+        const vec::Ints start = vec::start<Code::kSigned, kPerPart>(codes);
         for (int t = 0; t < tokens; ++t) {
-          const vec::Ints dot = vec::dot<Code::kSigned, kPerGroup>(line.v + g * kPerGroup,
-                                                                   q + t * width + column);
-          sums[t] = vec::scale_add(dot, scale * q_scales[t * in.lines + at], sums[t]);
+          const vec::Ints dot =
+              vec::dot<Code::kSigned, kPerPart>(codes, q + t * width + column, start);
+          const vec::Floats scaled = vec::scale(dot, q_scales[t * in.lines + at]);
+          sums[t] = add_scaled<kSplit>(scaled, scales, sums[t]);
         }
       }
     }
@@ -115,14 +153,16 @@ void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, co
   for (int t = 0; t < tokens; ++t) totals[t] = vec::total(sums[t]);
 }
 
+template <class Code, int group, bool exact, int... less>
+constexpr auto tiles_of(std::integer_sequence<int, less...>) {
+  return std::array{row_times_tokens<Code, group, exact, less + 1>...};
+}
+
 // Rows of a block, the first of them `row`, times all tokens.
 template <class Code, int group, bool exact>
 void block_times_tokens(const Call& call, const uint8_t* p, int64_t bytes, int64_t row,
                         int64_t rows, const RowTerms* terms) {
-  using Function = decltype(&row_times_tokens<Code, group, exact, 1>);
-  constexpr Function kTile[kTokens] = {
-      row_times_tokens<Code, group, exact, 1>, row_times_tokens<Code, group, exact, 2>,
-      row_times_tokens<Code, group, exact, 3>, row_times_tokens<Code, group, exact, 4>};
+  constexpr auto kTile = tiles_of<Code, group, exact>(std::make_integer_sequence<int, kTokens>());
   const Activations& in = call.in;
   for (int64_t token = 0; token < in.tokens; token += kTokens) {
     const int64_t count = std::min<int64_t>(kTokens, in.tokens - token);
@@ -193,6 +233,10 @@ using LookUp = void (*)(const Matrix&, int64_t, int64_t, float*);
 struct Functions {
   Body exact, quantized;
   LookUp look_up;
+#ifdef VC_PANELS
+  panel::Decode int8, uint8, bfloat16, float32;
+  bool is_signed;
+#endif
 };
 
 template <class Code, bool exact>
@@ -204,14 +248,36 @@ Body body_of(int group) {
 
 template <class Code>
 Functions functions(const Matrix& m) {
-  return {body_of<Code, true>(m.group), body_of<Code, false>(m.group), look_up<Code>};
+  return {
+      body_of<Code, true>(m.group),
+      body_of<Code, false>(m.group),
+      look_up<Code>,
+#ifdef VC_PANELS
+      panel::decode<Code, panel::Int8>,
+      panel::decode<Code, panel::Uint8>,
+      panel::decode<Code, panel::Bfloat16>,
+      panel::decode<Code, panel::Float32>,
+      Code::kSigned,
+#endif
+  };
 }
 
 template <bool is_bfloat16>
 Functions functions_of_floats() {
   using Code = SparseFloats<is_bfloat16>;
   const Body exact = rows_times_tokens<Code, kLine, true>;
-  return {exact, exact, look_up<Code>};
+  return {
+      exact,
+      exact,
+      look_up<Code>,
+#ifdef VC_PANELS
+      nullptr,
+      nullptr,
+      is_bfloat16 ? panel::decode<Code, panel::Bfloat16> : nullptr,
+      panel::decode<Code, panel::Float32>,
+      true,
+#endif
+  };
 }
 
 Functions functions_of(const Matrix& m) {
@@ -234,6 +300,78 @@ void parallel(int64_t end, int64_t grain, const F& f) {
   torch_parallel_for(0, end, grain, body, const_cast<F*>(&f));
 }
 
+// How a call is cut: tokens of which there are few are multiplied row by row.
+void few_tokens(const Matrix& m, const Functions& run, const void* x, Dtype dtype, int64_t tokens,
+                int64_t cols, int64_t x_stride, const float* bias, void* out, Mode how) {
+  const bool exact = how == Mode::kExact;
+  const Body body = exact ? run.exact : run.quantized;
+  const int64_t blocks = (m.rows + kRows - 1) / kRows, width = m.lines * kLine;
+  const int offset = m.bits == 8 || m.sparse ? vec::kSignedOffset : 0;
+  static thread_local Activations scratch;
+  Activations& in = scratch;
+  for (int64_t first = 0; first < tokens; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, tokens - first);
+    in.resize(count, m.lines, m.groups, m.group, offset, exact);
+    parallel(count, std::max<int64_t>(1, kWork / 16 / width), [&](int64_t a, int64_t b) {
+      for (int64_t t = a; t < b; ++t) in.fill(t, x, (first + t) * x_stride, cols, dtype, how);
+    });
+    const Call call{m, in, bias, out, first, dtype};
+    parallel(blocks, std::max<int64_t>(1, kWork / (kRows * width * count)),
+             [&](int64_t a, int64_t b) { body(call, a * kRows, std::min(b * kRows, m.rows)); });
+  }
+}
+
+#ifdef VC_PANELS
+void many_tokens(const Matrix& m, const Functions& run, const void* x, Dtype dtype, int64_t tokens,
+                 int64_t cols, int64_t x_stride, const float* bias, void* out, Mode how) {
+  using namespace panel;
+  static thread_local Panel scratch;
+  Panel& in = scratch;
+  const Input input{x, x_stride, cols, dtype};
+  const bool exact = how == Mode::kExact;
+  in.lines = m.lines;
+  in.parts = m.group == 0 || m.group > kLine ? 1 : kLine / m.group;
+  const bool bfloat16 = dtype == Dtype::kBfloat16 && run.bfloat16;
+  const Product product = in.parts == 1   ? product_of<1>(m, exact, bfloat16)
+                          : in.parts == 2 ? product_of<2>(m, exact, bfloat16)
+                                          : product_of<4>(m, exact, bfloat16);
+  const Decode decode = product.size == 4   ? run.float32
+                        : product.size == 2 ? run.bfloat16
+                        : product.start     ? run.int8
+                                            : run.uint8;
+  // Zeros of unsigned codes; signed ones of 8 bits count from 128.
+  const int zero = run.is_signed ? 128 : 1 << (m.bits - 1);
+  const float more = run.is_signed && !product.start ? 128.0f : 0.0f;
+  in.line_bytes = kLine * kTile * product.size;
+  for (int64_t first = 0; first < tokens; first += kMostTokens) {
+    in.tokens = std::min(kMostTokens, tokens - first);
+    in.tiles = (in.tokens + kTile - 1) / kTile;
+    in.data.of(in.tiles * in.lines * in.line_bytes);
+    if (!exact) {
+      in.scales.of(in.tiles * in.lines * kTile);
+      in.starts.of(in.tiles * in.lines * in.parts * kTile);
+      if (m.zeros) in.sums.of(in.tiles * in.lines * in.parts * kTile);
+    }
+    parallel(in.tiles, 1, [&](int64_t a, int64_t b) {
+      for (int64_t tile = a; tile < b; ++tile) {
+        if (!exact) {
+          fill_int8(in, tile, input, first, how == Mode::kInt8PerToken, m.zeros, zero);
+        } else if (product.size == 2) {
+          fill_exact<Bfloat16>(in, tile, input, first);
+        } else {
+          fill_exact<Float32>(in, tile, input, first);
+        }
+      }
+    });
+    const Output to{bias, out, first, m.rows, dtype};
+    parallel((m.rows + kBlockRows - 1) / kBlockRows, 1, [&](int64_t a, int64_t b) {
+      multiply_rows(m, in, decode, product, more, to, a * kBlockRows,
+                    std::min(b * kBlockRows, m.rows));
+    });
+  }
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -243,25 +381,14 @@ const char* vc_instruction_set() { return vec::kName; }
 // x [tokens, cols] with rows `x_stride` apart, out [tokens, rows] contiguous, bias [rows] or null.
 void vc_linear(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tokens, int64_t cols,
                int64_t x_stride, const float* bias, void* out, int32_t mode) {
-  const Matrix& m = *matrix;
-  const Dtype dtype = static_cast<Dtype>(x_dtype);
-  const Mode how = static_cast<Mode>(mode);
-  const bool exact = how == Mode::kExact;
-  const Functions run = functions_of(m);
-  const Body body = exact ? run.exact : run.quantized;
-  const int64_t blocks = (m.rows + kRows - 1) / kRows, width = m.lines * kLine;
-  static thread_local Activations scratch;
-  Activations& in = scratch;
-  for (int64_t first = 0; first < tokens; first += kMostTokens) {
-    const int64_t count = std::min(kMostTokens, tokens - first);
-    in.resize(count, m.lines, m.groups, m.group, exact);
-    parallel(count, std::max<int64_t>(1, kWork / 16 / width), [&](int64_t a, int64_t b) {
-      for (int64_t t = a; t < b; ++t) in.fill(t, x, (first + t) * x_stride, cols, dtype, how);
-    });
-    const Call call{m, in, bias, out, first, dtype};
-    parallel(blocks, std::max<int64_t>(1, kWork / (kRows * width * count)),
-             [&](int64_t a, int64_t b) { body(call, a * kRows, std::min(b * kRows, m.rows)); });
-  }
+  const Functions run = functions_of(*matrix);
+  const bool floats = run.exact == run.quantized;  // which activations are not quantized for
+  const Mode how = floats ? Mode::kExact : static_cast<Mode>(mode);
+  auto multiply = few_tokens;
+#ifdef VC_PANELS
+  if (tokens >= panel::fewest_tokens(how == Mode::kExact, matrix->sparse)) multiply = many_tokens;
+#endif
+  multiply(*matrix, run, x, static_cast<Dtype>(x_dtype), tokens, cols, x_stride, bias, out, how);
 }
 
 // out [count, cols] float32: rows `ids` of the matrix.

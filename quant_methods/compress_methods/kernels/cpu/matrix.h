@@ -1,10 +1,13 @@
 // A matrix as `library.py` hands it over, and what its scales and zero points do to a row.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "activations.h"
+
+constexpr int64_t kAhead = 2048;  // bytes that weights are fetched before their turn
 
 struct Matrix {
   const uint8_t* weights;  // [rows, lines, bytes]
@@ -42,9 +45,18 @@ struct RowTerms {
     offsets.resize(m.sparse ? 0 : m.groups);
     for (size_t g = 0; g < offsets.size(); ++g) offsets[g] = scales[g] * zeros[g];
     if (m.group > kLine) {  // from here on one for each line
+      const int64_t lines = m.group / kLine;
       scales.resize(m.lines);
-      for (int64_t l = m.lines; l-- > 0;) scales[l] = scales[l * kLine / m.group];
+      for (int64_t g = m.groups; g-- > 0;) {
+        const float scale = scales[g];
+        for (int64_t l = std::min((g + 1) * lines, m.lines); l-- > g * lines;) scales[l] = scale;
+      }
     }
+  }
+
+  // Index of the group that a line begins with.
+  static int64_t group_of(const Matrix& m, int64_t line) {
+    return m.group == 0 ? 0 : line * kLine / m.group;
   }
 
   float correction(const float* sums) const {

@@ -1,7 +1,13 @@
 // The vectors of the instruction set this library is compiled for.
 #pragma once
 
-#if defined(__AVX2__) && defined(__FMA__)
+// For what runs once a line.
+#define VC_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
+#include "vector_avx512.h"
+#define VC_PANELS 1
+#elif defined(__AVX2__) && defined(__FMA__)
 #include "vector_avx2.h"
 #else
 #include "vector_plain.h"

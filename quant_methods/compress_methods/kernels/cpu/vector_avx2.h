@@ -36,36 +36,53 @@ struct Ints {
 struct Floats {
   __m256 v;
 };
-constexpr int kFloats = 8;
+constexpr int kBytes = 32, kFloats = 8;
+constexpr int kSignedOffset = 0;
+constexpr int kTokens = 4;  // that registers hold the sums of
 
+inline void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 inline Bytes load(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline void store(Bytes a, uint8_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
 }
 inline Bytes mask(Bytes a, uint8_t bits) {
   return {_mm256_and_si256(a.v, _mm256_set1_epi8(static_cast<char>(bits)))};
 }
-// Bits `shift` and above of every byte, masked by `bits` (which drops what came from neighbours).
-template <int shift>
-inline Bytes shift_mask(Bytes a, uint8_t bits) {
-  return mask({_mm256_srli_epi16(a.v, shift)}, bits);
-}
-inline Bytes either(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
 
-// 32 bytes from 16: `value` where bit `low` (first 16) or `low + 1` (last 16) is set, else 0.
-template <int low>
-inline Bytes spread_bits(const uint8_t* p, uint8_t value) {
+// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the lowest.
+template <int bits>
+VC_INLINE void planes(const uint8_t* p, Bytes* out) {
+  constexpr int kSize = 16 * bits;
+  for (int i = 0; i < 4; ++i) {
+    const __m256i stored = load(p + 32 * i % kSize).v;
+    out[i] = mask({_mm256_srli_epi16(stored, 32 * i / kSize * bits)}, (1 << bits) - 1);
+  }
+}
+// 32 bytes from 16: 4 where bit `low` (first 16) or `low + 1` (last 16) is set, else 0.
+inline __m256i spread_bits(const uint8_t* p, int low) {
   const __m256i twice =
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i bit = _mm256_setr_m128i(_mm_set1_epi8(static_cast<char>(1 << low)),
-                                        _mm_set1_epi8(static_cast<char>(1 << (low + 1))));
-  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(twice, bit), bit);
-  return mask({set}, value);
+                                        _mm_set1_epi8(static_cast<char>(2 << low)));
+  return mask({_mm256_cmpeq_epi8(_mm256_and_si256(twice, bit), bit)}, 4).v;
+}
+// Adds 4 where the bit of a column is set in a plane of one bit.
+inline void add_third_bits(const uint8_t* p, Bytes* out) {
+  for (int i = 0; i < 4; ++i) out[i] = {_mm256_or_si256(out[i].v, spread_bits(p, 2 * i))};
 }
 
-// Sum over `count` vectors of weight byte times activation byte, in 8 lanes.
 template <bool is_signed, int count>
-inline Ints dot(const Bytes* w, const int8_t* x) {
-  __m256i sum = _mm256_setzero_si256();
+VC_INLINE Ints start(const Bytes*) {
+  return {_mm256_setzero_si256()};
+}
+// Adds the products of `count` vectors of weight and activation bytes, in 8 lanes.
+template <bool is_signed, int count>
+VC_INLINE Ints dot(const Bytes* w, const int8_t* x, Ints start) {
+  __m256i sum = start.v;
 #ifdef VC_DOT_BYTES
   for (int i = 0; i < count; ++i) {
     __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
@@ -75,17 +92,18 @@ inline Ints dot(const Bytes* w, const int8_t* x) {
   return {sum};
 #else
   const __m256i ones = _mm256_set1_epi16(1);
+  __m256i pairs = _mm256_setzero_si256();
   for (int i = 0; i < count; ++i) {
     __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
     if constexpr (is_signed) {
       a = _mm256_sign_epi8(a, w[i].v);
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i].v), a);
+      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i].v), a);
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
     } else {
-      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[i].v, a));
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[i].v, a));
     }
   }
-  return {is_signed ? sum : _mm256_madd_epi16(sum, ones)};
+  return {is_signed ? sum : _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones))};
 #endif
 }
 
@@ -97,8 +115,8 @@ inline Floats multiply_add(Floats a, Floats b, Floats sum) {
 inline Floats scale_add(Floats a, float factor, Floats sum) {
   return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(factor), sum.v)};
 }
-inline Floats scale_add(Ints a, float factor, Floats sum) {
-  return scale_add(Floats{_mm256_cvtepi32_ps(a.v)}, factor, sum);
+inline Floats scale(Ints a, float factor) {
+  return {_mm256_mul_ps(_mm256_cvtepi32_ps(a.v), _mm256_set1_ps(factor))};
 }
 
 // Bytes 8 * part to 8 * part + 7 as floats.
@@ -144,13 +162,14 @@ inline __m128i expand_16(const uint8_t*& from, const uint8_t* mask) {
   return _mm_shuffle_epi8(bytes, two_halves(kPlaces.low[low], kPlaces.high[high]));
 }
 // The next bytes of `from`, in order, where a bit of 32 is set, else 0. Reads 8 bytes at a time.
-inline Bytes expand(const uint8_t*& from, const uint8_t* mask) {
+VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask) {
   const __m128i low = expand_16(from, mask);
   return {_mm256_inserti128_si256(_mm256_castsi128_si256(low), expand_16(from, mask + 2), 1)};
 }
 // The same for 8 numbers of 16 bits, widened. Reads 16 bytes.
 template <bool is_bfloat16>
-inline Floats expand_floats(const uint8_t*& from, uint8_t mask) {
+VC_INLINE Floats expand_floats(const uint8_t*& from, const uint8_t* which) {
+  const uint8_t mask = *which;
   const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   const __m128i* shuffle = reinterpret_cast<const __m128i*>(kPlaces.pairs[mask]);
   const __m128i bits = _mm_shuffle_epi8(stored, _mm_load_si128(shuffle));
@@ -162,15 +181,19 @@ inline Floats expand_floats(const uint8_t*& from, uint8_t mask) {
   }
 }
 
-inline void store(Bytes a, uint8_t* p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
-}
 // 32 codes of 4 bits less 8: the low halves of 16 bytes, then the high ones.
 inline Bytes nibbles(const uint8_t* p) {
   const __m256i twice =
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
   return {_mm256_sub_epi8(mask({shifted}, 15).v, _mm256_set1_epi8(8))};
+}
+// 128 columns from `stored` bytes of nibbles and, after them, the mask of columns they are for.
+VC_INLINE void spread_nibbles(const uint8_t* p, int64_t stored, Bytes* out) {
+  uint8_t codes[128 + 8];  // 8 are read at a time
+  for (int64_t at = 0; at < stored; at += 16) store(nibbles(p + at), codes + 2 * at);
+  const uint8_t* from = codes;
+  for (int i = 0; i < 4; ++i) out[i] = expand(from, p + stored + 4 * i);
 }
 
 inline float total(Floats a) {

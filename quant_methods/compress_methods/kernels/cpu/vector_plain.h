@@ -17,47 +17,43 @@ struct Ints {
 struct Floats {
   float v[8];
 };
-constexpr int kFloats = 8;
+constexpr int kBytes = 32, kFloats = 8;
+constexpr int kSignedOffset = 0;
+constexpr int kTokens = 4;  // that registers hold the sums of
 
+inline void prefetch(const uint8_t*) {}
 inline Bytes load(const uint8_t* p) {
   Bytes out;
   std::memcpy(out.v, p, 32);
   return out;
 }
-inline Bytes mask(Bytes a, uint8_t bits) {
-  for (auto& byte : a.v) byte &= bits;
-  return a;
-}
-template <int shift>
-inline Bytes shift_mask(Bytes a, uint8_t bits) {
-  for (auto& byte : a.v) byte = static_cast<uint8_t>(byte >> shift) & bits;
-  return a;
-}
-inline Bytes either(Bytes a, Bytes b) {
-  for (int i = 0; i < 32; ++i) a.v[i] |= b.v[i];
-  return a;
-}
+inline void store(const Bytes& a, uint8_t* p) { std::memcpy(p, a.v, 32); }
 
-template <int low>
-inline Bytes spread_bits(const uint8_t* p, uint8_t value) {
-  Bytes out;
-  for (int i = 0; i < 16; ++i) {
-    out.v[i] = p[i] >> low & 1 ? value : 0;
-    out.v[16 + i] = p[i] >> (low + 1) & 1 ? value : 0;
+template <int bits>
+VC_INLINE void planes(const uint8_t* p, Bytes* out) {
+  constexpr int kSize = 16 * bits;
+  for (int i = 0; i < 128; ++i) {
+    const int field = p[i % kSize] >> (i / kSize * bits);
+    out[i / 32].v[i % 32] = static_cast<uint8_t>(field & ((1 << bits) - 1));
   }
-  return out;
+}
+inline void add_third_bits(const uint8_t* p, Bytes* out) {
+  for (int i = 0; i < 128; ++i) out[i / 32].v[i % 32] |= (p[i % 16] >> (i / 16) & 1) << 2;
 }
 
 template <bool is_signed, int count>
-inline Ints dot(const Bytes* w, const int8_t* x) {
-  Ints out = {};
+inline Ints start(const Bytes*) {
+  return {};
+}
+template <bool is_signed, int count>
+inline Ints dot(const Bytes* w, const int8_t* x, Ints sum) {
   for (int i = 0; i < count; ++i) {
     for (int j = 0; j < 32; ++j) {
       const int code = is_signed ? static_cast<int8_t>(w[i].v[j]) : w[i].v[j];
-      out.v[j % 8] += code * x[32 * i + j];
+      sum.v[j % 8] += code * x[32 * i + j];
     }
   }
-  return out;
+  return sum;
 }
 
 inline Floats zero() { return {}; }
@@ -74,9 +70,10 @@ inline Floats scale_add(Floats a, float factor, Floats sum) {
   for (int i = 0; i < 8; ++i) sum.v[i] += a.v[i] * factor;
   return sum;
 }
-inline Floats scale_add(Ints a, float factor, Floats sum) {
-  for (int i = 0; i < 8; ++i) sum.v[i] += static_cast<float>(a.v[i]) * factor;
-  return sum;
+inline Floats scale(Ints a, float factor) {
+  Floats out;
+  for (int i = 0; i < 8; ++i) out.v[i] = static_cast<float>(a.v[i]) * factor;
+  return out;
 }
 
 template <bool is_signed, int part>
@@ -89,7 +86,7 @@ inline Floats widen(Bytes a) {
   return out;
 }
 
-inline Bytes expand(const uint8_t*& from, const uint8_t* mask) {
+VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask) {
   Bytes out = {};
   for (int i = 0; i < 32; ++i) {
     if (mask[i / 8] >> (i % 8) & 1) out.v[i] = *from++;
@@ -102,7 +99,8 @@ inline float half_to_float(uint16_t bits) {
   return static_cast<float>(value);
 }
 template <bool is_bfloat16>
-inline Floats expand_floats(const uint8_t*& from, uint8_t mask) {
+VC_INLINE Floats expand_floats(const uint8_t*& from, const uint8_t* which) {
+  const uint8_t mask = *which;
   Floats out = {};
   for (int i = 0; i < 8; ++i) {
     if (!(mask >> i & 1)) continue;
@@ -119,14 +117,14 @@ inline Floats expand_floats(const uint8_t*& from, uint8_t mask) {
   return out;
 }
 
-inline void store(const Bytes& a, uint8_t* p) { std::memcpy(p, a.v, 32); }
-inline Bytes nibbles(const uint8_t* p) {
-  Bytes out;
-  for (int i = 0; i < 16; ++i) {
-    out.v[i] = static_cast<uint8_t>((p[i] & 15) - 8);
-    out.v[16 + i] = static_cast<uint8_t>((p[i] >> 4) - 8);
+VC_INLINE void spread_nibbles(const uint8_t* p, int64_t stored, Bytes* out) {
+  uint8_t codes[128];
+  for (int64_t i = 0; i < 2 * stored; ++i) {
+    const int code = p[i / 32 * 16 + i % 16] >> (i % 32 / 16 * 4) & 15;
+    codes[i] = static_cast<uint8_t>(code - 8);
   }
-  return out;
+  const uint8_t* from = codes;
+  for (int i = 0; i < 4; ++i) out[i] = expand(from, p + stored + 4 * i);
 }
 
 inline float total(Floats a) {
