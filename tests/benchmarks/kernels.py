@@ -3,12 +3,15 @@
 Three layers of Llama models, 1 to 1024 tokens, all threads. Every kernel goes round copies of its
 weights that together exceed `ROTATE_BYTES`, so they come from memory, and its figure is the median
 over them. One token is compared with a plain read of as many bytes, `BUSY` tokens with the rate of
-the integer multiplications alone, both measured in the same run.
+the integer multiplications alone, both measured in the same run. Where there is AMX, the first
+layer is measured once more in a process whose contenders, ours too, do without it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,12 +31,14 @@ SHAPES = {
     "1B, gate and up": (16384, 2048),
 }
 FULL = "7B, gate"
+BASE = "bf16, vLLM (oneDNN)"
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 BUSY = 256
 ROTATE_BYTES = 400 * 2**20
-SECONDS = 0.5
+SECONDS = 0.3
 READ_BYTES = 2**28
 PEAK_ROUNDS = 20_000_000
+WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "VLLM_COMPRESS_ISA": "avx512_vnni"}
 Product = Callable[[int, Tensor], Any]
 Made = tuple[int, int, Product]
 
@@ -58,6 +63,29 @@ def vllm_bfloat16(rows: int, cols: int) -> Made | None:
     weight = torch.randn(rows, cols).bfloat16()
     handlers = [ops.create_onednn_mm(weight.t()) for _ in range(copies_of(size))]
     return size, len(handlers), lambda i, x: ops.onednn_mm(handlers[i], x, None)
+
+
+def vllm_int4(rows: int, cols: int) -> Made | None:
+    """4-bit weights in groups of 128, activations as they are: vLLM's own kernel for CPUs."""
+    ops = vllm_ops("cpu_gemm_wna16")
+    if ops is None:
+        return None
+    size = rows * cols // 2 + 2 * rows * cols // 128
+    weights = [
+        torch.randint(-(2**31), 2**31, (rows // 16, cols * 2), dtype=torch.int32)
+        for _ in range(copies_of(size))
+    ]
+    scales = (torch.rand(cols // 128, rows) / 1000).bfloat16()
+    isa = "amx" if torch.cpu._is_amx_tile_supported() and not without_amx() else "vec"
+
+    def product(i: int, x: Tensor) -> Any:
+        return ops.cpu_gemm_wna16(x, weights[i], scales, None, None, 8, isa)
+
+    return size, len(weights), product
+
+
+def without_amx() -> bool:
+    return all(os.environ.get(name) == value for name, value in WITHOUT_AMX.items())
 
 
 def vllm_w8a8(rows: int, cols: int) -> Made | None:
@@ -122,7 +150,8 @@ def half(m: int, **values: Any) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[int, int], Made | None]] = {
     "bf16, torch": bfloat16,
-    "bf16, vLLM (oneDNN)": vllm_bfloat16,
+    BASE: vllm_bfloat16,
+    "int4 g128, vLLM": vllm_int4,
     "w8a8, vLLM (oneDNN)": vllm_w8a8,
     "int4, torch": ours("torch_int4", bits=4, group_size=128),
     "int8, torch": ours("torch_int8", bits=8, group_size=-1),
@@ -186,9 +215,29 @@ def peak_rate() -> float:
 
 
 def run() -> dict[str, Any]:
+    from compress_methods.kernels.cpu import build
+
+    results = measure(SHAPES)
+    if build.instruction_set() == "amx":
+        code = (
+            "import json; from tests.benchmarks import kernels as k; "
+            "print(json.dumps(k.measure({k.FULL: k.SHAPES[k.FULL]})))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | WITHOUT_AMX,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        results["without_amx"] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def measure(shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Every kernel on some of the shapes; those of `MORE` on the first only."""
     peak = peak_rate()
     rows = []
-    for shape, (height, width) in SHAPES.items():
+    for shape, (height, width) in shapes.items():
         for name, make in {**CASES, **(MORE if shape == FULL else {})}.items():
             try:
                 made = make(height, width)
@@ -207,14 +256,15 @@ def run() -> dict[str, Any]:
             rows.append({**row, "read": read_bandwidth(), "seconds": seconds})
             print(rows[-1], file=sys.stderr, flush=True)
     threads = torch.get_num_threads()
-    return {"shapes": SHAPES, "rows": rows, "threads": threads, "peak": peak}
+    return {"shapes": shapes, "rows": rows, "threads": threads, "peak": peak}
 
 
 def of_shape(results: dict[str, Any], shape: str) -> list[dict[str, Any]]:
-    """Rows of one shape, tokens as numbers again, and their speed relative to the first."""
+    """Rows of one shape, tokens as numbers again, and their speed relative to bf16: vLLM's, or
+    torch's where vLLM has none."""
     rows = [row for row in results["rows"] if row["shape"] == shape]
     rows = [{**row, "seconds": {int(t): s for t, s in row["seconds"].items()}} for row in rows]
-    base = rows[0]["seconds"]
+    base = next((row for row in rows if row["kernel"] == BASE), rows[0])["seconds"]
     return [{**row, "speed": {t: base[t] / row["seconds"][t] for t in TOKENS}} for row in rows]
 
 
@@ -223,16 +273,16 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for shape, (height, width) in results["shapes"].items():
         rows = of_shape(results, shape)
-        times = ", ".join(f"{1e3 * rows[0]['seconds'][t]:.1f}" for t in TOKENS)
-        lines.append(f"{height} x {width} ({shape}); {rows[0]['kernel']} takes {times} ms:\n")
+        base = next((row for row in rows if row["kernel"] == BASE), rows[0])
+        times = ", ".join(f"{1e3 * base['seconds'][t]:.1f}" for t in TOKENS)
+        lines.append(f"{height} x {width} ({shape}); {base['kernel']} takes {times} ms:\n")
         lines.append(f"| kernel | MB |{heads} of the read | of the peak |")
         lines.append("|---|---|" + "---|" * (len(TOKENS) + 2))
         for row in rows:
             cells = "".join(f" {row['speed'][t]:.2f}x |" for t in TOKENS)
             read = row["bytes"] / row["read"] / row["seconds"][1]
             busy = 2 * height * width * BUSY / row["seconds"][BUSY] / (results["peak"] or 1e99)
-            integers = "bf16" not in row["kernel"] and "exact" not in row["kernel"]
-            last = f"{busy:.0%}" if integers and "torch" not in row["kernel"] else ""
+            last = f"{busy:.0%}" if multiplies_int8(row["kernel"]) else ""
             lines.append(
                 f"| {row['kernel']} | {row['bytes'] / 1e6:.1f} |{cells} {read:.0%} | {last} |"
             )
@@ -240,12 +290,18 @@ def table(results: dict[str, Any]) -> str:
     read = statistics.median(row["read"] for row in results["rows"])
     least = min(row["rotated"] for row in results["rows"])
     lines.append(
-        f"Speed relative to the first row, {results['threads']} threads; columns are tokens. "
+        f"Speed relative to {BASE}, {results['threads']} threads; columns are tokens. "
         f"Weights go round {least / 2**20:.0f} MiB or more. Of the read: one token against a plain "
         f"read ({read / 1e9:.1f} GB/s). Of the peak: {BUSY} tokens against the integer "
         f"multiplications alone ({results['peak'] / 1e12:.2f} Top/s)."
     )
+    if "without_amx" in results:
+        lines += ["\nWithout AMX:\n", table(results["without_amx"])]
     return "\n".join(lines)
+
+
+def multiplies_int8(kernel: str) -> bool:
+    return kernel.startswith("w8a8") or kernel.endswith(", cpu")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -276,7 +332,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.minorticks_off()
         panel.set_yticks([0.5, 1, 2, 4, 8], ["0.5x", "1x", "2x", "4x", "8x"])
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("speed relative to bf16 in torch")
+    panels[0].set_ylabel(f"speed relative to {BASE}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.12, 1, 1))

@@ -66,6 +66,7 @@ void decode(const Matrix& m, const RowTerms* terms, int64_t row, int64_t rows, i
     uint8_t* out = block.weights.data() + r * kLineBytes;
     for (int64_t at = 0; at < lines; ++at, p += m.bytes) {
       vec::prefetch(p + kAhead);
+      vec::prefetch_far(p + kFarAhead);
       typename Code::Line decoded;
       Code::decode(p, m.bytes, decoded);
       const float* zeros = terms[r].zeros.data() + RowTerms::group_of(m, line + at);

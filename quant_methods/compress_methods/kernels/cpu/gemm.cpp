@@ -121,7 +121,11 @@ void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, co
     typename Code::Line line;
     Code::decode(p, bytes, line);
     vec::prefetch(p + kAhead);
-    if (bytes > 64) vec::prefetch(p + kAhead + 64);
+    vec::prefetch_far(p + kFarAhead);
+    if (bytes > 64) {
+      vec::prefetch(p + kAhead + 64);
+      vec::prefetch_far(p + kFarAhead + 64);
+    }
     for (int g = 0; g < kParts; ++g) {
       const float* scales = terms.scales.data() + (at * kParts + g) * kSplit;
       const int64_t column = at * kLine + g * kWide;

@@ -7,7 +7,9 @@
 
 #include "activations.h"
 
-constexpr int64_t kAhead = 2048;  // bytes that weights are fetched before their turn
+// Bytes that weights are fetched before their turn: into the first-level cache, and into the second
+// so far that memory stays busy while a row is finished.
+constexpr int64_t kAhead = 2048, kFarAhead = 8192;
 
 struct Matrix {
   const uint8_t* weights;  // [rows, lines, bytes]

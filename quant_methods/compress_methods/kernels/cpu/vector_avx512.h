@@ -38,6 +38,9 @@ constexpr int kTokens = 8;  // that registers hold the sums of
 inline void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 }
+inline void prefetch_far(const uint8_t* p) {  // into the second-level cache
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
 inline Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(Bytes a, uint8_t* p) { _mm512_storeu_si512(p, a.v); }
 inline __m512i quarters(int a, int b, int c, int d) {

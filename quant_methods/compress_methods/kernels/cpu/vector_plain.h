@@ -22,6 +22,7 @@ constexpr int kSignedOffset = 0;
 constexpr int kTokens = 4;  // that registers hold the sums of
 
 inline void prefetch(const uint8_t*) {}
+inline void prefetch_far(const uint8_t*) {}
 inline Bytes load(const uint8_t* p) {
   Bytes out;
   std::memcpy(out.v, p, 32);
