@@ -135,4 +135,12 @@ def enter_cache_key() -> None:
     envs.environment_variables.setdefault("VLLM_COMPRESS_FINGERPRINT", fingerprint)
 
 
+def permit_amx() -> None:
+    """Ask Linux for AMX, which vLLM's attention uses in 16 bits without asking: only oneDNN's
+    products would, and a model whose products are all ours ends with an illegal instruction."""
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 enter_cache_key()
+permit_amx()
