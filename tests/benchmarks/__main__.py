@@ -1,7 +1,7 @@
 """Run the benchmarks named on the command line, or all; print tables, keep JSON.
 
     python -m tests.benchmarks [quality] [rtn] [gptq] [layers] [activations]
-        [kernels] [serving] [planner]
+        [kernels] [serving] [profile] [planner]
 
 Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
 to tests/benchmarks/results/NAME.json, with the machine they were measured on, and NAME.png.
@@ -17,7 +17,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-NAMES = ("quality", "rtn", "gptq", "layers", "activations", "kernels", "serving", "planner")
+NAMES = (
+    "quality",
+    "rtn",
+    "gptq",
+    "layers",
+    "activations",
+    "kernels",
+    "serving",
+    "profile",
+    "planner",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -3,9 +3,10 @@ half of int8 and int4, and vLLM's own int4 where it has one.
 
 A random Llama of 1.2 billion parameters (Llama-3.2-1B shape, vocabulary 128,256), round to nearest,
 since speed does not depend on the values. Embedding and output head are one matrix, in 8 bits where
-the blocks are and in 4 bits below. Eager, all cores; prompts of 64 tokens, then `TOKENS` generated,
-by 1, 4 and 16 requests at once, and one prompt of 1,000. Only ratios carry over to other machines.
+the blocks are and in 4 bits below. Eager, all cores; prompts of 64 tokens, then `TOKENS` generated
+greedily, by 1, 4 and 16 requests at once, and one prompt of 1,000. Only ratios carry over.
 Weights in memory are what the processes hold, less what the bf16 server holds besides its weights.
+Where there is AMX, bf16 and both int4 are measured once more without it (`without_amx`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import without_amx
 from tests.benchmarks.kernels import half
 from tests.benchmarks.memory import ONE_B, VOCABULARY, make_llama
 from tests.e2e.server import ServerError, VllmServer
@@ -53,6 +55,7 @@ class Asker:
             model="m",
             prompt=prompt,
             max_tokens=tokens,
+            temperature=0,
             stream=True,
             extra_body={"ignore_eos": True},
         )
@@ -103,7 +106,6 @@ def recipe_of(name: str) -> dict[str, Any]:
 def run() -> dict[str, Any]:
     from compress_methods import convert
 
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_llama(place / "bf16", ONE_B, 1, VOCABULARY)
@@ -112,28 +114,49 @@ def run() -> dict[str, Any]:
             convert(place / "bf16", recipe_of(name), place / name, quiet=True)
             cases[name] = (place / name, {})
         cases["int4, vLLM's kernel"] = (place / "int4", {"VLLM_COMPRESS_KERNEL": "vllm"})
-        for name, (model, environment) in cases.items():
-            size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-            try:
-                measured = measure(model, environment)
-            except ServerError:
-                if not environment:
-                    raise
-                print(f"{name}: not on this machine", file=sys.stderr, flush=True)
-                continue
-            rows.append({"format": name, "bytes": size, **measured})
-            print(rows[-1], file=sys.stderr, flush=True)
-    return {"rows": rows}
+        results: dict[str, Any] = {"rows": measure_all(cases, {})}
+        if without_amx.has_amx():
+            few = {name: cases[name] for name in ("bf16", "int4", "int4, vLLM's kernel")}
+            plain = without_amx.environment(place / "plugin")
+            results["rows_without_amx"] = measure_all(few, plain)
+    return results
+
+
+def measure_all(
+    cases: dict[str, tuple[Path, dict[str, str]]], common: dict[str, str]
+) -> list[dict[str, Any]]:
+    """One server after another; without those that this machine does not run."""
+    rows = []
+    for name, (model, environment) in cases.items():
+        size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+        try:
+            measured = measure(model, {**common, **environment})
+        except ServerError:
+            if not environment:
+                raise
+            print(f"{name}: not on this machine", file=sys.stderr, flush=True)
+            continue
+        rows.append({"format": name, "bytes": size, **measured})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 def table(results: dict[str, Any]) -> str:
-    base = results["rows"][0]
+    parts = [table_of(results["rows"])]
+    if "rows_without_amx" in results:
+        parts += ["The same without AMX:", table_of(results["rows_without_amx"])]
+    return "\n\n".join(parts)
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Of servers on the same instructions, the first of them bf16."""
+    base = rows[0]
     other = base["resident"] - base["bytes"]
     heads = ["format", "weights", "in memory"]
     heads += [f"decode, {n} request{'s' * (n > 1)}" for n in CLIENTS]
     heads += ["first token, 64-token prompt", f"{LONG:,}-token prompt"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in results["rows"]:
+    for row in rows:
         pairs = list(zip(base["loads"], row["loads"], strict=True))
         speeds = [b["tpot"] / r["tpot"] for b, r in pairs]
         speeds += [pairs[0][0]["ttft"] / pairs[0][1]["ttft"]]

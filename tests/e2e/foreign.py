@@ -16,6 +16,7 @@ from torch import Tensor
 from compress_methods.formats.integer import Integer, IntegerSolution
 
 PROJECTION = re.compile(r"(model\.layers\.\d+\..*_proj)\.weight")
+WITH_HEAD = re.compile(r"(model\.layers\.\d+\..*_proj|lm_head)\.weight")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Write = Callable[[IntegerSolution, int], dict[str, Tensor]]
 
@@ -64,7 +65,7 @@ def awq(solution: IntegerSolution, bits: int) -> dict[str, Tensor]:
     }
 
 
-def _compressed_tensors_config(fmt: Integer) -> dict[str, Any]:
+def _compressed_tensors_config(fmt: Integer, head: bool) -> dict[str, Any]:
     weights = {
         "num_bits": fmt.bits,
         "type": "int",
@@ -72,38 +73,42 @@ def _compressed_tensors_config(fmt: Integer) -> dict[str, Any]:
         "strategy": "group" if fmt.group_size > 0 else "channel",
         "group_size": fmt.group_size if fmt.group_size > 0 else None,
     }
+    targets = ["Linear", "re:.*lm_head"] if head else ["Linear"]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": targets, "weights": weights}},
+        "ignore": [] if head else ["lm_head"],
     }
 
 
-def _gptq_config(fmt: Integer) -> dict[str, Any]:
+def _gptq_config(fmt: Integer, head: bool) -> dict[str, Any]:
     common = {"bits": fmt.bits, "group_size": fmt.group_size, "desc_act": False}
-    return {"quant_method": "gptq", "sym": True, **common}
+    return {"quant_method": "gptq", "sym": True, "lm_head": head, **common}
 
 
-def _awq_config(fmt: Integer) -> dict[str, Any]:
+def _awq_config(fmt: Integer, head: bool) -> dict[str, Any]:
     common = {"bits": fmt.bits, "group_size": fmt.group_size, "zero_point": True}
-    return {"quant_method": "awq", "version": "gemm", **common}
+    return {"quant_method": "awq", "version": "gemm", "lm_head": head, **common}
 
 
-LAYOUTS: dict[str, tuple[Write, Callable[[Integer], dict[str, Any]]]] = {
+LAYOUTS: dict[str, tuple[Write, Callable[[Integer, bool], dict[str, Any]]]] = {
     "compressed-tensors": (compressed_tensors, _compressed_tensors_config),
     "gptq": (gptq, _gptq_config),
     "awq": (awq, _awq_config),
 }
 
 
-def write_foreign(model: Path, out: Path, layout: str, fmt: Integer) -> tuple[Path, Path]:
-    """The model's projections rounded as `fmt` says: in that layout, and as dense values."""
+def write_foreign(
+    model: Path, out: Path, layout: str, fmt: Integer, head: bool = False, **settings: Any
+) -> tuple[Path, Path]:
+    """The model's projections, and its output head if wanted, rounded as `fmt` says: in that
+    layout, and as dense values. `settings` replace those of the layout's own configuration."""
     write, describe = LAYOUTS[layout]
     stored: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
     for name, tensor in load_file(model / "model.safetensors").items():
-        found = PROJECTION.fullmatch(name)
+        found = (WITH_HEAD if head else PROJECTION).fullmatch(name)
         if found is None:
             stored[name] = dense[name] = tensor
             continue
@@ -114,7 +119,7 @@ def write_foreign(model: Path, out: Path, layout: str, fmt: Integer) -> tuple[Pa
     config = json.loads((model / "config.json").read_text())
     folders = (out / layout, out / f"{layout}-dense")
     for folder, tensors, extra in (
-        (folders[0], stored, {"quantization_config": describe(fmt)}),
+        (folders[0], stored, {"quantization_config": {**describe(fmt, head), **settings}}),
         (folders[1], dense, {}),
     ):
         folder.mkdir(parents=True)

@@ -22,8 +22,23 @@ CASES = {
         Integer(4, 32, symmetric=False, scale_dtype="float16"),
     ),
     "compressed-tensors int8 row": ("compressed-tensors", Integer(8, -1, scale_dtype="float16")),
-    "gptq int4 g64": ("gptq", Integer(4, 64, scale_dtype="float16")),
-    "awq int4 g64": ("awq", Integer(4, 64, symmetric=False, scale_dtype="float16")),
+    "compressed-tensors int8 zeros": (
+        "compressed-tensors",
+        Integer(8, 64, symmetric=False, scale_dtype="float16"),
+    ),
+    "compressed-tensors int8 with head": (
+        "compressed-tensors",
+        Integer(8, 128, scale_dtype="float16"),
+        True,
+    ),
+    "gptq int4 g64 with head": ("gptq", Integer(4, 64, scale_dtype="float16"), True),
+    "gptq int4 row": ("gptq", Integer(4, -1, scale_dtype="float16")),
+    "awq int4 g32": ("awq", Integer(4, 32, symmetric=False, scale_dtype="float16")),
+    "awq int4 g128 with head": (
+        "awq",
+        Integer(4, 128, symmetric=False, scale_dtype="float16"),
+        True,
+    ),
 }
 EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
 SAID = "vllm-compress multiplies the"
@@ -36,9 +51,9 @@ PRECISION["awq"] = PRECISION["gptq"]
 def test_foreign_checkpoint_gives_what_its_stored_values_give(
     engine: Engine, tmp_path: Path, case: str
 ) -> None:
-    layout, fmt = CASES[case]
+    layout, *rest = CASES[case]
     model = make_model("Llama", tmp_path / "model")
-    packed, dense = write_foreign(model, tmp_path, layout, fmt)
+    packed, dense = write_foreign(model, tmp_path, layout, *rest)
     expected, _ = reference(dense, PROMPTS)
     before = engine.log.count(SAID)
     dtype, tolerance = PRECISION[layout]
@@ -47,6 +62,16 @@ def test_foreign_checkpoint_gives_what_its_stored_values_give(
     for got, wanted in zip(result.logprobs, expected, strict=True):
         assert got == pytest.approx(wanted, abs=tolerance)
     assert engine.log.count(SAID) <= before + 1
+
+
+def test_columns_that_were_ordered_by_activation_are_refused(
+    engine: Engine, tmp_path: Path
+) -> None:
+    """By vLLM, since the columns of a group are not neighbours then."""
+    model = make_model("Llama", tmp_path / "model")
+    fmt = Integer(4, 64, scale_dtype="float16")
+    packed, _ = write_foreign(model, tmp_path, "gptq", fmt, desc_act=True)
+    assert "desc_act=True" in engine.run(packed, PROMPTS, dtype="bfloat16").error
 
 
 def test_with_vllm_forced_8_bits_have_no_kernel_again(engine: Engine, tmp_path: Path) -> None:

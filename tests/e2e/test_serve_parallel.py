@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compress_methods.formats.integer import Integer
 from tests.e2e.engine import Engine
-from tests.e2e.tiny import SPARSE, compress
+from tests.e2e.foreign import write_foreign
+from tests.e2e.tiny import SPARSE, compress, make_model, reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -18,11 +22,22 @@ FORMATS = {
     **SPARSE,
 }
 EXACT = {"VLLM_COMPRESS_KERNEL": "reference"}
+PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 21, 22, 23]]
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Engine]:
+    with Engine(TWO_RANKS) as running:
+        yield running
+
+
 def test_two_ranks_give_the_log_probabilities_of_one(
-    engine: Engine, novels_8m: Path, novel_tokens: list[list[int]], tmp_path: Path
+    engine: Engine,
+    parallel: Engine,
+    novels_8m: Path,
+    novel_tokens: list[list[int]],
+    tmp_path: Path,
 ) -> None:
     """Two blocks in int4, int8 and each of two sparse formats, embedding and head in others.
 
@@ -42,9 +57,9 @@ def test_two_ranks_give_the_log_probabilities_of_one(
         },
     )
     prompts = [tokens[:64] for tokens in novel_tokens]
-    one = engine.run(model, prompts, tokens=16, dtype="float32", env=EXACT)
-    with Engine(TWO_RANKS | EXACT) as parallel:
-        two = parallel.run(model, prompts, tokens=16, dtype="float32", tensor_parallel_size=2)
+    options: dict[str, Any] = {"tokens": 16, "dtype": "float32", "env": EXACT}
+    one = engine.run(model, prompts, **options)
+    two = parallel.run(model, prompts, tensor_parallel_size=2, **options)
     assert not one.error, one.error
     assert not two.error, two.error
     pairs = zip(chain(*one.logprobs), chain(*two.logprobs), strict=True)
@@ -52,3 +67,16 @@ def test_two_ranks_give_the_log_probabilities_of_one(
     print(f"worst {max(differences):.6f} nats")
     assert max(differences) < 1e-3
     assert one.generated == two.generated
+
+
+def test_two_ranks_hold_what_others_quantized(parallel: Engine, tmp_path: Path) -> None:
+    """Row-parallel layers too, of whose groups a rank holds half."""
+    fmt = Integer(4, 64, scale_dtype="float16")
+    model = make_model("Llama", tmp_path / "model")
+    packed, dense = write_foreign(model, tmp_path, "compressed-tensors", fmt)
+    expected, _ = reference(dense, PROMPTS)
+    env = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
+    result = parallel.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2, env=env)
+    assert not result.error, result.error
+    for got, wanted in zip(result.logprobs, expected, strict=True):
+        assert got == pytest.approx(wanted, abs=2e-3)

@@ -10,6 +10,7 @@ from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer, IntegerSolution
 from compress_methods.formats.sparse import Sparse
+from compress_methods.kernels import KERNELS
 
 pytest.importorskip("vllm")
 
@@ -149,6 +150,25 @@ def test_ops_are_sound_under_torch_compile() -> None:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), Integer(4, 32, symmetric=False)])
+def test_one_matrix_calls_the_operator_of_its_kernel(fmt: Integer) -> None:
+    """Which torch.compile sees, and which gives what the op that takes every format gives."""
+    plan, tensors = loading.prepare(fmt, [(packed(fmt, 48, 384), 48)], 384)
+    operator = KERNELS[plan.kernel].operator(fmt, plan.matrices(tensors)[0])
+    if operator is None:
+        pytest.skip("no compiler here")
+    bias = torch.randn(48)
+    for x in (torch.randn(2, 3, 384), torch.randn(5, 768)[:, ::2], torch.randn(5, 768)[:, :384]):
+        expected = torch.ops.vllm_compress.linear(x, tensors, bias, plan.text())
+        assert torch.equal(ops.product_of(plan, tensors)(x, tensors, bias), expected)
+        args = (x, bias, *operator.settings, *tensors)
+        torch.library.opcheck(
+            operator.function, args, test_utils=("test_schema", "test_faketensor")
+        )
+    with pytest.raises(RuntimeError, match="the input has 64 columns, the matrix 3 lines of 128"):
+        ops.product_of(plan, tensors)(torch.randn(1, 64), tensors, None)
+
+
 def test_the_cache_key_changes_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import envs
 
@@ -191,11 +211,12 @@ def test_vllms_int8_kernel_gets_the_values_of_the_format(monkeypatch: pytest.Mon
     for name in stored:
         layer.register_parameter(name, None)
     monkeypatch.setenv(ops.KERNEL_VARIABLE, "vllm")
-    monkeypatch.setattr(vllm_kernels, "_require_instructions", lambda kernel: None)
+    monkeypatch.setattr(vllm_kernels, "_require_instructions", lambda *_: None)
     with set_current_vllm_config(VllmConfig()):
-        kernel = vllm_kernels.build(layer, fmt, [(stored, 128)], 256, torch.float32, list(stored))
+        kernel = vllm_kernels.build(layer, fmt, [(stored, 128)], 256, torch.bfloat16, list(stored))
         if kernel is None:
             pytest.skip("vLLM has no int8 kernel here")
-        x = torch.rand(4, 256) + 0.5
-        out = kernel.apply(layer, x, None)
-    assert torch.allclose(out, fmt.quantize_activations(x) @ fmt.unpack(stored).T, atol=1e-3)
+        x = (torch.rand(4, 256) + 0.5).bfloat16()
+        out = kernel.apply(layer, x, None).float()
+    expected = fmt.quantize_activations(x.float()) @ fmt.unpack(stored).T
+    assert torch.allclose(out, expected, rtol=2**-8, atol=1e-3)

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from compress_methods.errors import CheckpointError
 from vllm_compress.config import Target
-from vllm_compress.layers import loading, vllm_kernels
+from vllm_compress.layers import loading, ops, vllm_kernels
 
 
 class CompressedEmbedding(QuantizeMethodBase):
@@ -31,6 +31,7 @@ class CompressedEmbedding(QuantizeMethodBase):
         self.owner: tuple[Module, CompressedEmbedding] | None = None
         self.names: list[str] = []
         self.plan = ""
+        self.product: ops.Product | None = None
         self.vllm_kernel: vllm_kernels.VllmKernel | None = None
 
     def create_weights(
@@ -84,7 +85,8 @@ class CompressedEmbedding(QuantizeMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.vllm_kernel is not None:
             return self.vllm_kernel.apply(layer, x, bias)
-        return torch.ops.vllm_compress.linear(x, self._tensors(layer), bias, self.plan)
+        assert self.product is not None
+        return self.product(x, self._tensors(layer), bias)
 
     def _tensors(self, layer: Any) -> list[Tensor]:
         return [getattr(layer, name) for name in self.names]
@@ -105,12 +107,12 @@ class CompressedEmbedding(QuantizeMethodBase):
             plan, runtime = loading.prepare(
                 self.format, pieces, cols, gather=not head, pad=self.pad
             )
-            self.plan = plan.text()
+            self.plan, self.product = plan.text(), ops.product_of(plan, runtime)
             self.names = loading.install(layer, self.stored, runtime)
 
     def _take_from_owner(self, layer: Any, module: Module, owner: CompressedEmbedding) -> None:
         owner.process_weights_after_loading(module)
-        self.names, self.plan = owner.names, owner.plan
+        self.names, self.plan, self.product = owner.names, owner.plan, owner.product
         for name in self.stored:
             delattr(layer, name)
         for name, tensor in module.named_parameters(recurse=False):

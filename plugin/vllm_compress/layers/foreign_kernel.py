@@ -32,7 +32,8 @@ from compress_methods.errors import FormatError
 from compress_methods.formats.integer import Integer, IntegerSolution
 from compress_methods.kernels.cpu.library import library
 from vllm_compress.layers import loading
-from vllm_compress.layers.ops import forced_kernel
+from vllm_compress.layers.cpu import prepare_worker
+from vllm_compress.layers.ops import forced_kernel, product_of
 
 logger = getLogger("vllm.vllm_compress")
 BITS: dict[ScalarType, int] = {
@@ -70,6 +71,7 @@ class CompressLinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        prepare_worker()
         names = [self.w_q_name, self.w_s_name]
         scales = by_output(getattr(layer, self.w_s_name))
         fmt = format_of(self.config, scale_dtype(scales))
@@ -84,14 +86,13 @@ class CompressLinearKernel(MPLinearKernel):
                 zeros = unpack(stored.T, self._bits).T.repeat_interleave(repeat, 1)
         solution = IntegerSolution(codes, scales.repeat_interleave(repeat, 1), zeros)
         plan, tensors = loading.prepare(fmt, [(fmt.pack(solution), rows)], cols)
-        self.plan = plan.text()
+        self.product = product_of(plan, tensors)
         present = [name for name in names if getattr(layer, name, None) is not None]
         self.names = loading.install(layer, present, tensors)
         _say_once(fmt.describe(), plan.kernel)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        tensors = [getattr(layer, name) for name in self.names]
-        return torch.ops.vllm_compress.linear(x, tensors, bias, self.plan)
+        return self.product(x, [getattr(layer, name) for name in self.names], bias)
 
     @property
     def _bits(self) -> int:

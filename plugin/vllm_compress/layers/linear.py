@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from compress_methods.errors import CheckpointError
 from vllm_compress.config import Target
-from vllm_compress.layers import loading, vllm_kernels
+from vllm_compress.layers import loading, ops, vllm_kernels
 from vllm_compress.layers.geometry import Geometry, linear_geometry
 
 
@@ -27,7 +27,7 @@ class CompressedLinear(LinearMethodBase):
         self.format = targets[0].format
         self.collector: loading.Collector | None = loading.Collector(targets)
         self.names: list[str] = []
-        self.plan = ""
+        self.product: ops.Product | None = None
         self.vllm_kernel: vllm_kernels.VllmKernel | None = None
 
     def create_weights(
@@ -58,15 +58,15 @@ class CompressedLinear(LinearMethodBase):
         self.vllm_kernel = vllm_kernels.build(layer, self.format, pieces, cols, self.dtype, stored)
         if self.vllm_kernel is None:
             plan, tensors = loading.prepare(self.format, pieces, cols)
-            self.plan = plan.text()
+            self.product = ops.product_of(plan, tensors)
             self.names = loading.install(layer, stored, tensors)
         self.collector = None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.vllm_kernel is not None:
             return self.vllm_kernel.apply(layer, x, bias)
-        tensors = [getattr(layer, name) for name in self.names]
-        return torch.ops.vllm_compress.linear(x, tensors, bias, self.plan)
+        assert self.product is not None
+        return self.product(x, [getattr(layer, name) for name in self.names], bias)
 
     def _pieces(self, device: torch.device) -> tuple[list[loading.Matrix], int]:
         """This rank's matrices on its device, joined where possible, and their columns."""

@@ -23,6 +23,7 @@ from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import Format, Prepared
 from compress_methods.kernels import KERNELS
 from vllm_compress.config import Target
+from vllm_compress.layers.cpu import prepare_worker
 from vllm_compress.layers.geometry import Geometry, ShardId
 from vllm_compress.layers.ops import KERNEL_VARIABLE, Plan, forced_kernel
 
@@ -42,6 +43,7 @@ class Collector:
 
     def attach(self, layer: Module) -> None:
         """Register an empty parameter for each stored tensor, whose loader keeps the tensor."""
+        prepare_worker()
         target = self.targets[0]
         for name, spec in target.format.tensors(*target.shape).items():
             empty = Parameter(torch.empty(0, dtype=spec.dtype), requires_grad=False)

@@ -1,10 +1,11 @@
-"""The two torch ops every compressed layer runs through, whatever its format.
+"""The two torch ops that take every format.
 
     vllm_compress::linear(x, tensors, bias, plan)        [..., cols] -> [..., rows]
     vllm_compress::embedding(ids, tensors, dtype, plan)  [...] -> [..., cols]
 
 `tensors` are those of one or more prepared matrices with the same columns, one after another, whose
-outputs lie side by side. `plan` is the text of a `Plan`: format, kernel and sizes, parsed once.
+outputs lie side by side. `plan` is the text of a `Plan`: format, kernel and sizes, parsed once. A
+layer of one matrix whose kernel has an operator of its own calls that instead (`product_of`).
 torch.compile sees neither inside, so it is told (through vLLM's table of environment variables,
 which is part of its cache key) when another kernel could be behind the same call.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from compress_methods import __version__
 from compress_methods.formats import Format, Prepared, format_from_dict
+from compress_methods.kernels import KERNELS
+from compress_methods.kernels.cpu.build import instruction_set
 
 KERNEL_VARIABLE = "VLLM_COMPRESS_KERNEL"
 
@@ -75,6 +78,21 @@ def read_plan(text: str) -> Plan:
     )
 
 
+Product = Callable[[Tensor, list[Tensor], Tensor | None], Tensor]
+
+
+def product_of(plan: Plan, tensors: Sequence[Tensor]) -> Product:
+    """What a layer calls with its input, its tensors and its bias."""
+    text = plan.text()
+    if len(plan.parts) == 1 and not plan.pad:
+        (matrix,) = plan.matrices(tensors)
+        operator = KERNELS[plan.kernel].operator(plan.format, matrix)
+        if operator is not None:
+            function, settings = operator
+            return lambda x, tensors, bias: function(x, bias, *settings, *tensors)
+    return lambda x, tensors, bias: torch.ops.vllm_compress.linear(x, tensors, bias, text)
+
+
 def linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, text: str) -> Tensor:
     """Product with every part."""
     plan = read_plan(text)
@@ -124,7 +142,7 @@ def forced_kernel() -> str | None:
 
 def fingerprint() -> str:
     """Changes when the same checkpoint could be prepared for another kernel."""
-    isa = torch.backends.cpu.get_cpu_capability()
+    isa = instruction_set()
     return f"{__version__} torch {torch.__version__} {isa} {forced_kernel() or 'auto'}"
 
 

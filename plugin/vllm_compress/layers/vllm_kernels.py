@@ -55,7 +55,7 @@ def build(
     choose = _int8 if fmt.activations == "int8" else _mixed_precision
     try:
         kernel = choose(fmt, rows + pad, cols, dtype)
-        _require_instructions(kernel)
+        _require_instructions(kernel, dtype)
     except (ValueError, NotImplementedError, AssertionError) as problem:
         if forced_kernel() == "vllm":
             reasons = " ".join(str(problem).split())
@@ -116,14 +116,18 @@ def _mixed_precision(fmt: Integer, rows: int, cols: int, dtype: torch.dtype) -> 
     )
 
 
-def _require_instructions(kernel: Any) -> None:
+def _require_instructions(kernel: Any, dtype: torch.dtype) -> None:
     """vLLM's CPU choosers name kernels that this processor cannot run, or runs wrongly: without
-    VNNI, oneDNN's int8 products saturate at 16 bits (seen as a third of the value lost)."""
+    VNNI, oneDNN's int8 products saturate at 16 bits (seen as a third of the value lost); with AMX
+    others are taken, which know 16 bits only."""
     name = type(kernel).__name__
     if name == "CPUWNA16LinearKernel" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         raise ValueError(f"{name} is not in this build of vLLM, which is for AVX2")
     if name == "CPUInt8ScaledMMLinearKernel" and not torch.cpu._is_vnni_supported():
         raise ValueError(f"{name} needs VNNI to be exact")
+    amx = torch.cpu._is_amx_tile_supported()
+    if name == "CPUInt8ScaledMMLinearKernel" and amx and dtype == torch.float32:
+        raise ValueError(f"{name} takes float32 only where there is no AMX")
 
 
 def _int8(fmt: Integer, rows: int, cols: int, dtype: torch.dtype) -> Any:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from compress_methods.formats.base import Format, Prepared
+
+
+class Operator(NamedTuple):
+    """Called as function(x, bias, *settings, *tensors of the prepared matrix)."""
+
+    function: Callable[..., Tensor]
+    settings: tuple[int, ...]
 
 
 class Kernel(ABC):
@@ -33,6 +41,10 @@ class Kernel(ABC):
     @abstractmethod
     def matmul(self, fmt: Format, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         """[tokens, cols] -> [tokens, rows] in x.dtype."""
+
+    def operator(self, fmt: Format, prepared: Prepared) -> Operator | None:
+        """The product as one torch operator, where there is one: it saves Python's part."""
+        return None
 
     def embed(self, fmt: Format, ids: Tensor, prepared: Prepared) -> Tensor:
         """Rows `ids` [n] -> [n, cols] float32; only where `gathers`."""

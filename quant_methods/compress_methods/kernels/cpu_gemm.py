@@ -25,7 +25,7 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer, pack_codes
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels import cpu_sparse
-from compress_methods.kernels.base import Kernel
+from compress_methods.kernels.base import Kernel, Operator
 from compress_methods.kernels.cpu.library import DTYPES, LINE, Library, Mode, Packed, library
 
 if TYPE_CHECKING:
@@ -78,12 +78,23 @@ class CpuGemm(Kernel):
         return [t.clone(memory_format=torch.contiguous_format) for t in out]
 
     def matmul(self, fmt: Format, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
-        mode = self.mode
+        inputs = x if x.dtype in DTYPES else x.float()
+        if bias is not None and bias.dtype not in DTYPES:
+            bias = bias.float()
+        packed = _packed(fmt, prepared)
+        return _library().linear(inputs, packed, bias, self._mode(fmt)).to(x.dtype)
+
+    def operator(self, fmt: Format, prepared: Prepared) -> Operator | None:
+        packed = _packed(fmt, prepared)
+        if len(prepared.tensors) < 2:  # values that have no scales
+            return None
+        return Operator(_library().product, (self._mode(fmt), *packed.settings))
+
+    def _mode(self, fmt: Format) -> Mode:
         values = fmt.values if isinstance(fmt, Sparse) else fmt
         if isinstance(values, Integer) and values.activations == "int8":
-            mode = Mode.INT8_PER_TOKEN
-        inputs = x if x.dtype in DTYPES else x.float()
-        return _library().linear(inputs, _packed(fmt, prepared), bias, mode).to(x.dtype)
+            return Mode.INT8_PER_TOKEN
+        return self.mode
 
     def embed(self, fmt: Format, ids: Tensor, prepared: Prepared) -> Tensor:
         return _library().embed(ids, _packed(fmt, prepared))

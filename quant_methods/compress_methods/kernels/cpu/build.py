@@ -22,6 +22,7 @@ import torch
 
 SOURCES = Path(__file__).resolve().parent
 MAIN = "gemm.cpp"
+UNITS = (MAIN, "operators.cpp")
 CACHE_VARIABLE = "VLLM_COMPRESS_CACHE"
 ISA_VARIABLE = "VLLM_COMPRESS_ISA"
 COMPILERS = ("g++", "clang++", "c++")
@@ -34,6 +35,7 @@ FLAGS = (
     "-Wall",
     "-Wextra",
     "-Werror",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the first with what is used
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (
@@ -163,9 +165,16 @@ def _compile(isa: str, path: Path) -> None:
         unfinished.replace(path)
 
 
+def namespace(isa: str) -> str:
+    """Of the operators in the library for `isa`."""
+    return f"compress_methods_{isa}"
+
+
 def _command(isa: str, out: Path) -> list[str]:
     """How the library is compiled; torch's is named so that its thread pool is found."""
-    torch_libraries = Path(torch.__file__).resolve().parent / "lib"
-    flags = (*FLAGS, *INSTRUCTION_SETS[isa])
-    link = (f"-L{torch_libraries}", "-ltorch_cpu")
-    return [compiler(), *flags, str(SOURCES / MAIN), *link, "-o", str(out)]
+    torch_folder = Path(torch.__file__).resolve().parent
+    flags = (*FLAGS, f"-DVC_NAMESPACE={namespace(isa)}", *INSTRUCTION_SETS[isa])
+    units = (str(SOURCES / name) for name in UNITS)
+    headers = ("-isystem", str(torch_folder / "include"))
+    link = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
+    return [compiler(), *flags, *headers, *units, *link, "-o", str(out)]

@@ -1,43 +1,21 @@
-"""The compiled library, as two functions on tensors."""
+"""The compiled library, as two torch operators (`operators.cpp`)."""
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress_methods.kernels.cpu.build import BuildError, build, instruction_set
+from compress_methods.kernels.cpu.build import BuildError, build, instruction_set, namespace
 
 LINE = 128
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASK = LINE // 8
-
-
-class Matrix(ctypes.Structure):
-    """`struct Matrix` of matrix.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("rows", "lines", "bytes", "groups")),
-        *((name, ctypes.c_int32) for name in ("bits", "group", "sparse", "scale_dtype")),
-    )
-
-
-_MATRIX = ctypes.POINTER(Matrix)
-_LINEAR = (
-    _MATRIX,
-    ctypes.c_void_p,
-    ctypes.c_int32,
-    *(ctypes.c_int64,) * 3,
-    *(ctypes.c_void_p,) * 2,
-    ctypes.c_int32,
-)
-_EMBED = (_MATRIX, ctypes.c_void_p, *(ctypes.c_int64,) * 2, ctypes.c_void_p)
 
 
 class Mode(IntEnum):
@@ -66,59 +44,54 @@ class Packed:
     cols: int
     sparse: bool = False
 
-    def argument(self) -> Matrix:
-        """The first argument of either function."""
-        rows, lines, size = self.weights.shape
-        return Matrix(
-            weights=self.weights.data_ptr(),
-            scales=self.scales.data_ptr() if self.scales.numel() else None,
-            zeros=None if self.zeros is None else self.zeros.data_ptr(),
-            rows=rows,
-            lines=lines,
-            bytes=size,
-            groups=max(1, self.scales.shape[1]),
-            bits=self.bits,
-            group=self.group,
-            sparse=self.sparse,
-            scale_dtype=DTYPES[self.scales.dtype],
-        )
+    @property
+    def settings(self) -> tuple[int, int, bool]:
+        """What both operators take before the three tensors."""
+        return self.bits, self.group, self.sparse
 
 
 class Library:
-    """A loaded library; `isa` is what it was compiled for."""
+    """A loaded library; `isa` is what it was compiled for, `product` its operator:
+    product(x, bias, mode, *settings, weights, scales, zeros), x [..., cols] -> [..., rows]."""
 
     def __init__(self, isa: str) -> None:
         self.isa = isa
-        loaded = ctypes.CDLL(str(build(isa)))
-        self._linear, self._embed = loaded.vc_linear, loaded.vc_embed
-        self._linear.argtypes, self._embed.argtypes = _LINEAR, _EMBED
-        self._linear.restype = self._embed.restype = None
+        torch.ops.load_library(str(build(isa)))
+        operators = getattr(torch.ops, namespace(isa))
+        self.product, self._embed = operators.linear.default, operators.embed.default
+        for operator, shape in ((self.product, _linear_shape), (self._embed, _embed_shape)):
+            torch.library.register_fake(operator, shape)
 
     def linear(self, x: Tensor, matrix: Packed, bias: Tensor | None, mode: Mode) -> Tensor:
-        """x [tokens, cols] -> [tokens, rows] in its dtype, one of `DTYPES`; bias [rows]."""
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if bias is not None:
-            bias = bias.float().contiguous()
-        out = torch.empty(len(x), len(matrix.weights), dtype=x.dtype)
-        self._linear(
-            matrix.argument(),
-            x.data_ptr(),
-            DTYPES[x.dtype],
-            *(len(x), matrix.cols, x.stride(0)),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            mode,
-        )
+        """x [..., cols] -> [..., rows] in its dtype; x and bias [rows] of any of `DTYPES`."""
+        tensors = (matrix.weights, matrix.scales, matrix.zeros)
+        out: Tensor = self.product(x, bias, mode, *matrix.settings, *tensors)
         return out
 
     def embed(self, ids: Tensor, matrix: Packed) -> Tensor:
-        """Rows `ids` int64 [n] -> [n, cols] float32."""
-        ids = ids.to(torch.int64).contiguous()
-        out = torch.empty(len(ids), matrix.cols)
-        sizes = (len(ids), matrix.cols)
-        self._embed(matrix.argument(), ids.data_ptr(), *sizes, out.data_ptr())
+        """Rows `ids` int64 [...] -> [..., cols] float32."""
+        tensors = (matrix.weights, matrix.scales, matrix.zeros)
+        out: Tensor = self._embed(ids.to(torch.int64), matrix.cols, *matrix.settings, *tensors)
         return out
+
+
+def _linear_shape(
+    x: Tensor,
+    bias: Tensor | None,
+    mode: int,
+    bits: int,
+    group: int,
+    sparse: bool,
+    weights: Tensor,
+    *others: Any,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weights))
+
+
+def _embed_shape(
+    ids: Tensor, cols: int, bits: int, group: int, sparse: bool, weights: Tensor, *others: Any
+) -> Tensor:
+    return ids.new_empty(*ids.shape, cols, dtype=torch.float32)
 
 
 @cache
