@@ -23,7 +23,13 @@ from compress_methods.errors import CompressError, DeploymentError
 VARIABLE = "VLLM_COMPRESS_DEPLOYMENT"
 # All that a user or one of our processes may set. The kernel's choice reaches the compile cache's
 # key as VLLM_COMPRESS_FINGERPRINT, see `layers.ops`.
-VARIABLES = (VARIABLE, "VLLM_COMPRESS_KERNEL", "VLLM_COMPRESS_CACHE", "VLLM_COMPRESS_FOREIGN", "VLLM_COMPRESS_ISA")
+VARIABLES = (
+    VARIABLE,
+    "VLLM_COMPRESS_KERNEL",
+    "VLLM_COMPRESS_CACHE",
+    "VLLM_COMPRESS_FOREIGN",
+    "VLLM_COMPRESS_ISA",
+)
 _VALID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]{0,127}")
 
 

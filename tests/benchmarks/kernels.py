@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.benchmarks import without_amx
+
 SHAPES = {
     "7B, gate": (11008, 4096),
     "8B, down": (4096, 14336),
@@ -38,7 +40,6 @@ ROTATE_BYTES = 400 * 2**20
 SECONDS = 0.3
 READ_BYTES = 2**28
 PEAK_ROUNDS = 20_000_000
-WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "VLLM_COMPRESS_ISA": "avx512_vnni"}
 Product = Callable[[int, Tensor], Any]
 Made = tuple[int, int, Product]
 
@@ -66,26 +67,38 @@ def vllm_bfloat16(rows: int, cols: int) -> Made | None:
 
 
 def vllm_int4(rows: int, cols: int) -> Made | None:
-    """4-bit weights in groups of 128, activations as they are: vLLM's own kernel for CPUs."""
+    """4-bit weights in groups of 128 in vLLM: with AMX activations become 8 bits too."""
     ops = vllm_ops("cpu_gemm_wna16")
     if ops is None:
         return None
-    size = rows * cols // 2 + 2 * rows * cols // 128
-    weights = [
-        torch.randint(-(2**31), 2**31, (rows // 16, cols * 2), dtype=torch.int32)
-        for _ in range(copies_of(size))
-    ]
-    scales = (torch.rand(cols // 128, rows) / 1000).bfloat16()
-    isa = "amx" if torch.cpu._is_amx_tile_supported() and not without_amx() else "vec"
+    size, groups = rows * cols // 2 + 2 * rows * cols // 128, cols // 128
+    scales = (torch.rand(groups, rows) / 1000).bfloat16()
+    if torch.cpu._is_amx_tile_supported() and not without_amx.is_asked_for():
+        made = [
+            ops.convert_weight_packed_scale_zp(
+                random_words(cols, rows // 8),
+                random_words(groups, rows // 8),
+                scales,
+                ops.CPUQuantAlgo.AWQ,
+            )
+            for _ in range(copies_of(size))
+        ]
 
-    def product(i: int, x: Tensor) -> Any:
-        return ops.cpu_gemm_wna16(x, weights[i], scales, None, None, 8, isa)
+        def product(i: int, x: Tensor) -> Any:
+            weight, zeros, factors = made[i]
+            return ops.int4_scaled_mm_cpu(x, weight, zeros, factors, None)
 
-    return size, len(weights), product
+        return size, len(made), product
+    weights = [random_words(rows // 16, cols * 2) for _ in range(copies_of(size))]
+
+    def exact_product(i: int, x: Tensor) -> Any:
+        return ops.cpu_gemm_wna16(x, weights[i], scales, None, None, 8, "vec")
+
+    return size, len(weights), exact_product
 
 
-def without_amx() -> bool:
-    return all(os.environ.get(name) == value for name, value in WITHOUT_AMX.items())
+def random_words(rows: int, cols: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, (rows, cols), dtype=torch.int32)
 
 
 def vllm_w8a8(rows: int, cols: int) -> Made | None:
@@ -225,7 +238,7 @@ def run() -> dict[str, Any]:
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env=os.environ | WITHOUT_AMX,
+            env=os.environ | without_amx.VARIABLES,
             stdout=subprocess.PIPE,
             check=True,
         )

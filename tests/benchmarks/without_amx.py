@@ -1,7 +1,7 @@
 """vLLM on a machine with AMX as on one without, for figures that carry over to more machines.
 
-oneDNN obeys a variable. vLLM asks torch at several places, and our library looks at /proc: a plugin
-for vLLM, which every process of a server loads, answers both.
+oneDNN and our library obey a variable each. vLLM asks torch at several places: a plugin for vLLM,
+which every process of a server loads, answers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ NAME = "without_amx"
 PLUGIN = """
 def register():
     import torch
-    from compress_methods.kernels.cpu import build
 
     torch.cpu._is_amx_tile_supported = lambda: False
-    build.INSTRUCTION_SETS.pop("amx", None)
 """
+VARIABLES = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "VLLM_COMPRESS_ISA": "avx512_vnni"}
 ENTRY_POINT = f"[vllm.general_plugins]\n{NAME} = {NAME}:register\n"
 
 
@@ -25,6 +24,11 @@ def has_amx() -> bool:
     import torch
 
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def is_asked_for() -> bool:
+    """Whether this process was started with `VARIABLES`."""
+    return all(os.environ.get(name) == value for name, value in VARIABLES.items())
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -35,4 +39,4 @@ def environment(folder: Path) -> dict[str, str]:
     (information / "entry_points.txt").write_text(ENTRY_POINT)
     (folder / f"{NAME}.py").write_text(PLUGIN)
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    return {"PYTHONPATH": path, **VARIABLES}

@@ -1,4 +1,4 @@
-// A matrix as `library.py` hands it over, and what its scales and zero points do to a row.
+// A matrix as `operators.cpp` hands it over, and what its scales and zero points do to a row.
 #pragma once
 
 #include <algorithm>
