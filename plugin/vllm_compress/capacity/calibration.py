@@ -135,15 +135,4 @@ def to_json(calibration: Calibration) -> str:
 
 
 def _curve(points: Sequence[Sequence[float]]) -> Curve:
-    """The rising curve nearest to measured points: neighbours in the wrong order are averaged
-    (isotonic regression)."""
-    ordered = sorted((float(x), float(y)) for x, y in points)
-    levels: list[tuple[float, int]] = []
-    for _, y in ordered:
-        level, count = y, 1
-        while levels and levels[-1][0] > level:
-            before, n = levels.pop()
-            level, count = (before * n + level * count) / (n + count), n + count
-        levels.append((level, count))
-    flat = [level for level, count in levels for _ in range(count)]
-    return Curve(tuple(zip((x for x, _ in ordered), flat, strict=True)))
+    return Curve(tuple(sorted((float(x), float(y)) for x, y in points)))
