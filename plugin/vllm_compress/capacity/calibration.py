@@ -82,7 +82,7 @@ class Calibration:
         return Measured(
             windows_of(scheme.shape),
             _curve(self.tokens),
-            _curve(self.head or [[1, 0.0]]),
+            _rising(self.head or [[1, 0.0]]),
             self.per_context,
             self.per_pair,
             self.request_seconds,
@@ -136,3 +136,18 @@ def to_json(calibration: Calibration) -> str:
 
 def _curve(points: Sequence[Sequence[float]]) -> Curve:
     return Curve(tuple(sorted((float(x), float(y)) for x, y in points)))
+
+
+def _rising(points: Sequence[Sequence[float]]) -> Curve:
+    """The rising curve nearest to points that are differences, and so have much noise: neighbours
+    in the wrong order are averaged (isotonic regression)."""
+    levels: list[tuple[float, int]] = []
+    ordered = _curve(points).points
+    for _, y in ordered:
+        level, count = y, 1
+        while levels and levels[-1][0] > level:
+            before, n = levels.pop()
+            level, count = (before * n + level * count) / (n + count), n + count
+        levels.append((level, count))
+    flat = [level for level, count in levels for _ in range(count)]
+    return Curve(tuple(zip((x for x, _ in ordered), flat, strict=True)))
