@@ -19,7 +19,7 @@ import yaml
 from tests.conftest import REPOSITORY
 from tests.e2e.nginx import Nginx, nginx_program
 from tests.e2e.prometheus import Prometheus
-from tests.e2e.server import VllmServer, free_port
+from tests.e2e.server import FEWER_PROCESSES, VllmServer, free_port
 
 COMPOSE = REPOSITORY / "deploy" / "compose"
 CLI = [sys.executable, "-m", "vllm_compress.cli"]
@@ -30,8 +30,8 @@ SMALL = ["--host=127.0.0.1", "--enforce-eager", "--max-model-len=512", "--max-nu
 class Composed(VllmServer):
     """A server whose command is the compose file's."""
 
-    def __init__(self, command: list[str], port: int, core: int) -> None:
-        super().__init__(".", env={"VLLM_CPU_OMP_THREADS_BIND": str(core)})
+    def __init__(self, command: list[str], port: int) -> None:
+        super().__init__(".", env=FEWER_PROCESSES)
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.command = [*CLI, *command, f"--port={port}", *SMALL]
@@ -72,8 +72,8 @@ class Stack:
             word = word.replace(there, here)
         return word
 
-    def server(self, service: str, core: int = 0) -> Composed:
-        return Composed(self.command(service), self.ports[service], core)
+    def server(self, service: str) -> Composed:
+        return Composed(self.command(service), self.ports[service])
 
     @property
     def state(self) -> Path:
