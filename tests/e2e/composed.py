@@ -90,7 +90,7 @@ class Stack:
         return self.folder / "rules"
 
     def prometheus(self) -> Prometheus:
-        """As composed, but reading every second, so that a test needs not wait."""
+        """As composed, but reading every two seconds, so that a test needs not wait."""
         mounted = dict(
             volume.removesuffix(":ro").split(":")
             for volume in self.services["prometheus"]["volumes"]
@@ -109,7 +109,7 @@ class Stack:
         for path in ("rules", "targets"):
             config = config.replace(f"[{path}/*.yml]", f"[{self.folder}/{path}/*.yml]")
         block = yaml.safe_load(config)
-        block["global"] = dict.fromkeys(block["global"], "1s")
+        block["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
         own = ("--config.file", "--storage.tsdb.path")
         flags = [flag for flag in self.command("prometheus") if not flag.startswith(own)]
         return Prometheus(yaml.safe_dump(block), *flags, port=self.ports["prometheus"])

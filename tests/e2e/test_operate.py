@@ -6,7 +6,7 @@ Prometheus are those of the clients, a rollout loses nothing and heeds alerts, `
 a server, and `compare` tells a good variant from a bad one.
 
 The tests are in the order of an operation's life, and each leaves it as the next one finds it. Only
-time is shortened: Prometheus reads every second instead of every 15. What may be empty is decided
+time is shortened: Prometheus reads every 2 seconds instead of every 15. What may be empty is decided
 per query: it says what it `needs`, and the servers say whether they have it.
 """
 
