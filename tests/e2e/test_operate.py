@@ -5,9 +5,9 @@ of the dashboard returns data, and the page draws it; users are split and stick,
 Prometheus are those of the clients, a rollout loses nothing and heeds alerts, `plan` calibrates on
 a server, and `compare` tells a good variant from a bad one.
 
-The tests are in the order of an operation's life, and each leaves it as the next one finds it. Only
-time is shortened: Prometheus reads every 2 seconds instead of every 15. What may be empty is decided
-per query: it says what it `needs`, and the servers say whether they have it.
+The tests are in the order of an operation's life, and each leaves it as the next one finds it.
+Only time is shortened: Prometheus reads every 2 seconds instead of every 15. What may be empty is
+decided per query: it says what it `needs`, and the servers say whether they have it.
 """
 
 from __future__ import annotations
