@@ -25,6 +25,8 @@ COMPOSE = REPOSITORY / "deploy" / "compose"
 CLI = [sys.executable, "-m", "vllm_compress.cli"]
 # For the small model on a busy machine: starts quickly, and the services share two cores.
 SMALL = ["--host=127.0.0.1", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=32"]
+# Objectives that a busy machine keeps: alerts of missing them would stop rollouts.
+BUSY = {"ttft": 60.0, "tpot": 10.0}
 
 
 class Composed(VllmServer):
@@ -56,12 +58,11 @@ class Stack:
         (folder / "deployments").mkdir(parents=True)
         (folder / "state").mkdir()
         for name in ("full", "int4"):
-            text = (COMPOSE / "deployments" / f"{name}.yaml").read_text()
-            composed = f"model: /models/{name}\n"
-            assert composed in text
-            (folder / "deployments" / f"{name}.yaml").write_text(
-                text.replace(composed, f"model: {models[name]}\n")
-            )
+            block = yaml.safe_load((COMPOSE / "deployments" / f"{name}.yaml").read_text())
+            assert block["model"] == f"/models/{name}"
+            block["model"] = str(models[name])
+            block["objectives"] |= BUSY
+            (folder / "deployments" / f"{name}.yaml").write_text(yaml.safe_dump(block))
 
     def command(self, service: str) -> list[str]:
         """A service's command with the places of this machine."""

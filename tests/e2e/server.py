@@ -78,6 +78,7 @@ class VllmServer:
         self.command += [arg for arg in args if arg != "--compile"]
         eager = {} if "--compile" in args else {"TORCHDYNAMO_DISABLE": "1"}
         self.environment = {**os.environ, **ENVIRONMENT, **eager, **(env or {})}
+        self.environment.pop("VLLM_COMPRESS_SHARED", None)  # the tests' own: vLLM would warn of it
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path(tempfile.mkstemp(prefix="vllm-server-", suffix=".log")[1])
 
