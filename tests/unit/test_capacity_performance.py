@@ -162,6 +162,15 @@ def test_a_change_of_kernel_at_some_number_of_tokens_is_planned_where_it_is(jump
         assert step_of.seconds(n, n, 0, 0) == pytest.approx(step(n))
 
 
+def test_disturbed_measurements_are_averaged() -> None:
+    """Less than another kernel would make of it, and differences on either side of nothing."""
+    points = [[1, 0.1], [4, 0.13], [8, 0.11], [16, 0.2]]
+    found = calibration(tokens=points, head=[[1, 0.0], [4, 0.004], [8, -0.004], [16, 0.01]])
+    step_of, _ = step_model(scheme(None), H100, Layout(), 2, found, None)
+    for n, seconds in ((1, 0.1), (4, 0.12), (8, 0.12), (16, 0.21)):
+        assert step_of.seconds(n, n, 0, 0) == pytest.approx(seconds)
+
+
 def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(to_json(calibration()))

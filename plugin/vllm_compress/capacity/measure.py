@@ -34,7 +34,7 @@ from compress_methods.evaluate_served import ServerError
 from compress_methods.progress import Progress
 
 SECONDS = 90.0
-ROUNDS = 7
+ROUNDS = 15
 TIMEOUT = 300.0
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048)
 HEADS = (2, 3, 5, 9, 17, 33)
@@ -239,7 +239,7 @@ def numbers(timings: Timings) -> dict[str, Any]:
     one = heads[0][1] if heads else 0.0
     return {
         "tokens": steps,
-        "head": [[1, 0.0], *([n - 1, max(0.0, extra - one)] for n, extra in heads if n > 2)],
+        "head": [[1, 0.0], *([n - 1, extra - one] for n, extra in heads if n > 2)],
         "per_context": slope,
         "per_pair": min(slope, _bend(timings.steps)),
         "request_seconds": overhead,
