@@ -35,15 +35,10 @@ def _chromium(url: str, *flags: str, size: tuple[int, int]) -> bytes:
     return done.stdout
 
 
-def page_after_scripts(url: str, size: tuple[int, int] = (1500, 1200)) -> str:
-    """The page's HTML once its scripts have run."""
-    return _chromium(url, "--dump-dom", size=size).decode()
-
-
-def screenshot(url: str, path: Path, size: tuple[int, int] = (1500, 2600)) -> Path:
-    """A PNG of the page."""
-    _chromium(url, f"--screenshot={path}", size=size)
-    return path
+def page_after_scripts(url: str, picture: Path | None = None) -> str:
+    """The page's HTML once its scripts have run, and a PNG of it where `picture` says."""
+    flags = ["--dump-dom"] if picture is None else ["--dump-dom", f"--screenshot={picture}"]
+    return _chromium(url, *flags, size=(1500, 2600)).decode()
 
 
 class Drawn(HTMLParser):

@@ -19,19 +19,21 @@ import yaml
 from tests.conftest import REPOSITORY
 from tests.e2e.nginx import Nginx, nginx_program
 from tests.e2e.prometheus import Prometheus
-from tests.e2e.server import VllmServer, free_port
+from tests.e2e.server import FEWER_PROCESSES, VllmServer, free_port
 
 COMPOSE = REPOSITORY / "deploy" / "compose"
 CLI = [sys.executable, "-m", "vllm_compress.cli"]
 # For the small model on a busy machine: starts quickly, and the services share two cores.
 SMALL = ["--host=127.0.0.1", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=32"]
+# Objectives that a busy machine keeps: alerts of missing them would stop rollouts.
+BUSY = {"ttft": 60.0, "tpot": 10.0}
 
 
 class Composed(VllmServer):
     """A server whose command is the compose file's."""
 
-    def __init__(self, command: list[str], port: int, core: int) -> None:
-        super().__init__(".", env={"VLLM_CPU_OMP_THREADS_BIND": str(core)})
+    def __init__(self, command: list[str], port: int) -> None:
+        super().__init__(".", env=FEWER_PROCESSES)
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.command = [*CLI, *command, f"--port={port}", *SMALL]
@@ -56,12 +58,11 @@ class Stack:
         (folder / "deployments").mkdir(parents=True)
         (folder / "state").mkdir()
         for name in ("full", "int4"):
-            text = (COMPOSE / "deployments" / f"{name}.yaml").read_text()
-            composed = f"model: /models/{name}\n"
-            assert composed in text
-            (folder / "deployments" / f"{name}.yaml").write_text(
-                text.replace(composed, f"model: {models[name]}\n")
-            )
+            block = yaml.safe_load((COMPOSE / "deployments" / f"{name}.yaml").read_text())
+            assert block["model"] == f"/models/{name}"
+            block["model"] = str(models[name])
+            block["objectives"] |= BUSY
+            (folder / "deployments" / f"{name}.yaml").write_text(yaml.safe_dump(block))
 
     def command(self, service: str) -> list[str]:
         """A service's command with the places of this machine."""
@@ -72,8 +73,8 @@ class Stack:
             word = word.replace(there, here)
         return word
 
-    def server(self, service: str, core: int = 0) -> Composed:
-        return Composed(self.command(service), self.ports[service], core)
+    def server(self, service: str) -> Composed:
+        return Composed(self.command(service), self.ports[service])
 
     @property
     def state(self) -> Path:
@@ -90,7 +91,7 @@ class Stack:
         return self.folder / "rules"
 
     def prometheus(self) -> Prometheus:
-        """As composed, but reading every second, so that a test needs not wait."""
+        """As composed, but reading every two seconds, so that a test needs not wait."""
         mounted = dict(
             volume.removesuffix(":ro").split(":")
             for volume in self.services["prometheus"]["volumes"]
@@ -109,7 +110,7 @@ class Stack:
         for path in ("rules", "targets"):
             config = config.replace(f"[{path}/*.yml]", f"[{self.folder}/{path}/*.yml]")
         block = yaml.safe_load(config)
-        block["global"] = dict.fromkeys(block["global"], "1s")
+        block["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
         own = ("--config.file", "--storage.tsdb.path")
         flags = [flag for flag in self.command("prometheus") if not flag.startswith(own)]
         return Prometheus(yaml.safe_dump(block), *flags, port=self.ports["prometheus"])

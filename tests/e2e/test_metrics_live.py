@@ -12,6 +12,7 @@ milliseconds are a tenth of it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -34,8 +35,9 @@ pytestmark = [
 ]
 CLIENTS = 16
 APART_SECONDS = 0.1
-ATTEMPTS = 6
+TOKENS = (75, 75, 150, 150, 300, 300)
 WITHIN = 0.01
+BUSY = 2.0
 ENGINE_ON_ONE_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 PROMPTS = [
     "It was a truth universally acknowledged",
@@ -84,13 +86,14 @@ class Deployment(VllmServer):
         return sum(found)
 
     def ask(self, index: int, *, stream: bool, tokens: int) -> Answer:
-        """One completion of a fixed length, or cut short by a stop string for every fourth."""
+        """One completion; every fourth that is not streamed may end early, at a stop string. (The
+        time per token of two or three would say more of the client than of the server.)"""
         request = {
             "model": self.model,
             "prompt": PROMPTS[index % len(PROMPTS)] + " and" * (index % 7),
             "max_tokens": tokens,
             "seed": index,
-            "stop": [","] if index % 4 == 3 else None,
+            "stop": [","] if index % 4 == 3 and not stream else None,
         }
         return self._stream(request) if stream else self._whole(request)
 
@@ -186,21 +189,26 @@ def check_counts(told: dict[str, float], answers: list[Answer]) -> None:
 
 
 def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
-    """Counts always; times in one of the loads, as a client that is held up times itself."""
+    """Counts always; times in one of the loads, as a client that is held up times itself. Later
+    loads are longer, so that what holds it up weighs less; a machine that is busy with others in
+    all of them is no place to compare clocks."""
     off: dict[str, float] = {}
-    for _ in range(ATTEMPTS):
-        off = differing_times(demo_a)
+    for tokens in TOKENS:
+        off = differing_times(demo_a, tokens)
         if not off:
             return
+    wanted, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if wanted > BUSY * cores:
+        pytest.skip(f"busy with others: {wanted:.1f} processes want {cores} cores; off: {off}")
     raise AssertionError(f"server's sum of seconds / client's - 1: {off}")
 
 
-def differing_times(server: Deployment) -> dict[str, float]:
+def differing_times(server: Deployment, tokens: int) -> dict[str, float]:
     """Load the server and check its counts; relative errors of those sums of times that differ."""
     start = counts(server, "demo-a")
-    streamed = server.load(24, stream=True, tokens=40)
+    streamed = server.load(24, stream=True, tokens=tokens)
     middle = counts(server, "demo-a")
-    whole = server.load(16, stream=False, tokens=40)
+    whole = server.load(16, stream=False, tokens=tokens)
     end = counts(server, "demo-a")
     check_counts(difference(middle, start), streamed)
     check_counts(difference(end, middle), whole)

@@ -1,4 +1,4 @@
-"""The planner against what really runs: a vLLM server, and a Prometheus with a history."""
+"""The planner against a real Prometheus with a history; test_operate.py has that against vLLM."""
 
 from __future__ import annotations
 
@@ -7,55 +7,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.e2e.prometheus import tool
-from tests.e2e.server import VllmServer, free_port
+from tests.e2e.server import free_port
 from vllm_compress.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
-KV_SPACE = 2**30
-
-
-def test_a_served_model_calibrates_the_plan_of_itself(
-    novels_8m: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from vllm_compress.capacity import measure
-    from vllm_compress.capacity.memory import Layout, cache_of
-    from vllm_compress.capacity.shapes import load_shape
-
-    monkeypatch.setattr(measure, "SECONDS", 12.0)
-    saved = tmp_path / "here.json"
-    common = [str(novels_8m), "--hardware", "local", "--rate", "1/s", "--input", "50"]
-    common += ["--output", "20", "--context", "512", "--ttft", "p95<60s", "--tpot", "p95<60s"]
-    with VllmServer(novels_8m) as server:
-        calibrate = ["--calibrate", server.url, "--save-calibration", str(saved), "--json"]
-        assert main(["plan", *common, *calibrate]) == 0
-        served = measure.look(measure.Client(server.url))
-    found = json.loads(capsys.readouterr().out)
-    basis = {o["scheme"]: o["basis"] for o in found["options"]}
-    assert basis == {"original": "measured", "int8": "scaled", "int4-gptq": "scaled"}
-    weights = next(o["weight_bytes"] for o in found["options"] if o["scheme"] == "original")
-    assert weights == pytest.approx(served.weight_bytes, rel=0.02)
-    assert served.blocks is not None
-    assert served.block is not None
-    cache = cache_of(load_shape(str(novels_8m)), Layout(), "cpu", 2, 2048)
-    per_token = KV_SPACE / (served.blocks * served.block)
-    assert cache.page_bytes / cache.block == pytest.approx(per_token, rel=0.02)
-    _again_from_the_file(common, saved, found, capsys)
-
-
-def _again_from_the_file(
-    common: list[str], saved: Path, first: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", *common, "--calibrate", str(saved), "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert [o["latency"] for o in again["options"]] == [o["latency"] for o in first["options"]]
 
 
 def law(tokens: float) -> float:

@@ -79,11 +79,3 @@ def test_sixteen_requests_at_once(client: Any, server: VllmServer) -> None:
 def test_a_bad_request_is_the_callers_error(client: Any) -> None:
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="novels", prompt="a", max_tokens=100_000)
-
-
-def test_the_uncompressed_model_is_served_beside_the_plugin(novels_8m: Path) -> None:
-    with VllmServer(novels_8m, "--served-model-name", "novels") as plain:
-        client = openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0)
-        answer = client.completions.create(model="novels", prompt="It was a", max_tokens=8)
-        assert answer.usage.completion_tokens == 8
-        assert "vllm-compress is not available" not in plain.log

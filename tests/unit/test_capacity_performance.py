@@ -148,6 +148,29 @@ def test_single_requests_tell_the_step_they_were_made_of() -> None:
         assert step_of.seconds(n, n, 0, 0) == pytest.approx(step(n) + head * (n - 1))
 
 
+@pytest.mark.parametrize("jump", [-0.04, 0.04])
+def test_a_change_of_kernel_at_some_number_of_tokens_is_planned_where_it_is(jump: float) -> None:
+    """Also where more tokens take less time."""
+
+    def step(n: float) -> float:
+        return 0.05 + 0.01 * n + (jump if n >= 8 else 0.0)
+
+    points = [[n, step(n)] for n in (16, 8, 1, 7, 4)]
+    found = calibration(tokens=points, head=[[1, 0.0]])
+    step_of, _ = step_model(scheme(None), H100, Layout(), 2, found, None)
+    for n in (1, 2, 4, 7, 8, 12, 16, 40):
+        assert step_of.seconds(n, n, 0, 0) == pytest.approx(step(n))
+
+
+def test_disturbed_measurements_are_averaged() -> None:
+    """Less than another kernel would make of it, and differences on either side of nothing."""
+    points = [[1, 0.1], [4, 0.13], [8, 0.11], [16, 0.2]]
+    found = calibration(tokens=points, head=[[1, 0.0], [4, 0.004], [8, -0.004], [16, 0.01]])
+    step_of, _ = step_model(scheme(None), H100, Layout(), 2, found, None)
+    for n, seconds in ((1, 0.1), (4, 0.12), (8, 0.12), (16, 0.21)):
+        assert step_of.seconds(n, n, 0, 0) == pytest.approx(seconds)
+
+
 def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(to_json(calibration()))

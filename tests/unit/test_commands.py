@@ -11,8 +11,8 @@ from vllm_compress.cli import main
 
 RECIPE = """
 formats: {w: {format: integer, bits: 4, group_size: 128}}
-modules: [{match: blocks, format: w, algorithm: gptq}]
-calibration: {samples: 4, length: 64, held_out: 2}
+modules: [{match: blocks, format: w, algorithm: rtn}]
+calibration: {held_out: 2, length: 64}
 """
 REPORT_KEYS = {
     "fingerprint",

@@ -34,6 +34,7 @@ from vllm_compress.capacity.storage import Scheme
 
 VERSION = 1
 SAME_BYTES = 0.02
+OTHER_KERNEL = 0.2
 
 
 class CalibrationFileError(CompressError):
@@ -81,8 +82,8 @@ class Calibration:
     def measured(self, scheme: Scheme) -> Measured:
         return Measured(
             windows_of(scheme.shape),
-            _curve(self.tokens),
-            _curve(self.head or [[1, 0.0]]),
+            _rising(self.tokens, OTHER_KERNEL),
+            _rising(self.head or [[1, 0.0]]),
             self.per_context,
             self.per_pair,
             self.request_seconds,
@@ -134,16 +135,21 @@ def to_json(calibration: Calibration) -> str:
     return json.dumps(asdict(calibration), indent=1) + "\n"
 
 
-def _curve(points: Sequence[Sequence[float]]) -> Curve:
+def _rising(points: Sequence[Sequence[float]], fall: float | None = None) -> Curve:
     """The rising curve nearest to measured points: neighbours in the wrong order are averaged
-    (isotonic regression)."""
+    (isotonic regression), unless the later one is lower by more than a share `fall`: that is no
+    noise but another kernel. Never negative."""
     ordered = sorted((float(x), float(y)) for x, y in points)
     levels: list[tuple[float, int]] = []
     for _, y in ordered:
         level, count = y, 1
-        while levels and levels[-1][0] > level:
+        while levels and level < levels[-1][0] and _alike(levels[-1][0], level, fall):
             before, n = levels.pop()
             level, count = (before * n + level * count) / (n + count), n + count
         levels.append((level, count))
-    flat = [level for level, count in levels for _ in range(count)]
+    flat = [max(0.0, level) for level, count in levels for _ in range(count)]
     return Curve(tuple(zip((x for x, _ in ordered), flat, strict=True)))
+
+
+def _alike(before: float, after: float, fall: float | None) -> bool:
+    return fall is None or after >= (1 - fall) * before

@@ -1,7 +1,8 @@
 """Time a served model with one request at a time: the small load generator behind `--calibrate`.
 
 A prompt of n tokens is one step with n tokens in it, and so, for the linear layers, costs what a
-step of n decoding requests costs. That gives the whole curve from single requests:
+step of n decoding requests costs. That gives the whole curve from single requests, also where
+kernels for few tokens give way to others for many, which is why short prompts are measured closely:
 
     T(n)   n prompt tokens, one token out       = request overhead + step(n)
     P(n)   what prompt_logprobs adds to it      = output head on the other n - 1 tokens
@@ -33,9 +34,9 @@ from compress_methods.evaluate_served import ServerError
 from compress_methods.progress import Progress
 
 SECONDS = 90.0
-ROUNDS = 7
+ROUNDS = 15
 TIMEOUT = 300.0
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048)
+LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048)
 HEADS = (2, 3, 5, 9, 17, 33)
 TOKENS_OUT = 6
 LONGEST_TURN = 0.3
@@ -238,7 +239,7 @@ def numbers(timings: Timings) -> dict[str, Any]:
     one = heads[0][1] if heads else 0.0
     return {
         "tokens": steps,
-        "head": [[1, 0.0], *([n - 1, max(0.0, extra - one)] for n, extra in heads if n > 2)],
+        "head": [[1, 0.0], *([n - 1, extra - one] for n, extra in heads if n > 2)],
         "per_context": slope,
         "per_pair": min(slope, _bend(timings.steps)),
         "request_seconds": overhead,

@@ -222,17 +222,20 @@ def kernel_refusal(scheme: Scheme, machine: Hardware) -> str | None:
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds over a count: straight lines between points, the last two continued."""
+    """Seconds over a count: straight lines between points, the last of them continued, never
+    downwards. In between it may fall: more tokens can be a matter for a quicker kernel."""
 
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, count: float) -> float:
         xs = [x for x, _ in self.points]
-        if len(xs) == 1:
+        i = bisect.bisect_left(xs, count)
+        if i == 0 or len(xs) == 1:
             return self.points[0][1]
-        i = min(max(bisect.bisect_left(xs, count), 1), len(xs) - 1)
+        i = min(i, len(xs) - 1)
         (x0, y0), (x1, y1) = self.points[i - 1], self.points[i]
-        return y0 + max(0.0, y1 - y0) * (count - x0) / (x1 - x0) if count > x0 else y0
+        slope = (y1 - y0) / (x1 - x0)
+        return y0 + slope * (count - x0) if count <= x1 else y1 + max(0.0, slope) * (count - x1)
 
 
 @dataclass(frozen=True)
