@@ -28,7 +28,7 @@ RECIPES = (
 )
 TWO_PASSES = "(50% sparse, 4 bits, sparsegpt, then gptq)"
 PLAIN_BITS = (4, 3, 2)
-TOKENS = 40_000
+TOKENS = 20_000
 PARTS = ("algorithms", "conversion", "formats", "transforms")
 SOURCES = (
     *(f"quant_methods/compress_methods/{part}/*.py" for part in PARTS),
@@ -148,7 +148,7 @@ def run() -> dict[str, Any]:
     names = list(cases())
     missing = [name for name in names if name not in rows]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, one_thread) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, one_thread) as pool:
         rows |= zip(missing, pool.map(measure, missing), strict=True)
     kept.unlink(missing_ok=True)
     return {"model": MODEL.name, "rows": [rows[name] for name in names]}
