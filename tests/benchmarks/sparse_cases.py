@@ -20,7 +20,7 @@ from compress_methods.formats.sparse import Sparse
 from compress_methods.loading import load_model
 
 ALGORITHMS = ("magnitude", "wanda", "sparsegpt", "alps")
-DENSE = {"format": "dense", "dtype": "float32"}
+DENSE = {"format": "dense", "dtype": "bfloat16"}
 INT4 = {"format": "integer", "bits": 4, "group_size": 128}
 FIFTY, TWO_FOUR, SEVENTY = (64, 128), (2, 4), (38, 128)
 
