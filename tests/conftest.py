@@ -12,6 +12,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
+# Tests that run side by side share the cores. Each on all of them, small matrices wait several
+# times as long for threads of one another as they take. Set before anything imports torch.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // WORKERS)))
+
 
 @pytest.fixture(scope="session")
 def novels_8m() -> Path:

@@ -20,7 +20,7 @@ from compress_methods.formats.sparse import Sparse
 from compress_methods.loading import load_model
 
 ALGORITHMS = ("magnitude", "wanda", "sparsegpt", "alps")
-DENSE = {"format": "dense", "dtype": "float32"}
+DENSE = {"format": "dense", "dtype": "bfloat16"}
 INT4 = {"format": "integer", "bits": 4, "group_size": 128}
 FIFTY, TWO_FOUR, SEVENTY = (64, 128), (2, 4), (38, 128)
 
@@ -41,14 +41,18 @@ class Unstructured(Sparse):
 
 
 def sparse(
-    pattern: tuple[int, int], algorithm: Any, values: Any = DENSE, kind: str = "sparse"
+    pattern: tuple[int, int],
+    algorithm: Any,
+    values: Any = DENSE,
+    kind: str = "sparse",
+    **rule: Any,
 ) -> dict[str, Any]:
-    """A recipe of n of every m weights in all blocks. A `kind` of `unstructured` is known after
-    `with_unstructured`."""
+    """A recipe of n of every m weights in all blocks; `rule` adds to the rule for them. A `kind` of
+    `unstructured` is known after `with_unstructured`."""
     n, m = pattern
     return {
         "formats": {"s": {"format": kind, "n": n, "m": m, "values": dict(values)}},
-        "modules": [{"match": "blocks", "format": "s", "algorithm": algorithm}],
+        "modules": [{"match": "blocks", "format": "s", "algorithm": algorithm, **rule}],
     }
 
 
@@ -67,14 +71,21 @@ def cases() -> list[tuple[str, Any]]:
     for name in ("wanda", "alps"):
         free = sparse(FIFTY, name, kind="unstructured")
         found.append((f"(50% of each row, {name})", free))
+        found.append((f"(50% sparse, {name}, split)", sparse(FIFTY, name, split="error")))
     found.append(("(50% sparse, 4 bits, sparsegpt)", sparse(FIFTY, "sparsegpt", INT4)))
     return found
 
 
-def two_passes(model: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+def two_passes(
+    model: Path,
+    folder: Path,
+    text: Path | None = None,
+    calibration: dict[str, int] | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """SparseGPT into a dense checkpoint with zeros, and the recipe that rounds what it kept."""
     packed, pruned = folder / "packed", folder / "pruned"
-    convert(model, sparse(FIFTY, "sparsegpt"), packed, quiet=True)
+    first = sparse(FIFTY, "sparsegpt") | ({"calibration": calibration} if calibration else {})
+    convert(model, first, packed, calibration=text, quiet=True)
     result = load_model(packed, torch.bfloat16)
     result.save_pretrained(pruned)
     shutil.rmtree(packed)
