@@ -16,10 +16,14 @@ inline __m512 values_of(const typename Code::Line& line, int i) {
   } else {
     const vec::Bytes bytes = line.v[i / 4];
     switch (i % 4) {
-      case 0: return vec::widen<Code::kSigned, 0>(bytes).v;
-      case 1: return vec::widen<Code::kSigned, 1>(bytes).v;
-      case 2: return vec::widen<Code::kSigned, 2>(bytes).v;
-      default: return vec::widen<Code::kSigned, 3>(bytes).v;
+      case 0:
+        return vec::widen<Code::kSigned, 0>(bytes).v;
+      case 1:
+        return vec::widen<Code::kSigned, 1>(bytes).v;
+      case 2:
+        return vec::widen<Code::kSigned, 2>(bytes).v;
+      default:
+        return vec::widen<Code::kSigned, 3>(bytes).v;
     }
   }
 }
@@ -149,8 +153,12 @@ struct Product {
 
 #ifdef __AMX_INT8__
 template <class Kind, bool zeros, int parts>
-constexpr Product kAmx = {amx<Kind, zeros, parts, 2>, amx<Kind, zeros, parts, 1>,     kAmxRows,
-                          Kind::kSize,                zeros, configure_amx<kTileBytes<Kind, parts>>};
+constexpr Product kAmx = {amx<Kind, zeros, parts, 2>,
+                          amx<Kind, zeros, parts, 1>,
+                          kAmxRows,
+                          Kind::kSize,
+                          zeros,
+                          configure_amx<kTileBytes<Kind, parts>>};
 #endif
 
 template <int parts>

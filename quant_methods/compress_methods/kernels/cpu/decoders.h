@@ -1,10 +1,10 @@
-// From stored weights to numbers: a line of 128 columns becomes four vectors of 32 codes, or sixteen
-// of 8 floats.
+// From stored weights to numbers: a line of 128 columns becomes four vectors of 32 codes, or
+// sixteen of 8 floats.
 //
 // A line is the packing block of format `integer`: inside it, a plane of p bits keeps columns
 // i, i + 16p, i + 32p, ... in byte i, lowest bits first. In a sparse line only the kept columns are
-// stored, so packed (4 bits in blocks of 32), and after them one bit per column. A new format is one
-// more decoder.
+// stored, so packed (4 bits in blocks of 32), and after them one bit per column. A new format is
+// one more decoder.
 #pragma once
 
 #include <cstring>
@@ -29,7 +29,9 @@ template <>
 struct Decoder<2> {
   using Line = Codes;
   static constexpr bool kSigned = false;
-  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) { vec::planes<2>(p, line.v); }
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<2>(p, line.v);
+  }
 };
 
 template <>
@@ -46,22 +48,29 @@ template <>
 struct Decoder<4> {
   using Line = Codes;
   static constexpr bool kSigned = false;
-  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) { vec::planes<4>(p, line.v); }
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<4>(p, line.v);
+  }
 };
 
 template <>
 struct Decoder<8> {  // codes less 128, so that they are signed bytes
   using Line = Codes;
   static constexpr bool kSigned = true;
-  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) { vec::planes<8>(p, line.v); }
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<8>(p, line.v);
+  }
 };
 
 struct Floats {  // what a line of sparse floats becomes
   using Line = Values;
-  static VC_INLINE void decode(const uint8_t* p, int64_t, Values& line) { std::memcpy(&line, p, sizeof line); }
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Values& line) {
+    std::memcpy(&line, p, sizeof line);
+  }
 };
 
-// Kept values in `bytes` - kMask bytes, then the mask. Vectors may be read up to the end of the mask.
+// Kept values in `bytes` - kMask bytes, then the mask. Vectors may be read up to the end of the
+// mask.
 template <int bits>
 struct Sparse;
 

@@ -1,12 +1,12 @@
 // out[tokens, rows] = x[tokens, cols] * W[rows, cols]^T for weights of few bits, and row look-up.
 //
-// One product for every decoder: a row's lines are decoded to bytes in registers and multiplied with
-// up to `kTokens` tokens before the next line is read. Blocks of rows go to torch's own threads; in
-// a block, the tokens of a tile stay in the first-level cache while its rows pass by. Zero points
-// come in as scale * zero * (sum of the group's activations), so the inner loop never sees them.
-// Sparse lines take longer to decode; where tokens fill more than a tile, a block's rows are decoded
-// once, to dense lines in the second-level cache. Many tokens go another way (`panel.h`) where there
-// is AVX-512.
+// One product for every decoder: a row's lines are decoded to bytes in registers and multiplied
+// with up to `kTokens` tokens before the next line is read. Blocks of rows go to torch's own
+// threads; in a block, the tokens of a tile stay in the first-level cache while its rows pass by.
+// Zero points come in as scale * zero * (sum of the group's activations), so the inner loop never
+// sees them. Sparse lines take longer to decode; where tokens fill more than a tile, a block's rows
+// are decoded once, to dense lines in the second-level cache. Many tokens go another way
+// (`panel.h`) where there is AVX-512.
 //
 //   value = scale * (code - zero)
 //   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
@@ -54,7 +54,7 @@ inline vec::Floats floats(const Values& line, int vector) {
 
 template <class Code, int quarter, int tokens>
 VC_INLINE void multiply_floats(const typename Code::Line& line, int vector, const float* x,
-                            int64_t stride, vec::Floats* sums) {
+                               int64_t stride, vec::Floats* sums) {
   const vec::Floats value = floats<Code, quarter>(line, vector);
   for (int t = 0; t < tokens; ++t) {
     const vec::Floats in = vec::load_floats(x + t * stride + vec::kFloats * quarter);
@@ -64,8 +64,8 @@ VC_INLINE void multiply_floats(const typename Code::Line& line, int vector, cons
 
 // All quarters of a vector, or those of one half.
 template <class Code, int count, int tokens>
-VC_INLINE void multiply_quarters(const typename Code::Line& line, int vector, int half, const float* x,
-                              int64_t stride, vec::Floats* sums) {
+VC_INLINE void multiply_quarters(const typename Code::Line& line, int vector, int half,
+                                 const float* x, int64_t stride, vec::Floats* sums) {
   if (count == 4 || half == 0) {
     multiply_floats<Code, 0, tokens>(line, vector, x, stride, sums);
     multiply_floats<Code, 1, tokens>(line, vector, x, stride, sums);
@@ -103,8 +103,8 @@ float value_of(const typename Code::Line& line, int64_t column) {
   }
 }
 
-// One row, whose lines of `bytes` begin at `p`, times `tokens` tokens from `token` on: totals before
-// zero points.
+// One row, whose lines of `bytes` begin at `p`, times `tokens` tokens from `token` on: totals
+// before zero points.
 template <class Code, int group, bool exact, int tokens>
 void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, const Activations& in,
                       int64_t token, float* totals) {
@@ -304,41 +304,49 @@ void parallel(int64_t end, int64_t grain, const F& f) {
   torch_parallel_for(0, end, grain, body, const_cast<F*>(&f));
 }
 
-// How a call is cut: tokens of which there are few are multiplied row by row.
-void few_tokens(const Matrix& m, const Functions& run, const void* x, Dtype dtype, int64_t tokens,
-                int64_t cols, int64_t x_stride, const float* bias, void* out, Mode how) {
-  const bool exact = how == Mode::kExact;
+// What `vc_linear` is asked for.
+struct Request {
+  const Matrix& m;
+  const void* x;
+  Dtype dtype;
+  int64_t tokens, cols, stride;
+  const float* bias;
+  void* out;
+  Mode how;
+};
+
+void few_tokens(const Request& r, const Functions& run) {
+  const Matrix& m = r.m;
+  const bool exact = r.how == Mode::kExact;
   const Body body = exact ? run.exact : run.quantized;
   const int64_t blocks = (m.rows + kRows - 1) / kRows, width = m.lines * kLine;
   const int offset = m.bits == 8 || m.sparse ? vec::kSignedOffset : 0;
   static thread_local Activations scratch;
   Activations& in = scratch;
-  for (int64_t first = 0; first < tokens; first += kMostTokens) {
-    const int64_t count = std::min(kMostTokens, tokens - first);
+  for (int64_t first = 0; first < r.tokens; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, r.tokens - first);
     in.resize(count, m.lines, m.groups, m.group, offset, exact);
     parallel(count, std::max<int64_t>(1, kWork / 16 / width), [&](int64_t a, int64_t b) {
-      for (int64_t t = a; t < b; ++t) in.fill(t, x, (first + t) * x_stride, cols, dtype, how);
+      for (int64_t t = a; t < b; ++t) {
+        in.fill(t, r.x, (first + t) * r.stride, r.cols, r.dtype, r.how);
+      }
     });
-    const Call call{m, in, bias, out, first, dtype};
+    const Call call{m, in, r.bias, r.out, first, r.dtype};
     parallel(blocks, std::max<int64_t>(1, kWork / (kRows * width * count)),
              [&](int64_t a, int64_t b) { body(call, a * kRows, std::min(b * kRows, m.rows)); });
   }
 }
 
 #ifdef VC_PANELS
-void many_tokens(const Matrix& m, const Functions& run, const void* x, Dtype dtype, int64_t tokens,
-                 int64_t cols, int64_t x_stride, const float* bias, void* out, Mode how) {
+void many_tokens(const Request& r, const Functions& run) {
   using namespace panel;
-  static thread_local Panel scratch;
-  Panel& in = scratch;
-  const Input input{x, x_stride, cols, dtype};
-  const bool exact = how == Mode::kExact;
-  in.lines = m.lines;
-  in.parts = m.group == 0 || m.group > kLine ? 1 : kLine / m.group;
-  const bool bfloat16 = dtype == Dtype::kBfloat16 && run.bfloat16;
-  const Product product = in.parts == 1   ? product_of<1>(m, exact, bfloat16)
-                          : in.parts == 2 ? product_of<2>(m, exact, bfloat16)
-                                          : product_of<4>(m, exact, bfloat16);
+  const Matrix& m = r.m;
+  const bool exact = r.how == Mode::kExact;
+  const bool bfloat16 = r.dtype == Dtype::kBfloat16 && run.bfloat16;
+  const int parts = m.group == 0 || m.group > kLine ? 1 : kLine / m.group;
+  const Product product = parts == 1   ? product_of<1>(m, exact, bfloat16)
+                          : parts == 2 ? product_of<2>(m, exact, bfloat16)
+                                       : product_of<4>(m, exact, bfloat16);
   const Decode decode = product.size == 4   ? run.float32
                         : product.size == 2 ? run.bfloat16
                         : product.start     ? run.int8
@@ -346,28 +354,24 @@ void many_tokens(const Matrix& m, const Functions& run, const void* x, Dtype dty
   // Zeros of unsigned codes; signed ones of 8 bits count from 128.
   const int zero = run.is_signed ? 128 : 1 << (m.bits - 1);
   const float more = run.is_signed && !product.start ? 128.0f : 0.0f;
-  in.line_bytes = kLine * kTile * product.size;
-  for (int64_t first = 0; first < tokens; first += kMostTokens) {
-    in.tokens = std::min(kMostTokens, tokens - first);
-    in.tiles = (in.tokens + kTile - 1) / kTile;
-    in.data.of(in.tiles * in.lines * in.line_bytes);
-    if (!exact) {
-      in.scales.of(in.tiles * in.lines * kTile);
-      in.starts.of(in.tiles * in.lines * in.parts * kTile);
-      if (m.zeros) in.sums.of(in.tiles * in.lines * in.parts * kTile);
-    }
+  const Filling filling{r.how == Mode::kInt8PerToken, m.zeros != nullptr, zero};
+  static thread_local Panel scratch;
+  Panel& in = scratch;
+  for (int64_t first = 0; first < r.tokens; first += kMostTokens) {
+    in.resize(std::min(kMostTokens, r.tokens - first), m.lines, parts, product.size, m.zeros);
+    const Input input{r.x, r.stride, r.cols, first, r.dtype};
     parallel(in.tiles, 1, [&](int64_t a, int64_t b) {
       for (int64_t tile = a; tile < b; ++tile) {
         if (!exact) {
-          fill_int8(in, tile, input, first, how == Mode::kInt8PerToken, m.zeros, zero);
+          fill_int8(in, tile, input, filling);
         } else if (product.size == 2) {
-          fill_exact<Bfloat16>(in, tile, input, first);
+          fill_exact<Bfloat16>(in, tile, input);
         } else {
-          fill_exact<Float32>(in, tile, input, first);
+          fill_exact<Float32>(in, tile, input);
         }
       }
     });
-    const Output to{bias, out, first, m.rows, dtype};
+    const Output to{r.bias, r.out, first, m.rows, r.dtype};
     parallel((m.rows + kBlockRows - 1) / kBlockRows, 1, [&](int64_t a, int64_t b) {
       multiply_rows(m, in, decode, product, more, to, a * kBlockRows,
                     std::min(b * kBlockRows, m.rows));
@@ -388,11 +392,14 @@ void vc_linear(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tok
   const Functions run = functions_of(*matrix);
   const bool floats = run.exact == run.quantized;  // which activations are not quantized for
   const Mode how = floats ? Mode::kExact : static_cast<Mode>(mode);
-  auto multiply = few_tokens;
+  const Request request{*matrix, x,  static_cast<Dtype>(x_dtype), tokens, cols, x_stride, bias,
+                        out,     how};
 #ifdef VC_PANELS
-  if (tokens >= panel::fewest_tokens(how == Mode::kExact, matrix->sparse)) multiply = many_tokens;
+  if (tokens >= panel::fewest_tokens(how == Mode::kExact, matrix->sparse)) {
+    return many_tokens(request, run);
+  }
 #endif
-  multiply(*matrix, run, x, static_cast<Dtype>(x_dtype), tokens, cols, x_stride, bias, out, how);
+  few_tokens(request, run);
 }
 
 // out [count, cols] float32: rows `ids` of the matrix.

@@ -69,6 +69,7 @@ struct RowTerms {
       for (int i = 0; i < 8; ++i) part[i] += offsets[g + i] * sums[g + i];
     }
     for (; g < count; ++g) part[0] += offsets[g] * sums[g];
-    return ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+    return ((part[0] + part[4]) + (part[1] + part[5])) +
+           ((part[2] + part[6]) + (part[3] + part[7]));
   }
 };

@@ -84,7 +84,8 @@ Tensor embed(Tensor ids, int64_t cols, int64_t bits, int64_t group, bool sparse,
 
 }  // namespace
 
-#define VC_MATRIX "int bits, int group, bool sparse, Tensor weights, Tensor scales, Tensor? zeros=None"
+#define VC_MATRIX \
+  "int bits, int group, bool sparse, Tensor weights, Tensor scales, Tensor? zeros=None"
 
 STABLE_TORCH_LIBRARY(VC_NAMESPACE, m) {
   m.def("linear(Tensor x, Tensor? bias, int mode, " VC_MATRIX ") -> Tensor");

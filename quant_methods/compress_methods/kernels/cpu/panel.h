@@ -6,10 +6,10 @@
 // its right-hand tile. Weights are decoded a block of rows and `kBlockLines` lines at a time, to
 // stay in the second-level cache while all tokens pass by.
 //
-// VNNI takes unsigned codes: int32 sums start at -zero * (sum of activations) where all zeros are the
-// same, other zeros come in as floats when sums are scaled. The rest takes codes less zeros: signed
-// bytes, where 8 bits with zeros other than 128 again need them later, or up to 9 bits with the sign,
-// which bfloat16 holds exactly.
+// VNNI takes unsigned codes: int32 sums start at -zero * (sum of activations) where all zeros are
+// the same, other zeros come in as floats when sums are scaled. The rest takes codes less zeros:
+// signed bytes, where 8 bits with zeros other than 128 again need them later, or up to 9 bits with
+// the sign, which bfloat16 holds exactly.
 #pragma once
 
 #include <cstdlib>
@@ -19,10 +19,10 @@
 
 namespace panel {
 
-constexpr int kTile = 16;             // tokens
-constexpr int64_t kBlockRows = 32;    // decoded at a time
+constexpr int kTile = 16;           // tokens
+constexpr int64_t kBlockRows = 32;  // decoded at a time
 constexpr int64_t kBlockLines = 32;
-constexpr int kChunk = 64 * kTile;    // bytes of a dword of columns times 16, of 16 tokens
+constexpr int kChunk = 64 * kTile;  // bytes of a dword of columns times 16, of 16 tokens
 
 // What is multiplied: bytes a column takes, and chunks of a line.
 struct Int8 {
@@ -67,12 +67,21 @@ class Buffer {
 
 struct Panel {
   int64_t tokens = 0, tiles = 0, lines = 0, line_bytes = 0;
-  int64_t parts = 1;      // groups of a line
-  Buffer<uint8_t> data;   // [tiles, lines, line_bytes]
-  Buffer<float> scales;   // [tiles, lines, 16], int8 only
-  Buffer<int32_t> starts; // [tiles, lines * parts, 16], int8 only
-  Buffer<float> sums;     // the same, where zeros differ
+  int64_t parts = 1;       // groups of a line
+  Buffer<uint8_t> data;    // [tiles, lines, line_bytes]
+  Buffer<float> scales;    // [tiles, lines, 16], int8 only
+  Buffer<int32_t> starts;  // [tiles, lines * parts, 16], int8 only
+  Buffer<float> sums;      // the same, where zeros differ
 
+  void resize(int64_t tokens_, int64_t lines_, int64_t parts_, int size, bool zeros_differ) {
+    tokens = tokens_, tiles = (tokens + kTile - 1) / kTile, lines = lines_, parts = parts_;
+    line_bytes = kLine * kTile * size;
+    data.of(tiles * lines * line_bytes);
+    if (size > 1) return;
+    scales.of(tiles * lines * kTile);
+    starts.of(tiles * lines * parts * kTile);
+    if (zeros_differ) sums.of(tiles * lines * parts * kTile);
+  }
 };
 
 // Rows x columns of 16 dwords each, exchanged.
@@ -117,19 +126,21 @@ inline __m512 read_16(const void* row, int64_t at, int64_t cols, Dtype dtype) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-inline const void* row_of(const void* x, int64_t index, int64_t stride, Dtype dtype) {
-  return static_cast<const uint8_t*>(x) + index * stride * (dtype == Dtype::kFloat32 ? 4 : 2);
-}
-
+// Activations of which those from token `first` on fill a panel.
 struct Input {
   const void* x;
-  int64_t stride, cols;
+  int64_t stride, cols, first;
   Dtype dtype;
+
+  const void* row(int64_t token) const {
+    const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+    return static_cast<const uint8_t*>(x) + (first + token) * stride * size;
+  }
 };
 
 // One tile of floats or bfloat16, as they are.
 template <class Kind>
-void fill_exact(Panel& panel, int64_t tile, const Input& in, int64_t first_token) {
+void fill_exact(Panel& panel, int64_t tile, const Input& in) {
   const int64_t count = std::min<int64_t>(kTile, panel.tokens - tile * kTile);
   for (int64_t at = 0; at < panel.lines; ++at) {
     uint8_t* out = panel.data.data() + (tile * panel.lines + at) * panel.line_bytes;
@@ -139,8 +150,7 @@ void fill_exact(Panel& panel, int64_t tile, const Input& in, int64_t first_token
       for (int64_t t = 0; t < kTile; ++t) {
         rows[t] = _mm512_setzero_si512();
         if (t >= count) continue;
-        const int64_t token = first_token + tile * kTile + t;
-        const void* row = row_of(in.x, token, in.stride, in.dtype);
+        const void* row = in.row(tile * kTile + t);
         if constexpr (Kind::kSize == 4) {
           rows[t] = _mm512_castps_si512(read_16(row, column, in.cols, in.dtype));
         } else {
@@ -165,15 +175,21 @@ inline uint32_t most_bits(const __m512* x) {
   return _mm512_reduce_max_epu32(most);
 }
 
-// One tile of int8; `zero` is that of all weights, unless they differ.
-inline void fill_int8(Panel& panel, int64_t tile, const Input& in, int64_t first_token, bool per_token,
-                      bool zeros_differ, int zero) {
+// One scale for each token or for each of its lines; `zero` is that of all weights, unless they
+// differ.
+struct Filling {
+  bool per_token, zeros_differ;
+  int zero;
+};
+
+// One tile of int8.
+inline void fill_int8(Panel& panel, int64_t tile, const Input& in, const Filling& how) {
   const int64_t count = std::min<int64_t>(kTile, panel.tokens - tile * kTile);
   uint32_t row_most[kTile] = {};
   alignas(64) int32_t totals[4][kTile];
   __m512 x[8];
-  for (int64_t t = 0; per_token && t < count; ++t) {
-    const void* row = row_of(in.x, first_token + tile * kTile + t, in.stride, in.dtype);
+  for (int64_t t = 0; how.per_token && t < count; ++t) {
+    const void* row = in.row(tile * kTile + t);
     for (int64_t at = 0; at < panel.lines; ++at) {
       for (int i = 0; i < 8; ++i) x[i] = read_16(row, at * kLine + 16 * i, in.cols, in.dtype);
       row_most[t] = std::max(row_most[t], most_bits(x));
@@ -187,9 +203,9 @@ inline void fill_int8(Panel& panel, int64_t tile, const Input& in, int64_t first
       scales[t] = 0;
       for (auto& total : totals) total[t] = 0;
       if (t >= count) continue;
-      const void* row = row_of(in.x, first_token + tile * kTile + t, in.stride, in.dtype);
+      const void* row = in.row(tile * kTile + t);
       for (int i = 0; i < 8; ++i) x[i] = read_16(row, at * kLine + 16 * i, in.cols, in.dtype);
-      const Step step = step_of(from_bits(per_token ? row_most[t] : most_bits(x)));
+      const Step step = step_of(from_bits(how.per_token ? row_most[t] : most_bits(x)));
       scales[t] = step.scale;
       if (step.inverse == 0.0f) continue;
       __m128i codes[8];
@@ -221,12 +237,12 @@ inline void fill_int8(Panel& panel, int64_t tile, const Input& in, int64_t first
         sum = _mm512_add_epi32(sum, _mm512_load_si512(totals[part * merged + i]));
       }
       const int64_t place = ((tile * panel.lines + at) * panel.parts + part) * kTile;
-      if (zeros_differ) {
+      if (how.zeros_differ) {
         const __m512 factors = _mm512_load_ps(scales);
         _mm512_store_ps(panel.sums.data() + place, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factors));
         sum = _mm512_setzero_si512();
       }
-      const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-zero));
+      const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-how.zero));
       _mm512_store_si512(panel.starts.data() + place, start);
     }
   }
@@ -234,9 +250,9 @@ inline void fill_int8(Panel& panel, int64_t tile, const Input& in, int64_t first
 
 // Decoded rows of a block, and what their sums are multiplied by.
 struct Block {
-  Buffer<uint8_t> weights;         // [kBlockLines, kBlockRows, bytes of a line]
-  Buffer<float> scales, offsets;   // [kBlockRows, lines * parts]
-  Buffer<float> sums;              // [tiles, kBlockRows, 16]
+  Buffer<uint8_t> weights;        // [kBlockLines, kBlockRows, bytes of a line]
+  Buffer<float> scales, offsets;  // [kBlockRows, lines * parts]
+  Buffer<float> sums;             // [tiles, kBlockRows, 16]
 };
 
 }  // namespace panel

@@ -10,15 +10,15 @@
 
 namespace panel {
 
-// What a product reads and adds to: `lines` lines of a block from its row on, and of a panel from its
-// tile on.
+// What a product reads and adds to: `lines` lines of a block from its row on, and of a panel from
+// its tile on.
 struct Place {
-  const uint8_t* weights;                 // [lines, kBlockRows, bytes of a line]
-  const float *scales, *offsets;          // [kBlockRows, stride], from the first line on
-  const uint8_t* in;                      // [tiles, lines of the panel, bytes of 16 lines]
-  const float *in_scales, *in_sums;       // [tiles, lines of the panel (* parts), 16]
-  const int32_t* starts;                  // the same
-  float* sums;                            // [tiles, kBlockRows, 16]
+  const uint8_t* weights;            // [lines, kBlockRows, bytes of a line]
+  const float *scales, *offsets;     // [kBlockRows, stride], from the first line on
+  const uint8_t* in;                 // [tiles, lines of the panel, bytes of 16 lines]
+  const float *in_scales, *in_sums;  // [tiles, lines of the panel (* parts), 16]
+  const int32_t* starts;             // the same
+  float* sums;                       // [tiles, kBlockRows, 16]
   int64_t lines, panel_lines, stride;
 };
 
@@ -116,7 +116,7 @@ inline void all_stored(const void* p) { asm volatile("" : : "r"(p) : "memory"); 
 
 // Bytes of a row of weights in a tile: 64, less only where a group has fewer.
 template <class Kind, int parts>
-constexpr int kTileBytes = std::min(64, kLine * Kind::kSize / parts);
+constexpr int kTileBytes = std::min(64, kLine* Kind::kSize / parts);
 
 // Tiles of this thread until another product configures them: 0 to 3 are sums of 16 rows and 16
 // tokens, 4 and 5 rows, 6 and 7 tokens.
@@ -188,7 +188,8 @@ void amx(const Place& p) {
   alignas(64) Dots dots[2];
   const int64_t tile_bytes = p.panel_lines * kLineBytes * kTile;
   for (int64_t i = 0; i < p.lines * parts; ++i) {
-    const uint8_t* w = p.weights + i / parts * kBlockRows * kLineBytes + i % parts * kSteps * kBytes;
+    const uint8_t* w =
+        p.weights + i / parts * kBlockRows * kLineBytes + i % parts * kSteps * kBytes;
     const uint8_t* in = p.in + i * kSteps * kBytes * kTile;
     const bool adds = i > 0;
     Adder<Kind, zeros, tiles> before(p, dots[(i + 1) % 2], adds ? i - 1 : 0, parts);

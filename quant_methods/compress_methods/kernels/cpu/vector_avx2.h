@@ -2,8 +2,8 @@
 //
 // VNNI multiplies unsigned bytes with signed ones and adds four products to an int32, exactly.
 // AVX2 multiplies bytes only as unsigned times signed, into saturating int16 pairs. Codes up to 15
-// cannot saturate: 4 products of pairs sum to at most 4 * 2 * 15 * 127. Signed bytes move their sign
-// to the activation, which is why activations stop at -127: 2 * 128 * 127 is below 2^15.
+// cannot saturate: 4 products of pairs sum to at most 4 * 2 * 15 * 127. Signed bytes move their
+// sign to the activation, which is why activations stop at -127: 2 * 128 * 127 is below 2^15.
 #pragma once
 
 #include <immintrin.h>
@@ -49,14 +49,13 @@ inline void prefetch_far(const uint8_t* p) {  // into the second-level cache
 inline Bytes load(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
-inline void store(Bytes a, uint8_t* p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
-}
+inline void store(Bytes a, uint8_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline Bytes mask(Bytes a, uint8_t bits) {
   return {_mm256_and_si256(a.v, _mm256_set1_epi8(static_cast<char>(bits)))};
 }
 
-// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the lowest.
+// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the
+// lowest.
 template <int bits>
 VC_INLINE void planes(const uint8_t* p, Bytes* out) {
   constexpr int kSize = 16 * bits;

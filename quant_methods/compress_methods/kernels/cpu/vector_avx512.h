@@ -44,11 +44,13 @@ inline void prefetch_far(const uint8_t* p) {  // into the second-level cache
 inline Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(Bytes a, uint8_t* p) { _mm512_storeu_si512(p, a.v); }
 inline __m512i quarters(int a, int b, int c, int d) {
-  const __m512i low = _mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi32(a), _mm_set1_epi32(b)));
+  const __m512i low =
+      _mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi32(a), _mm_set1_epi32(b)));
   return _mm512_inserti64x4(low, _mm256_setr_m128i(_mm_set1_epi32(c), _mm_set1_epi32(d)), 1);
 }
 
-// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the lowest.
+// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the
+// lowest.
 template <int bits>
 VC_INLINE void planes(const uint8_t* p, Bytes* out) {
   const __m512i low_bits = _mm512_set1_epi8((1 << bits) - 1);
@@ -59,7 +61,8 @@ VC_INLINE void planes(const uint8_t* p, Bytes* out) {
     out[0] = {_mm512_and_si512(all, low_bits)};
     out[1] = {_mm512_and_si512(_mm512_srli_epi16(all, 4), low_bits)};
   } else {
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i twice =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     out[0] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(0, 0, 2, 2)), low_bits)};
     out[1] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(4, 4, 6, 6)), low_bits)};
   }
@@ -91,8 +94,8 @@ template <bool is_signed, int count>
 VC_INLINE Ints dot(const Bytes* w, const int8_t* x, Ints sum) {
   for (int i = 0; i < count; ++i) {
     const __m512i a = _mm512_loadu_si512(x + 64 * i);
-    sum.v = is_signed ? _mm512_dpbusd_epi32(sum.v, a, w[i].v)
-                      : _mm512_dpbusd_epi32(sum.v, w[i].v, a);
+    sum.v =
+        is_signed ? _mm512_dpbusd_epi32(sum.v, a, w[i].v) : _mm512_dpbusd_epi32(sum.v, w[i].v, a);
   }
   return sum;
 }
@@ -119,8 +122,8 @@ inline Floats scale_add_halves(Floats a, const float* factors, Floats sum) {
 template <bool is_signed, int part>
 inline Floats widen(Bytes a) {
   const __m128i bytes = _mm512_extracti32x4_epi32(a.v, part);
-  return {_mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes)
-                                       : _mm512_cvtepu8_epi32(bytes))};
+  return {
+      _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes))};
 }
 
 // The next bytes of `from`, in order, where a bit of 64 is set, else 0. Reads no others.
