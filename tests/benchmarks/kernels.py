@@ -281,6 +281,11 @@ def of_shape(results: dict[str, Any], shape: str) -> list[dict[str, Any]]:
     return [{**row, "speed": {t: base[t] / row["seconds"][t] for t in TOKENS}} for row in rows]
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The first shape, with and without AMX."""
+    return table({**results, "shapes": {FULL: results["shapes"][FULL]}})
+
+
 def table(results: dict[str, Any]) -> str:
     heads = "".join(f" {tokens} |" for tokens in TOKENS)
     lines = []

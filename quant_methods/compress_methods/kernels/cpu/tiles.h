@@ -116,7 +116,7 @@ inline void all_stored(const void* p) { asm volatile("" : : "r"(p) : "memory"); 
 
 // Bytes of a row of weights in a tile: 64, less only where a group has fewer.
 template <class Kind, int parts>
-constexpr int kTileBytes = std::min(64, kLine* Kind::kSize / parts);
+constexpr int kTileBytes = std::min(64, int{kLine} * Kind::kSize / parts);
 
 // Tiles of this thread until another product configures them: 0 to 3 are sums of 16 rows and 16
 // tokens, 4 and 5 rows, 6 and 7 tokens.
