@@ -3,8 +3,8 @@ sparse ones of integers or 16-bit floats (`cpu_sparse`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
 format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
-in bfloat16, where products are exact and sums float32. Both look rows up, too. The
-table takes `cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
+in bfloat16, where products are exact and sums float32. Both look rows up, too. The table takes
+`cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
 (`python -m tests.benchmarks activations`), and for formats that ask for it; 8-bit weights lose so
 little that it would treble their loss, so they get `cpu_exact`. Of sparse integers it takes all:
 what leaving weights out costs is hundreds of times that.

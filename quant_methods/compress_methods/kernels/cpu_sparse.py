@@ -2,8 +2,9 @@
 
 A line keeps 128*n/m values: it is these values, then 16 bytes of mask. Values of 8 bits are signed
 bytes; of 4, 3 and 2 bits half bytes less 8, in blocks of 32; dense ones two bytes as they are. The
-kernel spreads them out: with AVX-512 64 columns in one instruction, else a table look-up for 8. Bytes in memory are those of the
-checkpoint (3 and 2 bits excepted, and columns are padded to whole lines), nothing else is kept.
+kernel spreads them out: 64 columns in one instruction with AVX-512, 8 in a table look-up else.
+Bytes in memory are those of the checkpoint (3 and 2 bits excepted, and columns are padded to whole
+lines), nothing else is kept.
 
 Takes symmetric integers whose groups are whole rows, or of a `group_size` that is a multiple of n
 so that a group covers 32, 64 or a multiple of 128 columns; and dense values of 16 bits. The rest is
