@@ -32,6 +32,14 @@ inline void add(float* to, __m512 value, __m512 scale, const float* offset, __m5
 
 constexpr int kRowsAtOnce = 8;
 
+// As intrinsics, GCC 12 copies every sum of the loop to another register and back.
+inline void add_products(__m512i& sum, __m512i codes, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+}
+inline void add_products(__m512& sum, __m512 values, __m512 x) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(x));
+}
+
 // `parts` groups in a line.
 template <bool zeros, int parts, int tiles>
 void vnni(const Place& p) {
@@ -53,7 +61,7 @@ void vnni(const Place& p) {
         int32_t dword;
         std::memcpy(&dword, w + r * kLine, sizeof dword);
         const __m512i codes = _mm512_set1_epi32(dword);
-        for (int t = 0; t < tiles; ++t) dots[r][t] = _mm512_dpbusd_epi32(dots[r][t], codes, x[t]);
+        for (int t = 0; t < tiles; ++t) add_products(dots[r][t], codes, x[t]);
       }
     }
     for (int t = 0; t < tiles; ++t) {
@@ -89,7 +97,7 @@ void fma(const Place& p) {
       for (int t = 0; t < tiles; ++t) x[t] = _mm512_load_ps(in[t] + kTile * step);
       for (int r = 0; r < kRowsAtOnce; ++r) {
         const __m512 value = _mm512_set1_ps(w[r * kLine]);
-        for (int t = 0; t < tiles; ++t) dots[r][t] = _mm512_fmadd_ps(value, x[t], dots[r][t]);
+        for (int t = 0; t < tiles; ++t) add_products(dots[r][t], value, x[t]);
       }
     }
     for (int t = 0; t < tiles; ++t) {
