@@ -10,7 +10,7 @@ using Decode = void (*)(const Matrix& m, const RowTerms* terms, int64_t row, int
                         int64_t line, int64_t lines, Block& block);
 
 template <class Code>
-inline __m512 values_of(const typename Code::Line& line, int i) {
+VC_INLINE __m512 values_of(const typename Code::Line& line, int i) {
   if constexpr (std::is_same_v<typename Code::Line, Values>) {
     return line.v[i].v;
   } else {
@@ -28,9 +28,19 @@ inline __m512 values_of(const typename Code::Line& line, int i) {
   }
 }
 
+// Where the upper halves of 16 and 16 dwords are: what bfloat16 keeps of floats.
+struct Halves {
+  uint16_t v[32];
+};
+alignas(64) inline constexpr Halves kUpperHalves = [] {
+  Halves out = {};
+  for (int i = 0; i < 32; ++i) out.v[i] = static_cast<uint16_t>(2 * i + 1);
+  return out;
+}();
+
 template <class Code, class Kind>
-inline void store_line(const typename Code::Line& line, const float* zeros, int64_t step,
-                       uint8_t* out) {
+VC_INLINE void store_line(const typename Code::Line& line, const float* zeros, int64_t step,
+                          uint8_t* out) {
   if constexpr (Kind::kIsInt8) {
     for (int i = 0; i < kVectors; ++i, out += 64) {
       __m512i codes = line.v[i].v;
@@ -47,14 +57,19 @@ inline void store_line(const typename Code::Line& line, const float* zeros, int6
       _mm512_store_si512(out, codes);
     }
   } else {
-    for (int i = 0; i < 8; ++i, out += 16 * Kind::kSize) {
-      const __m512 zero = _mm512_set1_ps(zeros[16 * i / step]);
-      const __m512 value = _mm512_sub_ps(values_of<Code>(line, i), zero);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2, out += 32 * Kind::kSize) {
+      const __m512 first =
+          _mm512_sub_ps(values_of<Code>(line, i), _mm512_set1_ps(zeros[16 * i / step]));
+      const __m512 second =
+          _mm512_sub_ps(values_of<Code>(line, i + 1), _mm512_set1_ps(zeros[16 * (i + 1) / step]));
       if constexpr (Kind::kSize == 4) {
-        _mm512_store_ps(out, value);
+        _mm512_store_ps(out, first);
+        _mm512_store_ps(out + 64, second);
       } else {
-        const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
+        const __m512i upper = _mm512_load_si512(kUpperHalves.v);
+        _mm512_store_si512(out, _mm512_permutex2var_epi16(_mm512_castps_si512(first), upper,
+                                                          _mm512_castps_si512(second)));
       }
     }
   }
@@ -69,8 +84,7 @@ void decode(const Matrix& m, const RowTerms* terms, int64_t row, int64_t rows, i
     const uint8_t* p = m.weights + ((row + r) * m.lines + line) * m.bytes;
     uint8_t* out = block.weights.data() + r * kLineBytes;
     for (int64_t at = 0; at < lines; ++at, p += m.bytes) {
-      vec::prefetch(p + kAhead);
-      vec::prefetch_far(p + kFarAhead);
+      fetch_ahead(p, m.bytes);
       typename Code::Line decoded;
       Code::decode(p, m.bytes, decoded);
       const float* zeros = terms[r].zeros.data() + RowTerms::group_of(m, line + at);

@@ -120,12 +120,7 @@ void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, co
   for (int64_t at = 0; at < in.lines; ++at, p += bytes) {
     typename Code::Line line;
     Code::decode(p, bytes, line);
-    vec::prefetch(p + kAhead);
-    vec::prefetch_far(p + kFarAhead);
-    if (bytes > 64) {
-      vec::prefetch(p + kAhead + 64);
-      vec::prefetch_far(p + kFarAhead + 64);
-    }
+    fetch_ahead(p, bytes);
     for (int g = 0; g < kParts; ++g) {
       const float* scales = terms.scales.data() + (at * kParts + g) * kSplit;
       const int64_t column = at * kLine + g * kWide;

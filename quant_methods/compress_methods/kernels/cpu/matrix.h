@@ -7,9 +7,17 @@
 
 #include "activations.h"
 
-// Bytes that weights are fetched before their turn: into the first-level cache, and into the second
-// so far that memory stays busy while a row is finished.
-constexpr int64_t kAhead = 2048, kFarAhead = 8192;
+// Fetches what follows a line of `bytes`: into the first-level cache, and into the second so far
+// ahead that memory stays busy while a row is finished.
+VC_INLINE void fetch_ahead(const uint8_t* p, int64_t bytes) {
+  constexpr int64_t kNear = 2048, kFar = 8192;
+  vec::prefetch(p + kNear);
+  vec::prefetch_far(p + kFar);
+  if (bytes > 64) {
+    vec::prefetch(p + kNear + 64);
+    vec::prefetch_far(p + kFar + 64);
+  }
+}
 
 struct Matrix {
   const uint8_t* weights;  // [rows, lines, bytes]

@@ -40,11 +40,10 @@ constexpr int kBytes = 32, kFloats = 8;
 constexpr int kSignedOffset = 0;
 constexpr int kTokens = 4;  // that registers hold the sums of
 
-inline void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-}
-inline void prefetch_far(const uint8_t* p) {  // into the second-level cache
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+// GCC drops calls of functions that do nothing but fetch by the intrinsic.
+VC_INLINE void prefetch(const uint8_t* p) { asm volatile("prefetcht0 %0" : : "m"(*p)); }
+VC_INLINE void prefetch_far(const uint8_t* p) {  // into the second-level cache
+  asm volatile("prefetcht1 %0" : : "m"(*p));
 }
 inline Bytes load(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
