@@ -24,7 +24,7 @@ from tests.benchmarks.kernels import half
 from tests.benchmarks.memory import ONE_B, VOCABULARY, make_llama
 from tests.e2e.server import ServerError, VllmServer
 
-TOKENS, LONG = 12, 1000
+TOKENS, LONG = 16, 1000
 CLIENTS = (1, 4, 16)
 HEADS = {bits: {"bits": bits, "group_size": group} for bits, group in ((8, -1), (4, 128))}
 FORMATS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ class Asker:
 
 def measure(model: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Loads by clients, seconds of a long prompt, and the server's memory in bytes."""
-    options = ("--served-model-name", "m", "--dtype", "bfloat16")
+    options = ("--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "1280")
     with VllmServer(model, *options, env=environment) as server:
         asker = Asker(server.url)
         asker.ask(0)
