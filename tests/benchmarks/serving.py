@@ -1,11 +1,10 @@
-"""Speed and memory of real vLLM servers, one after another in one run: bf16, every number of bits,
+"""Speed of real vLLM servers, one after another in one run: bf16, every number of bits,
 half of int8 and int4, and vLLM's own int4 where it has one.
 
 A random Llama of 1.2 billion parameters (Llama-3.2-1B shape, vocabulary 128,256), round to nearest,
 since speed does not depend on the values. Embedding and output head are one matrix, in 8 bits where
 the blocks are and in 4 bits below. Eager, all cores; prompts of 64 tokens, then `TOKENS` generated
 greedily, by 1, 4 and 16 requests at once, and one prompt of 1,000. Only ratios carry over.
-Weights in memory are what the processes hold, less what the bf16 server holds besides its weights.
 Where there is AMX, bf16 and both int4 are measured once more without it (`without_amx`).
 """
 
@@ -81,14 +80,14 @@ class Asker:
 
 
 def measure(model: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Loads by clients, seconds of a long prompt, and the server's memory in bytes."""
+    """Loads by clients, and seconds of a long prompt."""
     options = ("--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "1280")
     with VllmServer(model, *options, env=environment) as server:
         asker = Asker(server.url)
         asker.ask(0)
         loads = [asker.together(clients, 100 * clients) for clients in CLIENTS]
         long = asker.ask(1, LONG, 1)[0]
-        return {"loads": loads, "long_prompt": long, "resident": server.resident_bytes()}
+        return {"loads": loads, "long_prompt": long}
 
 
 def recipe_of(name: str) -> dict[str, Any]:
@@ -151,8 +150,7 @@ def table(results: dict[str, Any]) -> str:
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Of servers on the same instructions, the first of them bf16."""
     base = rows[0]
-    other = base["resident"] - base["bytes"]
-    heads = ["format", "weights", "in memory"]
+    heads = ["format", "weights"]
     heads += [f"decode, {n} request{'s' * (n > 1)}" for n in CLIENTS]
     heads += ["first token, 64-token prompt", f"{LONG:,}-token prompt"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -163,7 +161,6 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         speeds += [base["long_prompt"] / row["long_prompt"]]
         lines.append(
             f"| {row['format']} | {row['bytes'] / 1e9:.2f} GB "
-            f"| {(row['resident'] - other) / 1e9:.2f} GB "
             + "".join(f"| {speed:.2f}x " for speed in speeds)
             + "|"
         )

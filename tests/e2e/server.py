@@ -54,13 +54,6 @@ def resident_bytes(pid: int) -> int:
     return 1024 * int(line.split()[1])
 
 
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
-
-
 class VllmServer:
     """Starts on entering the `with` block, stops on leaving it. `args` override the defaults;
     `--compile`, which is ours, leaves out `--enforce-eager`."""
@@ -119,13 +112,6 @@ class VllmServer:
                 raise AssertionError("the server came up")
         except ServerError:
             return self.log
-
-    def resident_bytes(self) -> int:
-        """Memory of the server and its workers that no file backs."""
-        assert self._process is not None
-        session = self._process.pid
-        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-        return sum(resident_bytes(pid) for pid in pids if _session(pid) == session)
 
     def get(self, path: str) -> str:
         """Body of a GET request, such as `/metrics`."""

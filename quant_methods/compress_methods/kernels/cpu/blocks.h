@@ -97,7 +97,7 @@ void decode(const Matrix& m, const RowTerms* terms, int64_t row, int64_t rows, i
 inline void lay_out_terms(const Matrix& m, const RowTerms* terms, int64_t rows, int64_t stride,
                           float more, bool zeros, Block& block) {
   float* scales = block.scales.of(kBlockRows * stride);
-  float* offsets = block.offsets.of(zeros ? kBlockRows * stride : 0);
+  float* offsets = block.offsets.of(kBlockRows * stride);
   const int64_t parts = stride / m.lines;
   for (int64_t r = 0; r < rows; ++r, scales += stride, offsets += stride) {
     for (int64_t i = 0; i < stride; ++i) scales[i] = terms[r].factor * terms[r].scales[i];

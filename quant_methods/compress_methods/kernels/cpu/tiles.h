@@ -30,7 +30,7 @@ inline void add(float* to, __m512 value, __m512 scale, const float* offset, __m5
   _mm512_store_ps(to, total);
 }
 
-constexpr int kRowsAtOnce = 8;
+constexpr int kRowsAtOnce = 16;  // of one tile, half as many of two
 
 // As intrinsics, GCC 12 copies every sum of the loop to another register and back.
 inline void add_products(__m512i& sum, __m512i codes, __m512i x) {
@@ -42,22 +42,22 @@ inline void add_products(__m512& sum, __m512 values, __m512 x) {
 
 // `parts` groups in a line.
 template <bool zeros, int parts, int tiles>
-void vnni(const Place& p) {
-  constexpr int kSteps = 32 / parts;
+void vnni_rows(const Place& p) {
+  constexpr int kSteps = 32 / parts, kRows = kRowsAtOnce / tiles;
   for (int64_t i = 0; i < p.lines * parts; ++i) {
     const int64_t at = i / parts, part = i % parts;
-    __m512i dots[kRowsAtOnce][tiles];
+    __m512i dots[kRows][tiles];
     const uint8_t* in[tiles];
     for (int t = 0; t < tiles; ++t) {
       in[t] = p.in + (t * p.panel_lines + at) * kLine * kTile + part * kSteps * 64;
       const __m512i start = _mm512_load_si512(p.starts + (t * p.panel_lines * parts + i) * kTile);
-      for (int r = 0; r < kRowsAtOnce; ++r) dots[r][t] = start;
+      for (int r = 0; r < kRows; ++r) dots[r][t] = start;
     }
     const uint8_t* w = p.weights + at * kBlockRows * kLine + part * kSteps * 4;
     for (int step = 0; step < kSteps; ++step, w += 4) {
       __m512i x[tiles];
       for (int t = 0; t < tiles; ++t) x[t] = _mm512_load_si512(in[t] + 64 * step);
-      for (int r = 0; r < kRowsAtOnce; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         int32_t dword;
         std::memcpy(&dword, w + r * kLine, sizeof dword);
         const __m512i codes = _mm512_set1_epi32(dword);
@@ -68,7 +68,7 @@ void vnni(const Place& p) {
       const __m512 factor = _mm512_load_ps(p.in_scales + (t * p.panel_lines + at) * kTile);
       __m512 sum = factor;
       if (zeros) sum = _mm512_load_ps(p.in_sums + (t * p.panel_lines * parts + i) * kTile);
-      for (int r = 0; r < kRowsAtOnce; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[r][t]), factor);
         const int64_t term = r * p.stride + i;
         add<zeros>(p.sums + (t * kBlockRows + r) * kTile, value, _mm512_set1_ps(p.scales[term]),
@@ -79,35 +79,52 @@ void vnni(const Place& p) {
 }
 
 template <int parts, int tiles>
-void fma(const Place& p) {
-  constexpr int kSteps = kLine / parts;
+void fma_rows(const Place& p) {
+  constexpr int kSteps = kLine / parts, kRows = kRowsAtOnce / tiles;
   for (int64_t i = 0; i < p.lines * parts; ++i) {
     const int64_t at = i / parts, part = i % parts;
-    __m512 dots[kRowsAtOnce][tiles];
+    __m512 dots[kRows][tiles];
     const float* in[tiles];
     for (int t = 0; t < tiles; ++t) {
       in[t] = reinterpret_cast<const float*>(p.in) +
               ((t * p.panel_lines + at) * kLine + part * kSteps) * kTile;
-      for (int r = 0; r < kRowsAtOnce; ++r) dots[r][t] = _mm512_setzero_ps();
+      for (int r = 0; r < kRows; ++r) dots[r][t] = _mm512_setzero_ps();
     }
     const float* w =
         reinterpret_cast<const float*>(p.weights) + at * kBlockRows * kLine + part * kSteps;
     for (int step = 0; step < kSteps; ++step, ++w) {
       __m512 x[tiles];
       for (int t = 0; t < tiles; ++t) x[t] = _mm512_load_ps(in[t] + kTile * step);
-      for (int r = 0; r < kRowsAtOnce; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         const __m512 value = _mm512_set1_ps(w[r * kLine]);
         for (int t = 0; t < tiles; ++t) add_products(dots[r][t], value, x[t]);
       }
     }
     for (int t = 0; t < tiles; ++t) {
-      for (int r = 0; r < kRowsAtOnce; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         const __m512 scale = _mm512_set1_ps(p.scales[r * p.stride + i]);
         add<false>(p.sums + (t * kBlockRows + r) * kTile, dots[r][t], scale, nullptr, dots[r][t]);
       }
     }
   }
 }
+
+// The rows that registers hold at a time, one lot after the other.
+template <void (*rows)(const Place&), int size, int tiles>
+void in_lots(const Place& p) {
+  Place lot = p;
+  for (int i = 0; i < tiles; ++i) {
+    rows(lot);
+    const int64_t count = kRowsAtOnce / tiles;
+    lot.weights += count * kLine * size;
+    lot.scales += count * p.stride, lot.offsets += count * p.stride;
+    lot.sums += count * kTile;
+  }
+}
+template <bool zeros, int parts, int tiles>
+constexpr auto vnni = in_lots<vnni_rows<zeros, parts, tiles>, 1, tiles>;
+template <int parts, int tiles>
+constexpr auto fma = in_lots<fma_rows<parts, tiles>, 4, tiles>;
 
 #ifdef __AMX_INT8__
 
