@@ -22,7 +22,7 @@ from tests.benchmarks.memory import ONE_B, VOCABULARY, make_llama
 from tests.e2e.server import VllmServer
 
 PROMPT, OUTPUT, ROUNDS = 64, 32, 2
-SECONDS = 150.0
+SECONDS = 65.0
 CLIENTS = (4, 8, 16)
 FORMATS = tuple(os.environ.get("VLLM_COMPRESS_BENCH_FORMATS", "int4,bf16").split(","))
 INT4 = {
