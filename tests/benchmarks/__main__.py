@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.readme import RESULTS
+
 NAMES = (
     "quality",
     "rtn",
@@ -28,7 +30,6 @@ NAMES = (
     "profile",
     "planner",
 )
-RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:

@@ -379,8 +379,6 @@ void many_tokens(const Request& r, const Functions& run) {
 
 extern "C" {
 
-const char* vc_instruction_set() { return vec::kName; }
-
 // x [tokens, cols] with rows `x_stride` apart, out [tokens, rows] contiguous, bias [rows] or null.
 void vc_linear(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tokens, int64_t cols,
                int64_t x_stride, const float* bias, void* out, int32_t mode) {

@@ -19,14 +19,6 @@ namespace vec {
 #define VC_DOT_BYTES _mm256_dpbusd_avx_epi32
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-constexpr const char* kName = "avx512_vnni";
-#elif defined(__AVXVNNI__)
-constexpr const char* kName = "avx_vnni";
-#else
-constexpr const char* kName = "avx2";
-#endif
-
 struct Bytes {
   __m256i v;
 };

@@ -16,12 +16,6 @@
 
 namespace vec {
 
-#ifdef __AMX_INT8__
-constexpr const char* kName = "amx";
-#else
-constexpr const char* kName = "avx512_vnni";
-#endif
-
 struct Bytes {
   __m512i v;
 };

@@ -6,8 +6,6 @@
 
 namespace vec {
 
-constexpr const char* kName = "plain";
-
 struct Bytes {
   uint8_t v[32];
 };
