@@ -5,14 +5,14 @@
 #include <type_traits>
 
 #include "matrix.h"
-#ifdef VC_PANELS
-#include "tiles.h"
+#ifdef VC_BLOCKS
+#include "sweep.h"
 #endif
 
-extern "C" int64_t peak(int64_t rounds) {
+extern "C" __attribute__((visibility("default"))) int64_t peak(int64_t rounds) {
 #if defined(__AMX_INT8__)
   rounds /= 10;
-  panel::configure_amx<64>();
+  block::configure_amx(64);
   for (int64_t i = 0; i < rounds; ++i) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
@@ -21,7 +21,7 @@ extern "C" int64_t peak(int64_t rounds) {
   }
   _tile_release();
   return rounds * 4 * 2 * 16 * 16 * 64;
-#elif defined(VC_PANELS)
+#elif defined(VC_BLOCKS)
   constexpr int kChains = 12;  // independent, so that latency hides
   __m512i sums[kChains];
   for (auto& sum : sums) sum = _mm512_setzero_si512();

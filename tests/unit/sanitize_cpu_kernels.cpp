@@ -30,11 +30,12 @@ std::vector<T> filled(int64_t size, int seed) {
 }
 
 constexpr int64_t kRows = 19, kCols = 352, kLines = 3;
+constexpr int64_t kBlocks = (kRows + kRowsTogether - 1) / kRowsTogether;
 int products = 0, look_ups = 0;
 
 void use(const Matrix& m) {
   const auto bias = filled<float>(kRows, 4);
-  for (const int64_t tokens : {1, 7, 33}) {
+  for (const int64_t tokens : {1, 7, 13, 33}) {
     for (const int dtype : {0, 2}) {
       for (const int mode : {0, 1, 2}) {
         // Bytes 0 to 255 as fp32 values, or as pairs of bytes of an fp16 value below infinity.
@@ -56,32 +57,34 @@ void use(const Matrix& m) {
 }
 
 void use_dense(int bits, int group) {
-  const int64_t groups = group == 0 ? 1 : kLines * 128 / group, bytes = 16 * bits;
-  const auto weights = filled<uint8_t>(kRows * kLines * bytes, bits);
-  const auto scales = filled<float>(kRows * groups, 2);
-  const auto zeros = filled<uint8_t>(kRows * groups, 3);
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
+  const int64_t bytes = 16 * bits * kRowsTogether;
+  const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
+  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const auto zeros = filled<uint8_t>(kBlocks * kRowsTogether * groups, 3);
   for (const uint8_t* zero : {zeros.data(), static_cast<const uint8_t*>(nullptr)}) {
     use({weights.data(), scales.data(), zero, kRows, kLines, bytes, groups, bits, group, 0,
          Dtype::kFloat32});
   }
 }
 
-// Masks keep the first, the last or scattered `kept` columns of each line.
+// Masks keep the first, the last or scattered ones of each line's places, `kept` of 128.
 void use_sparse(int bits, int group, int kept) {
   const int64_t groups = group == 0 ? 1 : (kLines * 128 + group - 1) / group;
-  const int64_t stored = bits == 4 ? (kept + 31) / 32 * 16 : kept * bits / 8;
-  const int64_t bytes = stored + 16;
-  auto weights = filled<uint8_t>(kRows * kLines * bytes, bits);
-  for (int64_t line = 0; line < kRows * kLines; ++line) {
+  const int64_t values = kept * kRowsTogether, places = 128 * kRowsTogether;
+  const int64_t stored = bits == 4 ? (values + 31) / 32 * 16 : values * bits / 8;
+  const int64_t bytes = stored + places / 8, lines = kBlocks * kLines;
+  auto weights = filled<uint8_t>(lines * bytes, bits);
+  for (int64_t line = 0; line < lines; ++line) {
     uint8_t* p = weights.data() + line * bytes;
     for (int64_t i = 0; bits == 16 && i < stored; ++i) p[i] %= 64;  // no infinities
     std::fill(p + stored, p + bytes, static_cast<uint8_t>(0));
-    for (int i = 0; i < kept; ++i) {
-      const int column = line % 3 == 0 ? i : line % 3 == 1 ? 127 - i : i * 37 % 128;
-      p[stored + column / 8] |= 1 << column % 8;
+    for (int64_t i = 0; i < values; ++i) {
+      const int64_t place = line % 3 == 0 ? i : line % 3 == 1 ? places - 1 - i : i * 37 % places;
+      p[stored + place / 8] |= 1 << place % 8;
     }
   }
-  const auto scales = filled<float>(kRows * groups, 2);
+  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
   use({weights.data(), bits == 16 ? nullptr : scales.data(), nullptr, kRows, kLines, bytes, groups,
        bits, group, 1, bits == 16 ? Dtype::kBfloat16 : Dtype::kFloat32});
 }

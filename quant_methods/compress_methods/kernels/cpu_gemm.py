@@ -9,9 +9,11 @@ in bfloat16, where products are exact and sums float32. Both look rows up, too. 
 little that it would treble their loss, so they get `cpu_exact`. Of sparse integers it takes all:
 what leaving weights out costs is hundreds of times that.
 
-Runtime layout: [weights uint8 [rows, lines, bytes], scales [rows, groups]], and zeros uint8 [rows,
-groups] where stored. A line is 128 columns packed as format `integer` packs a block; columns are
-padded with code 0 to whole lines, where activations are 0. 8-bit codes lose 128, to be signed.
+Runtime layout: [weights uint8 [blocks, lines, bytes], scales [blocks, groups, together]], and zeros
+uint8 like scales where stored. A line is 128 columns of as many rows as the library takes together
+(16 with AVX-512, else one and no last dimension), in pieces of 128 codes packed as format `integer`
+packs a block: with 16 rows a piece is 2 x 16 rows x 4 columns. Rows and columns are padded to whole
+lines, where activations are 0. Row by row, 8-bit codes lose 128, to be signed.
 Fails where no compiler is: the table then goes on to the next kernel.
 """
 
@@ -27,13 +29,24 @@ from compress_methods.formats.integer import Integer, pack_codes
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels import cpu_sparse
 from compress_methods.kernels.base import Kernel, Operator
-from compress_methods.kernels.cpu.library import DTYPES, LINE, Library, Mode, Packed, library
+from compress_methods.kernels.cpu.library import (
+    DTYPES,
+    LINE,
+    Library,
+    Mode,
+    Packed,
+    empty_bytes,
+    library,
+    side_by_side,
+)
 
 if TYPE_CHECKING:
     from compress_methods.formats.base import Format, Prepared
 
 SIGNED_SHIFT = 0x80
+BYTE = 8
 MOST_BITS = 4
+SLAB_ELEMENTS = 2**22
 
 
 class CpuGemm(Kernel):
@@ -58,25 +71,22 @@ class CpuGemm(Kernel):
 
     def prepare(self, fmt: Format, stored: list[Tensor], rows: int, cols: int) -> list[Tensor]:
         tensors = dict(zip(fmt.tensors(rows, cols), stored, strict=True))
+        together = _library().rows_together
         if isinstance(fmt, Sparse):
-            return cpu_sparse.prepare(fmt, tensors, rows, cols)
+            return cpu_sparse.prepare(fmt, tensors, rows, cols, together)
         assert isinstance(fmt, Integer)
-        padding = -cols % LINE
-        if fmt.block == LINE and fmt.bits != 8:
-            weights = tensors["weight_packed"].clone()
-        else:
-            codes = fmt.solution(tensors).codes
-            codes = torch.nn.functional.pad(codes, (0, padding))
-            weights = pack_codes(codes, fmt.bits, LINE)
-        if fmt.bits == 8:
-            weights ^= SIGNED_SHIFT
-        out = [weights.reshape(rows, (cols + padding) // LINE, -1), tensors["weight_scales"]]
-        if not fmt.symmetric:
-            out.append(fmt.unpack_zeros(tensors["weight_zeros"], rows))
+        groups = tensors["weight_scales"].shape[1]
         if fmt.group_size > 0:
-            groups = padding // fmt.group_size
-            out[1:] = [torch.nn.functional.pad(t, (0, groups), value=1) for t in out[1:]]
-        return [t.clone(memory_format=torch.contiguous_format) for t in out]
+            groups = (cols + -cols % LINE) // fmt.group_size
+        out = [_lines(fmt, tensors, rows, cols, together)]
+        terms = [tensors["weight_scales"]]
+        if not fmt.symmetric:
+            terms.append(fmt.unpack_zeros(tensors["weight_zeros"], rows))
+        for term in terms:
+            missing = (0, groups - term.shape[1], 0, -rows % together)
+            padded = torch.nn.functional.pad(term, missing, value=1)
+            out.append(side_by_side(padded, together).clone())
+        return out
 
     def matmul(self, fmt: Format, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         inputs = x if x.dtype in DTYPES else x.float()
@@ -123,4 +133,25 @@ def _packed(fmt: Format, prepared: Prepared) -> Packed:
     assert isinstance(fmt, Integer)
     weights, scales, *zeros = prepared.tensors
     group = max(0, fmt.group_size)
-    return Packed(weights, scales, zeros[0] if zeros else None, fmt.bits, group, prepared.cols)
+    settings = (prepared.rows, fmt.bits, group, prepared.cols)
+    return Packed(weights, scales, zeros[0] if zeros else None, *settings)
+
+
+def _lines(fmt: Integer, tensors: dict[str, Tensor], rows: int, cols: int, together: int) -> Tensor:
+    """Weights as the library reads them, a slab of rows at a time."""
+    lines, blocks = -(-cols // LINE), -(-rows // together)
+    size = together * LINE * fmt.bits // 8
+    out = empty_bytes(blocks, lines, size)
+    step = max(1, SLAB_ELEMENTS // cols // together)
+    for block in range(0, blocks, step):
+        first, last = block * together, min((block + step) * together, rows)
+        part = fmt.slice(tensors, (rows, cols), rows=(first, last))
+        codes = fmt.solution(part).codes
+        missing = (0, lines * LINE - cols, 0, -(last - first) % together)
+        codes = torch.nn.functional.pad(codes, missing)
+        if together > 1:
+            codes = side_by_side(codes.view(torch.int32), together).view(torch.uint8).flatten(1)
+        elif fmt.bits == BYTE:
+            codes = codes ^ SIGNED_SHIFT
+        out[block : block + step] = pack_codes(codes, fmt.bits, LINE).reshape(-1, lines, size)
+    return out

@@ -1,110 +1,258 @@
-// Blocks of rows: decoded, multiplied with all tiles of a panel, written.
+// Products of blocks of 16 rows, a lane for each.
+//
+// A vector has 4 columns of every row, side by side, so VNNI adds to 16 rows at once what it
+// multiplies with a broadcast dword of a token, and no sum is ever taken across lanes.
+//
+// Few tokens: lines are decoded in registers as they come from memory. Many: a chunk of two blocks
+// is decoded once, to codes of 8 bits or floats in the first-level cache, and all tokens pass by.
+//
+// A step's sum of code * x comes with -zero * (sum of x), both exact in int32, before it becomes a
+// float.
 #pragma once
 
-#include "tiles.h"
+#include <array>
+#include <utility>
 
-namespace panel {
+#include "cursors.h"
+#include "inputs.h"
 
-// `rows` rows from `row` on, `lines` lines from `line` on, into `block`.
-using Decode = void (*)(const Matrix& m, const RowTerms* terms, int64_t row, int64_t rows,
-                        int64_t line, int64_t lines, Block& block);
+namespace block {
 
-template <class Code>
-VC_INLINE __m512 values_of(const typename Code::Line& line, int i) {
-  if constexpr (std::is_same_v<typename Code::Line, Values>) {
-    return line.v[i].v;
-  } else {
-    const vec::Bytes bytes = line.v[i / 4];
-    switch (i % 4) {
-      case 0:
-        return vec::widen<Code::kSigned, 0>(bytes).v;
-      case 1:
-        return vec::widen<Code::kSigned, 1>(bytes).v;
-      case 2:
-        return vec::widen<Code::kSigned, 2>(bytes).v;
-      default:
-        return vec::widen<Code::kSigned, 3>(bytes).v;
-    }
-  }
-}
+constexpr int kMostStreamed = 12;  // tokens whose sums registers hold
 
-// Where the upper halves of 16 and 16 dwords are: what bfloat16 keeps of floats.
-struct Halves {
-  uint16_t v[32];
+// What a product reads and adds to: a chunk of one or two blocks, and tokens of it.
+struct Place {
+  const uint8_t* weights;
+  int64_t next, bytes;     // from one block to the next, of a line
+  const float* scales;     // [steps, blocks, 16]
+  const int32_t* zeros;    // the same: twice 16 bits, or bits of a float
+  const uint8_t* in;       // [tokens, kStride]
+  const float* in_scales;  // [steps, padded]
+  const int32_t* in_sums;  // the same
+  int64_t padded;
+  float* sums;              // [tokens, blocks, 16]
+  int64_t parts, step;      // of lines: in the chunk, in a step
+  const uint8_t* ahead;     // what to fetch meanwhile, there and `gap` bytes on
+  int64_t gap, ahead_step;  // bytes of each, per part
 };
-alignas(64) inline constexpr Halves kUpperHalves = [] {
-  Halves out = {};
-  for (int i = 0; i < 32; ++i) out.v[i] = static_cast<uint16_t>(2 * i + 1);
-  return out;
-}();
+using Multiply = void (*)(const Place&);
 
-template <class Code, class Kind>
-VC_INLINE void store_line(const typename Code::Line& line, const float* zeros, int64_t step,
-                          uint8_t* out) {
-  if constexpr (Kind::kIsInt8) {
-    for (int i = 0; i < kVectors; ++i, out += 64) {
-      __m512i codes = line.v[i].v;
-      if constexpr (Kind::kIsSigned && !Code::kSigned) {
-        __m512i zero = _mm512_set1_epi8(static_cast<char>(zeros[64 * i / step]));
-        if (step == 32) {
-          const char second = static_cast<char>(zeros[2 * i + 1]);
-          zero = _mm512_mask_set1_epi8(zero, 0xffffffff00000000, second);
-        }
-        codes = _mm512_sub_epi8(codes, zero);
-      } else if constexpr (Code::kSigned && !Kind::kIsSigned) {
-        codes = _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(128)));
-      }
-      _mm512_store_si512(out, codes);
+// As intrinsics, GCC 12 copies every sum of a loop to another register and back.
+inline void add_products(__m512i& sum, __m512i codes, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+}
+inline void add_products(__m512& sum, __m512 values, __m512 x) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(x));
+}
+// The same, broadcasting a dword.
+inline void add_products(__m512i& sum, __m512i codes, const int32_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*x));
+}
+inline void add_products(__m512& sum, __m512 values, const float* x) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(values), "m"(*x));
+}
+inline __m512i added(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+inline __m512 added(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+inline __m512i broadcast(const int32_t* x) { return _mm512_set1_epi32(*x); }
+inline __m512 broadcast(const float* x) { return _mm512_set1_ps(*x); }
+
+// Adds a step's sums of 16 rows and one token.
+VC_INLINE void add(float* to, __m512i dots, const float* scales, const int32_t* zeros,
+                   const float* in_scale, const int32_t* in_sum) {
+  const __m512i zero = _mm512_load_si512(zeros);
+  const __m512i exact = _mm512_dpwssd_epi32(dots, zero, _mm512_set1_epi32(*in_sum));
+  const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(*in_scale));
+  _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_load_ps(scales), _mm512_load_ps(to)));
+}
+VC_INLINE void add(float* to, __m512 dots, const float* scales, const int32_t* zeros, const float*,
+                   const int32_t* in_sum) {
+  const __m512 zero = _mm512_load_ps(zeros);
+  const __m512 sum = _mm512_castsi512_ps(_mm512_set1_epi32(*in_sum));
+  const __m512 value = _mm512_fnmadd_ps(zero, sum, dots);
+  _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_load_ps(scales), _mm512_load_ps(to)));
+}
+
+// What multiplies: vectors of a decoded line with columns of a token.
+struct Vnni {
+  using Sum = __m512i;
+  using In = int32_t;
+  static constexpr int kSize = 1, kFactors = 2;
+
+  template <class Code, int i>
+  static VC_INLINE __m512i factor(const Codes& line) {
+    return line.v[i].v;
+  }
+};
+template <class Code>
+constexpr bool is_sparse = false;
+template <int bits>
+constexpr bool is_sparse<Sparse<bits>> = true;
+
+struct Fma {
+  using Sum = __m512;
+  using In = float;
+  static constexpr int kSize = 4, kFactors = kColumns;
+
+  template <class Code, int i>
+  static VC_INLINE __m512 factor(const Codes& line) {
+    __m512i codes = line.v[i / 4].v;
+    if constexpr (i % 4) codes = _mm512_srli_epi32(codes, 8 * (i % 4));
+    if constexpr (i % 4 < 3) codes = _mm512_and_si512(codes, _mm512_set1_epi32(255));
+    if constexpr (is_sparse<Code>) {
+      codes = _mm512_sub_epi32(codes, _mm512_set1_epi32(Code::kMiddle));
     }
-  } else {
+    return _mm512_cvtepi32_ps(codes);
+  }
+  template <class Code, int i>
+  static VC_INLINE __m512 factor(const Values& line) {
+    return line.v[i].v;
+  }
+};
+
+// Sums of a step, in registers; with few of them several chains hide latency.
+template <class Kind, int tokens, int blocks>
+struct Dots {
+  static constexpr int kSums = tokens * blocks;
+  static constexpr int kChains = kSums <= 4 ? (Kind::kFactors > 2 ? 4 : 2) : kSums <= 8 ? 2 : 1;
+  typename Kind::Sum v[kChains][tokens][blocks];
+
+  VC_INLINE void clear() {
 #pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2, out += 32 * Kind::kSize) {
-      const __m512 first =
-          _mm512_sub_ps(values_of<Code>(line, i), _mm512_set1_ps(zeros[16 * i / step]));
-      const __m512 second =
-          _mm512_sub_ps(values_of<Code>(line, i + 1), _mm512_set1_ps(zeros[16 * (i + 1) / step]));
-      if constexpr (Kind::kSize == 4) {
-        _mm512_store_ps(out, first);
-        _mm512_store_ps(out + 64, second);
-      } else {
-        const __m512i upper = _mm512_load_si512(kUpperHalves.v);
-        _mm512_store_si512(out, _mm512_permutex2var_epi16(_mm512_castps_si512(first), upper,
-                                                          _mm512_castps_si512(second)));
+    for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 12
+      for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; ++b) v[c][t][b] = typename Kind::Sum{};
       }
     }
   }
+
+  template <class Code, int i>
+  VC_INLINE void multiply(const typename Code::Line* lines, const uint8_t* in) {
+    typename Kind::Sum factors[blocks];
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b) factors[b] = Kind::template factor<Code, i>(lines[b]);
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+      const auto* x = reinterpret_cast<const typename Kind::In*>(in + t * kStride) + i;
+      auto& sums = v[i % kChains][t];
+      if constexpr (blocks == 1) {
+        add_products(sums[0], factors[0], x);
+      } else {
+        const auto value = broadcast(x);
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; ++b) add_products(sums[b], factors[b], value);
+      }
+    }
+  }
+  template <class Code, int... i>
+  VC_INLINE void multiply_all(const typename Code::Line* lines, const uint8_t* in,
+                              std::integer_sequence<int, i...>) {
+    (multiply<Code, i>(lines, in), ...);
+  }
+
+  VC_INLINE typename Kind::Sum of(int t, int b) const {
+    typename Kind::Sum sum = v[0][t][b];
+#pragma GCC unroll 4
+    for (int c = 1; c < kChains; ++c) sum = added(sum, v[c][t][b]);
+    return sum;
+  }
+};
+
+template <class Code, class Kind, int tokens, int blocks>
+void multiply(const Place& place) {
+  const Place p = place;
+  Cursor<Code> first(p.weights, p.bytes), second(p.weights + p.next, p.bytes);
+  const uint8_t *x = p.in, *ahead = p.ahead, *read = p.ahead;
+  const float *scales = p.scales, *in_scales = p.in_scales;
+  const int32_t *zeros = p.zeros, *in_sums = p.in_sums;
+  for (int64_t part = 0; part < p.parts;) {
+    Dots<Kind, tokens, blocks> dots;
+    dots.clear();
+    for (const int64_t end = std::min(p.parts, part + p.step); part < end; ++part) {
+      typename Code::Line lines[blocks];
+      for (read += p.ahead_step; ahead < read; ahead += 64) {
+        if constexpr (blocks == 1) {
+          fetch_ahead(ahead);
+        } else {
+          vec::prefetch_far(ahead), vec::prefetch_far(ahead + p.gap);
+        }
+      }
+      first.next(lines[0]);
+      if constexpr (blocks == 2) second.next(lines[1]);
+      dots.template multiply_all<Code>(lines, x, std::make_integer_sequence<int, Kind::kFactors>());
+      x += kColumns * Kind::kSize;
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b) {
+        add(p.sums + (t * blocks + b) * kBlock, dots.of(t, b), scales + b * kBlock,
+            zeros + b * kBlock, in_scales + t, in_sums + t);
+      }
+    }
+    scales += blocks * kBlock, zeros += blocks * kBlock;
+    in_scales += p.padded, in_sums += p.padded;
+  }
 }
 
-template <class Code, class Kind>
-void decode(const Matrix& m, const RowTerms* terms, int64_t row, int64_t rows, int64_t line,
-            int64_t lines, Block& block) {
-  constexpr int64_t kLineBytes = kLine * Kind::kSize;
-  const int64_t step = m.group == 0 || m.group > kLine ? kLine : m.group;
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* p = m.weights + ((row + r) * m.lines + line) * m.bytes;
-    uint8_t* out = block.weights.data() + r * kLineBytes;
-    for (int64_t at = 0; at < lines; ++at, p += m.bytes) {
-      fetch_ahead(p, m.bytes);
-      typename Code::Line decoded;
-      Code::decode(p, m.bytes, decoded);
-      const float* zeros = terms[r].zeros.data() + RowTerms::group_of(m, line + at);
-      store_line<Code, Kind>(decoded, zeros, step, out + at * kBlockRows * kLineBytes);
+// By the number of tokens, from one on.
+template <class Code, class Kind, int blocks, int... less>
+constexpr auto products_of(std::integer_sequence<int, less...>) {
+  return std::array<Multiply, sizeof...(less)>{multiply<Code, Kind, less + 1, blocks>...};
+}
+template <class Code, class Kind, int blocks>
+inline constexpr auto kProducts =
+    products_of<Code, Kind, blocks>(std::make_integer_sequence<int, kMostStreamed>());
+
+// `lines` lines of a block from one on, decoded to elements of `size` bytes: codes, bfloat16 (two
+// columns of each row, side by side) or floats.
+using Decode = void (*)(const Matrix& m, int64_t block, int64_t line, int64_t lines, uint8_t* out);
+
+template <class Code, int i>
+VC_INLINE void store_two(const typename Code::Line& line, int size, uint8_t* out) {
+  const __m512 even = Fma::factor<Code, i>(line), odd = Fma::factor<Code, i + 1>(line);
+  if (size == 4) {
+    _mm512_store_ps(out, even), _mm512_store_ps(out + 64, odd);
+  } else {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    _mm512_store_si512(out, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+  }
+}
+
+template <class Code, int size>
+void decode(const Matrix& m, int64_t block, int64_t line, int64_t lines, uint8_t* out) {
+  Cursor<Code> cursor(m.weights + (block * m.lines + line) * m.bytes, m.bytes);
+  for (int64_t i = 0; i < lines * kParts; ++i, out += kBlock * kColumns * size) {
+    typename Code::Line decoded;
+    cursor.next(decoded);
+    if constexpr (size == 1) {
+      for (int v = 0; v < 2; ++v) _mm512_store_si512(out + 64 * v, decoded.v[v].v);
+    } else {
+      store_two<Code, 0>(decoded, size, out), store_two<Code, 2>(decoded, size, out + 32 * size);
+      store_two<Code, 4>(decoded, size, out + 64 * size);
+      store_two<Code, 6>(decoded, size, out + 96 * size);
     }
   }
 }
 
-// Rows' scales, and what they make of zeros where asked; `more` is what codes became greater by.
-inline void lay_out_terms(const Matrix& m, const RowTerms* terms, int64_t rows, int64_t stride,
-                          float more, bool zeros, Block& block) {
-  float* scales = block.scales.of(kBlockRows * stride);
-  float* offsets = block.offsets.of(kBlockRows * stride);
-  const int64_t parts = stride / m.lines;
-  for (int64_t r = 0; r < rows; ++r, scales += stride, offsets += stride) {
-    for (int64_t i = 0; i < stride; ++i) scales[i] = terms[r].factor * terms[r].scales[i];
-    for (int64_t i = 0; zeros && i < stride; ++i) {
-      const int64_t group = RowTerms::group_of(m, i / parts) + i % parts;
-      offsets[i] = scales[i] * (terms[r].zeros[group] + more);
+// Scales and zero points of one of `blocks` blocks, for every step: as products take them.
+inline void lay_out_terms(const Matrix& m, int64_t block, const Inputs& in, int64_t blocks,
+                          float* scales, int32_t* zeros) {
+  const int32_t middle = m.sparse && in.size > 1 ? 0 : 1 << (m.bits - 1);
+  const int64_t steps = in.steps();
+  for (int64_t i = 0; i < steps; ++i, scales += blocks * kBlock, zeros += blocks * kBlock) {
+    const int64_t group = m.group == 0 ? 0 : i * in.step / m.group;
+    const int64_t at = (block * m.groups + group) * kBlock;
+    const __m512 scale =
+        m.scales ? read_16(m.scales, at, kBlock, m.scale_dtype) : _mm512_set1_ps(1.0f);
+    __m512i zero = _mm512_set1_epi32(middle);
+    if (m.zeros) {
+      zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m.zeros + at)));
     }
+    zero = in.size == 1 ? _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16))
+                        : _mm512_castps_si512(_mm512_cvtepi32_ps(zero));
+    _mm512_store_ps(scales, scale), _mm512_store_si512(zeros, zero);
   }
 }
 
@@ -126,111 +274,4 @@ inline void write_16(void* out, int64_t index, __mmask16 mask, __m512 value, Dty
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-struct Output {
-  const float* bias;
-  void* out;
-  int64_t first;  // token
-  int64_t rows;
-  Dtype dtype;
-};
-
-inline void write_block(const Panel& in, const Block& block, const Output& to, int64_t row,
-                        int64_t rows) {
-  for (int64_t tile = 0; tile < in.tiles; ++tile) {
-    const int64_t count = std::min<int64_t>(kTile, in.tokens - tile * kTile);
-    for (int64_t r = 0; r < rows; r += 16) {
-      const float* sums = block.sums.data() + (tile * kBlockRows + r) * kTile;
-      const __mmask16 mask = first(rows - r);
-      __m512i v[16];
-      for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(sums + i * kTile);
-      transpose(v);
-      __m512 bias = _mm512_setzero_ps();
-      if (to.bias) bias = _mm512_maskz_loadu_ps(mask, to.bias + row + r);
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t index = (to.first + tile * kTile + t) * to.rows + row + r;
-        write_16(to.out, index, mask, _mm512_add_ps(_mm512_castsi512_ps(v[t]), bias), to.dtype);
-      }
-    }
-  }
-}
-
-// How `rows` rows of a block meet two tiles, or one; elements of `size` bytes. `zeros`: offsets are
-// needed; `start`: what a thread does before, if anything.
-struct Product {
-  void (*two)(const Place&);
-  void (*one)(const Place&);
-  int64_t rows;
-  int size;
-  bool zeros;
-  void (*start)();
-};
-
-#ifdef __AMX_INT8__
-template <class Kind, bool zeros, int parts>
-constexpr Product kAmx = {amx<Kind, zeros, parts, 2>,
-                          amx<Kind, zeros, parts, 1>,
-                          kAmxRows,
-                          Kind::kSize,
-                          zeros,
-                          configure_amx<kTileBytes<Kind, parts>>};
-#endif
-
-template <int parts>
-Product product_of(const Matrix& m, bool exact, bool bfloat16) {
-#ifdef __AMX_INT8__
-  if (kAmxAllowed && exact && bfloat16) return kAmx<Bfloat16, false, parts>;
-  if (kAmxAllowed && !exact) {
-    return m.zeros && m.bits == 8 ? kAmx<Int8, true, parts> : kAmx<Int8, false, parts>;
-  }
-#endif
-  (void)bfloat16;
-  if (exact) return {fma<parts, 2>, fma<parts, 1>, kRowsAtOnce, 4, false, nullptr};
-  if (m.zeros) return {vnni<true, parts, 2>, vnni<true, parts, 1>, kRowsAtOnce, 1, true, nullptr};
-  return {vnni<false, parts, 2>, vnni<false, parts, 1>, kRowsAtOnce, 1, false, nullptr};
-}
-
-// Tokens from which on this is faster than going row by row, measured on 11008 x 4096.
-inline int64_t fewest_tokens(bool exact, bool sparse) {
-#ifdef __AMX_INT8__
-  if (kAmxAllowed) return exact ? 3 : 7;
-#endif
-  return sparse ? 9 : exact ? 7 : 12;
-}
-
-inline void multiply_rows(const Matrix& m, const Panel& in, Decode decode, const Product& product,
-                          float more, const Output& to, int64_t first_row, int64_t last_row) {
-  static thread_local Block block;
-  static thread_local RowTerms terms[kBlockRows];
-  block.weights.of(kBlockLines * kBlockRows * kLine * product.size);
-  const int64_t stride = in.lines * in.parts;
-  const int64_t sums = in.tiles * kBlockRows * kTile;
-  if (product.start) product.start();
-  for (int64_t row = first_row; row < last_row; row += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, last_row - row);
-    std::memset(block.sums.of(sums), 0, sums * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) terms[r].load(m, row + r);
-    lay_out_terms(m, terms, rows, stride, more, product.zeros, block);
-    for (int64_t line = 0; line < in.lines; line += kBlockLines) {
-      const int64_t lines = std::min(kBlockLines, in.lines - line);
-      decode(m, terms, row, rows, line, lines, block);
-      for (int64_t tile = 0; tile < in.tiles; tile += 2) {
-        const auto multiply = tile + 1 < in.tiles ? product.two : product.one;
-        const int64_t at = tile * in.lines + line;
-        for (int64_t r = 0; r < rows; r += product.rows) {
-          const int64_t term = r * stride + line * in.parts;
-          multiply({block.weights.data() + r * kLine * product.size, block.scales.data() + term,
-                    block.offsets.data() + term, in.data.data() + at * in.line_bytes,
-                    in.scales.data() + at * kTile, in.sums.data() + at * in.parts * kTile,
-                    in.starts.data() + at * in.parts * kTile,
-                    block.sums.data() + (tile * kBlockRows + r) * kTile, lines, in.lines, stride});
-        }
-      }
-    }
-    write_block(in, block, to, row, rows);
-  }
-#ifdef __AMX_INT8__
-  if (product.start) _tile_release();
-#endif
-}
-
-}  // namespace panel
+}  // namespace block

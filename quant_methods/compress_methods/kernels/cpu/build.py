@@ -32,6 +32,7 @@ FLAGS = (
     "-ffp-contract=off",
     "-fPIC",
     "-shared",
+    "-fvisibility=hidden",  # libraries for several instruction sets have the same names
     "-Wall",
     "-Wextra",
     "-Werror",

@@ -28,19 +28,21 @@ Dtype dtype_of(const Tensor& tensor) {
   return Dtype::kFloat16;
 }
 
-Matrix matrix_of(int64_t bits, int64_t group, bool sparse, const Tensor& weights,
+Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, bool sparse, const Tensor& weights,
                  const Tensor& scales, const std::optional<Tensor>& zeros, int64_t cols) {
   Matrix m;
   m.weights = static_cast<const uint8_t*>(weights.const_data_ptr());
   m.scales = scales.numel() ? scales.const_data_ptr() : nullptr;
   m.zeros = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
-  m.rows = weights.size(0), m.lines = weights.size(1), m.bytes = weights.size(2);
+  m.rows = rows, m.lines = weights.size(1), m.bytes = weights.size(2);
   m.groups = std::max<int64_t>(1, scales.size(1));
   m.bits = static_cast<int32_t>(bits), m.group = static_cast<int32_t>(group);
   m.sparse = sparse;
   m.scale_dtype = dtype_of(scales);
   STD_TORCH_CHECK(m.lines == (cols + kLine - 1) / kLine, "the input has ", cols,
                   " columns, the matrix ", m.lines, " lines of ", kLine);
+  STD_TORCH_CHECK(weights.size(0) == (rows + kRowsTogether - 1) / kRowsTogether, rows, " rows in ",
+                  weights.size(0), " blocks of ", kRowsTogether);
   return m;
 }
 
@@ -51,10 +53,11 @@ std::vector<int64_t> shape_of(const Tensor& like, int64_t dimensions, int64_t la
   return shape;
 }
 
-Tensor linear(Tensor x, std::optional<Tensor> bias, int64_t mode, int64_t bits, int64_t group,
-              bool sparse, Tensor weights, Tensor scales, std::optional<Tensor> zeros) {
+Tensor linear(Tensor x, std::optional<Tensor> bias, int64_t mode, int64_t rows, int64_t bits,
+              int64_t group, bool sparse, Tensor weights, Tensor scales,
+              std::optional<Tensor> zeros) {
   const int64_t last = x.dim() - 1, cols = x.size(last);
-  const Matrix m = matrix_of(bits, group, sparse, weights, scales, zeros, cols);
+  const Matrix m = matrix_of(rows, bits, group, sparse, weights, scales, zeros, cols);
   const bool rows_apart = last == 1 && x.stride(1) == 1;
   if (!rows_apart && !x.is_contiguous()) x = torch::stable::contiguous(x);
   static thread_local std::vector<float> floats;
@@ -71,9 +74,9 @@ Tensor linear(Tensor x, std::optional<Tensor> bias, int64_t mode, int64_t bits, 
   return out;
 }
 
-Tensor embed(Tensor ids, int64_t cols, int64_t bits, int64_t group, bool sparse, Tensor weights,
-             Tensor scales, std::optional<Tensor> zeros) {
-  const Matrix m = matrix_of(bits, group, sparse, weights, scales, zeros, cols);
+Tensor embed(Tensor ids, int64_t cols, int64_t rows, int64_t bits, int64_t group, bool sparse,
+             Tensor weights, Tensor scales, std::optional<Tensor> zeros) {
+  const Matrix m = matrix_of(rows, bits, group, sparse, weights, scales, zeros, cols);
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "ids are not int64");
   ids = torch::stable::contiguous(ids);
   Tensor out = torch::stable::new_empty(ids, shape_of(ids, ids.dim(), cols), ScalarType::Float);
@@ -82,17 +85,24 @@ Tensor embed(Tensor ids, int64_t cols, int64_t bits, int64_t group, bool sparse,
   return out;
 }
 
+int64_t rows_together() { return kRowsTogether; }
+
 }  // namespace
 
 #define VC_MATRIX \
-  "int bits, int group, bool sparse, Tensor weights, Tensor scales, Tensor? zeros=None"
+  "int rows, int bits, int group, bool sparse, Tensor weights, Tensor scales, Tensor? zeros=None"
 
 STABLE_TORCH_LIBRARY(VC_NAMESPACE, m) {
   m.def("linear(Tensor x, Tensor? bias, int mode, " VC_MATRIX ") -> Tensor");
   m.def("embed(Tensor ids, int cols, " VC_MATRIX ") -> Tensor");
+  m.def("rows_together() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VC_NAMESPACE, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("embed", TORCH_BOX(&embed));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VC_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("rows_together", TORCH_BOX(&rows_together));
 }

@@ -6,7 +6,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
 #include "vector_avx512.h"
-#define VC_PANELS 1
+#define VC_BLOCKS 1
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "vector_avx2.h"
 #else
