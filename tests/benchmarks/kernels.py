@@ -170,6 +170,7 @@ CASES: dict[str, Callable[[int, int], Made | None]] = {
     "int8, torch": ours("torch_int8", bits=8, group_size=-1),
     **{f"int{b} g128, cpu": ours("cpu", bits=b, group_size=128) for b in (2, 3, 4)},
     "int8 row, cpu": ours("cpu", bits=8, group_size=-1),
+    "int8-dynamic, cpu": ours("cpu", bits=8, group_size=-1, activations="int8"),
     "half of int8, cpu": ours("cpu", **half(128, bits=8, group_size=-1)),
     "half of int4 g128, cpu": ours("cpu", **half(128, bits=4, group_size=128)),
 }

@@ -57,19 +57,17 @@ inline __m512i broadcast(const int32_t* x) { return _mm512_set1_epi32(*x); }
 inline __m512 broadcast(const float* x) { return _mm512_set1_ps(*x); }
 
 // Adds a step's sums of 16 rows and one token.
-VC_INLINE void add(float* to, __m512i dots, const float* scales, const int32_t* zeros,
-                   const float* in_scale, const int32_t* in_sum) {
-  const __m512i zero = _mm512_load_si512(zeros);
+VC_INLINE void add(float* to, __m512i dots, __m512 scale, __m512i zero, const float* in_scale,
+                   const int32_t* in_sum) {
   const __m512i exact = _mm512_dpwssd_epi32(dots, zero, _mm512_set1_epi32(*in_sum));
   const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(*in_scale));
-  _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_load_ps(scales), _mm512_load_ps(to)));
+  _mm512_store_ps(to, _mm512_fmadd_ps(value, scale, _mm512_load_ps(to)));
 }
-VC_INLINE void add(float* to, __m512 dots, const float* scales, const int32_t* zeros, const float*,
+VC_INLINE void add(float* to, __m512 dots, __m512 scale, __m512i zero, const float*,
                    const int32_t* in_sum) {
-  const __m512 zero = _mm512_load_ps(zeros);
   const __m512 sum = _mm512_castsi512_ps(_mm512_set1_epi32(*in_sum));
-  const __m512 value = _mm512_fnmadd_ps(zero, sum, dots);
-  _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_load_ps(scales), _mm512_load_ps(to)));
+  const __m512 value = _mm512_fnmadd_ps(_mm512_castsi512_ps(zero), sum, dots);
+  _mm512_store_ps(to, _mm512_fmadd_ps(value, scale, _mm512_load_ps(to)));
 }
 
 // What multiplies: vectors of a decoded line with columns of a token.
@@ -187,8 +185,8 @@ void multiply(const Place& place) {
     for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 2
       for (int b = 0; b < blocks; ++b) {
-        add(p.sums + (t * blocks + b) * kBlock, dots.of(t, b), scales + b * kBlock,
-            zeros + b * kBlock, in_scales + t, in_sums + t);
+        add(p.sums + (t * blocks + b) * kBlock, dots.of(t, b), _mm512_load_ps(scales + b * kBlock),
+            _mm512_load_si512(zeros + b * kBlock), in_scales + t, in_sums + t);
       }
     }
     scales += blocks * kBlock, zeros += blocks * kBlock;

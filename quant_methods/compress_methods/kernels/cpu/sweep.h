@@ -31,8 +31,8 @@ struct Scratch {
 
 struct Sweep {
   const Matrix& m;
-  const Inputs* in;
-  const Multiply* streamed;  // by the number of tokens; null where lines are decoded first
+  const Inputs& in;
+  const Multiply* streamed;  // by the number of tokens less one
   Decode decode;
   bool tiles;  // AMX
   const float* bias;
@@ -45,11 +45,11 @@ struct Sweep {
     Scratch& scratch = scratch_of(1);
     for (int64_t at = from; at < last; ++at) {
       begin(scratch, 1, {at});
-      for (int64_t chunk = 0; chunk < in->chunks(); ++chunk) {
+      for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {
         Place place = place_of(scratch, 1, chunk);
         place.weights = place.ahead = line_of(at, chunk);
         place.bytes = m.bytes, place.ahead_step = m.bytes / kParts;
-        streamed[in->tokens - 1](place);
+        streamed[in.tokens - 1](place);
       }
       write(scratch, 1, at);
     }
@@ -64,13 +64,13 @@ struct Sweep {
     for (int64_t at = from; at < last; at += 2) {
       const int64_t blocks[] = {at, std::min(at + 1, last - 1)};
       begin(scratch, 2, {blocks[0], blocks[1]});
-      for (int64_t chunk = 0; chunk < in->chunks(); ++chunk) {
+      for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {
         Place place = place_of(scratch, 2, chunk);
-        const int64_t line = chunk * in->chunk() / kLine;
+        const int64_t line = chunk * in.chunk() / kLine;
         for (int b = 0; b < 2; ++b) {
           decode(m, blocks[b], line, place.parts / kParts, decoded + b * kDecoded);
         }
-        place.weights = decoded, place.next = kDecoded, place.bytes = kBlock * kLine * in->size;
+        place.weights = decoded, place.next = kDecoded, place.bytes = kBlock * kLine * in.size;
         multiply_all(place, {line_of(blocks[0], chunk + 1), line_of(blocks[1], chunk + 1)});
       }
       write(scratch, 2, at);
@@ -86,7 +86,7 @@ struct Sweep {
 
   void start_tiles() const {
 #ifdef __AMX_INT8__
-    if (tiles) configure_amx(tile_bytes(in->step, in->size));
+    if (tiles) configure_amx(tile_bytes(in.step, in.size));
 #endif
   }
   void end_tiles() const {
@@ -96,11 +96,11 @@ struct Sweep {
   }
 
   void begin(Scratch& s, int64_t count, std::initializer_list<int64_t> blocks) const {
-    const int64_t terms = in->steps() * count * kBlock, sums = in->padded * count * kBlock;
+    const int64_t terms = in.steps() * count * kBlock, sums = in.padded * count * kBlock;
     float* scales = s.scales.of(terms);
     int32_t* zeros = s.zeros.of(terms);
     for (const int64_t b : blocks) {
-      lay_out_terms(m, b, *in, count, scales, zeros);
+      lay_out_terms(m, b, in, count, scales, zeros);
       scales += kBlock, zeros += kBlock;
     }
     std::memset(s.sums.of(sums), 0, sums * sizeof(float));
@@ -108,22 +108,22 @@ struct Sweep {
 
   // Where a chunk of a block begins; after the last, the block that follows.
   const uint8_t* line_of(int64_t block, int64_t chunk) const {
-    const int64_t line = std::min(chunk * in->chunk() / kLine, m.lines);
+    const int64_t line = std::min(chunk * in.chunk() / kLine, m.lines);
     return m.weights + (block * m.lines + line) * m.bytes;
   }
 
   // A chunk for all tokens; weights are left to the caller.
   Place place_of(const Scratch& s, int64_t count, int64_t chunk) const {
-    const int64_t step = in->chunk() / in->step * chunk, at = step * in->padded;
-    const int64_t columns = std::min(in->chunk(), in->lines * kLine - chunk * in->chunk());
+    const int64_t step = in.chunk() / in.step * chunk, at = step * in.padded;
+    const int64_t columns = std::min(in.chunk(), in.lines * kLine - chunk * in.chunk());
     Place p = {};
     p.scales = s.scales.data() + step * count * kBlock;
     p.zeros = s.zeros.data() + step * count * kBlock;
-    p.in = in->data.data() + chunk * in->padded * kStride;
-    p.in_scales = in->scales.data() + at, p.in_sums = in->sums.data() + at;
-    p.padded = in->padded;
+    p.in = in.data.data() + chunk * in.padded * kStride;
+    p.in_scales = in.scales.data() + at, p.in_sums = in.sums.data() + at;
+    p.padded = in.padded;
     p.sums = s.sums.data();
-    p.parts = columns / kColumns, p.step = in->step / kColumns;
+    p.parts = columns / kColumns, p.step = in.step / kColumns;
     return p;
   }
 
@@ -131,11 +131,11 @@ struct Sweep {
   // fetched meanwhile, a share with every tile.
   void multiply_all(Place place, std::array<const uint8_t*, 2> then) const {
     const int64_t most = tiles ? 2 * kTileTokens : kMostStreamed;
-    const int64_t count = (in->tokens + most - 1) / most, parts = place.parts * count;
+    const int64_t count = (in.tokens + most - 1) / most, parts = place.parts * count;
     place.ahead = then[0], place.gap = then[1] - then[0];
     place.ahead_step = (place.parts * m.bytes / kParts + parts - 1) / parts;
     for (int64_t i = 0, token = 0; i < count; ++i) {
-      const int64_t left = in->tokens - token, tokens = tiles ? most : left / (count - i);
+      const int64_t left = in.tokens - token, tokens = tiles ? most : left / (count - i);
       multiply_tile(place, std::min(tokens, left));
       place.in += tokens * kStride, place.sums += tokens * 2 * kBlock;
       place.in_scales += tokens, place.in_sums += tokens;
@@ -145,7 +145,7 @@ struct Sweep {
   }
 
   void multiply_tile(const Place& place, int64_t tokens) const {
-    const bool codes = in->size == 1;
+    const bool codes = in.size == 1;
 #ifdef __AMX_INT8__
     if (tiles && tokens > kTileTokens) return codes ? amx<Vnni, 2>(place) : amx<Fma, 2>(place);
     if (tiles) return codes ? amx<Vnni, 1>(place) : amx<Fma, 1>(place);
@@ -156,7 +156,7 @@ struct Sweep {
 
   void write(const Scratch& s, int64_t count, int64_t block) const {
     const float* sums = s.sums.data();
-    for (int64_t t = 0; t < in->tokens; ++t) {
+    for (int64_t t = 0; t < in.tokens; ++t) {
       for (int64_t b = 0; b < count; ++b, sums += kBlock) {
         const int64_t row = (block + b) * kBlock;
         const __mmask16 mask = block::first(m.rows - row);
@@ -227,14 +227,13 @@ inline void multiply(const Request& r, const Functions& run) {
   const bool tiles = amx_takes(exact, r.dtype, r.tokens) && (!exact || run.bfloat16);
   const bool streams = !tiles && r.tokens <= kMostStreamed;
   const int64_t size = !exact ? 1 : tiles ? 2 : 4;
-  Sweep sweep = {m, {}, nullptr, nullptr, tiles, r.bias, r.out, 0, r.dtype};
-  if (streams) sweep.streamed = exact ? run.floats : run.codes;
-  sweep.decode = size == 1 ? run.int8 : size == 2 ? run.bfloat16 : run.float32;
+  const Multiply* streamed = exact ? run.floats : run.codes;
+  const Decode decode = size == 1 ? run.int8 : size == 2 ? run.bfloat16 : run.float32;
   static thread_local Inputs scratch;
-  sweep.in = &scratch;
+  Inputs& in = scratch;
+  Sweep sweep = {m, in, streamed, decode, tiles, r.bias, r.out, 0, r.dtype};
   const int64_t most = kMostTokens / size;
   for (; sweep.first < r.tokens; sweep.first += most) {
-    Inputs& in = scratch;
     const int64_t count = std::min(most, r.tokens - sweep.first);
     in.resize(count, m.lines, columns_of_step(m, r.how, size), size);
     if (tiles) in.clear_padding();

@@ -44,12 +44,14 @@ using TileDots = int32_t[kTiles * kTileTokens][kTiles][kBlock];  // [token, bloc
 template <class Kind>
 struct Adder {
   const int32_t (*dots)[kTiles][kBlock];
-  const float *scales, *in_scales;
-  const int32_t *zeros, *in_sums;
+  const float* in_scales;
+  const int32_t* in_sums;
   float* sums;
   int64_t left;
+  __m512 scales[kTiles];
+  __m512i zeros[kTiles];
 
-  void add_tokens(int64_t count) {
+  VC_INLINE void add_tokens(int64_t count) {
     count = std::min(count, left);
     left -= count;
     for (; count-- > 0; ++dots, ++in_scales, ++in_sums, sums += kTiles * kBlock) {
@@ -57,7 +59,7 @@ struct Adder {
       for (int b = 0; b < kTiles; ++b) {
         typename Kind::Sum sum;
         std::memcpy(&sum, (*dots)[b], sizeof sum);
-        add(sums + b * kBlock, sum, scales + b * kBlock, zeros + b * kBlock, in_scales, in_sums);
+        add(sums + b * kBlock, sum, scales[b], zeros[b], in_scales, in_sums);
       }
     }
   }
@@ -121,12 +123,12 @@ void amx(const Place& p) {
     }
     const int64_t terms = i * kTiles * kBlock;
     before = {to,
-              p.scales + terms,
               p.in_scales + i * p.padded,
-              p.zeros + terms,
               p.in_sums + i * p.padded,
               p.sums,
-              tokens};
+              tokens,
+              {_mm512_load_ps(p.scales + terms), _mm512_load_ps(p.scales + terms + kBlock)},
+              {_mm512_load_si512(p.zeros + terms), _mm512_load_si512(p.zeros + terms + kBlock)}};
   }
   all_stored(dots);
   before.add_tokens(tokens);
