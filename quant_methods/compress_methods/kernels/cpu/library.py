@@ -95,7 +95,7 @@ def _embed_shape(ids: Tensor, cols: int, *others: Any) -> Tensor:
 
 
 def empty_bytes(*shape: int) -> Tensor:
-    """uint8 for weights, in huge pages where Linux grants them: a plain read is a tenth faster."""
+    """uint8 for weights, in huge pages where Linux grants them: they are read faster."""
     size = math.prod(shape)
     if size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.uint8)
