@@ -15,7 +15,7 @@ namespace block {
 
 constexpr int64_t kChunk = 512, kStride = kChunk + 64;  // bytes, and from a token to the next
 constexpr int64_t kTileTokens = 16;                     // of AMX
-constexpr int64_t kMostTokens = 256;  // of int8, held at a time in the second-level cache
+constexpr int64_t kMostBytes = 1 << 20;                 // held at a time in the second-level cache
 
 // Memory that only grows, on cache lines.
 template <class T>

@@ -21,6 +21,8 @@ inline bool amx_takes(bool exact, Dtype dtype, int64_t tokens) {
 #endif
 }
 
+constexpr int64_t kMostAtOnce = 2 * kTileTokens;  // tokens of a tile
+
 // What a thread keeps from one call to the next.
 struct Scratch {
   Buffer<float> scales;     // [steps, blocks, 16]
@@ -130,7 +132,7 @@ struct Sweep {
   // All tokens, in tiles of about the same size. What of the two blocks is decoded `then` is
   // fetched meanwhile, a share with every tile.
   void multiply_all(Place place, std::array<const uint8_t*, 2> then) const {
-    const int64_t most = tiles ? 2 * kTileTokens : kMostStreamed;
+    const int64_t most = tiles ? kMostAtOnce : kMostStreamed;
     const int64_t count = (in.tokens + most - 1) / most, parts = place.parts * count;
     place.ahead = then[0], place.gap = then[1] - then[0];
     place.ahead_step = (place.parts * m.bytes / kParts + parts - 1) / parts;
@@ -232,7 +234,8 @@ inline void multiply(const Request& r, const Functions& run) {
   static thread_local Inputs scratch;
   Inputs& in = scratch;
   Sweep sweep = {m, in, streamed, decode, tiles, r.bias, r.out, 0, r.dtype};
-  const int64_t most = kMostTokens / size;
+  const int64_t fitting = kMostBytes / (m.lines * kLine * size);
+  const int64_t most = std::clamp<int64_t>(fitting / kMostAtOnce * kMostAtOnce, kMostAtOnce, 512);
   for (; sweep.first < r.tokens; sweep.first += most) {
     const int64_t count = std::min(most, r.tokens - sweep.first);
     in.resize(count, m.lines, columns_of_step(m, r.how, size), size);
