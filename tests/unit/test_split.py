@@ -71,6 +71,7 @@ def test_the_choice_costs_no_more_bytes_and_no_more_error_than_the_same_n_everyw
 
 @given(st.lists(falls, min_size=1, max_size=4))
 @example([[0.0, 0.0, 0.0, 1.0], [1.0, 0.75, 0.75, 0.3928464444696401]])
+@example([[0.0] * 4, [1.0] * 4, [1.0, 0.0078125, 0.01, 0.01]])
 def test_the_choice_is_the_best_there_is_where_errors_fall_ever_more_slowly(
     drawn: list[list[float]],
 ) -> None:

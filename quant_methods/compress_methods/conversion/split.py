@@ -20,6 +20,7 @@ rounding. Fails where layer errors do not add up to what the model loses: measur
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ from compress_methods.safetensors_io import read_tensors, write_tensors
 
 ERRORS, MEASURED = "errors", "split.safetensors"
 TINY = 1e-30
+ROUNDING = 1e-9
 PLAIN = Dense("float32")
 
 
@@ -95,8 +97,6 @@ def choose(errors: Sequence[Sequence[float]], groups: Sequence[Group]) -> list[i
     )
     closed = set()
     for (_, _, end), group in edges:
-        if end <= chosen[group]:  # edges as steep as each other, but for rounding, may swap
-            continue
         cost = sizes[group][end] - sizes[group][chosen[group]]
         if group not in closed and cost <= left:
             chosen[group], left = end, left - cost
@@ -110,18 +110,23 @@ def choose(errors: Sequence[Sequence[float]], groups: Sequence[Group]) -> list[i
 
 
 def _edges(errors: Sequence[float], sizes: Sequence[int]) -> Iterator[tuple[float, int, int]]:
-    """(slope, start, end) of the lower convex hull of error over bytes, steepest first."""
-    start = 0
+    """(slope, start, end) of the lower convex hull of error over bytes, steepest first.
+
+    Choices on one line, but for rounding, are edges of their own: a whole line may not fit.
+    """
+    start, last = 0, -math.inf
     while start < len(sizes) - 1:
         slopes = [
-            ((errors[end] - errors[start]) / (sizes[end] - sizes[start]), start, end)
+            ((errors[end] - errors[start]) / (sizes[end] - sizes[start]), end)
             for end in range(start + 1, len(sizes))
         ]
-        steepest = min(slopes)
-        if steepest[0] >= 0:
+        steepest = min(slopes)[0]
+        if steepest >= 0:
             return
-        yield steepest
-        start = steepest[2]
+        end = next(end for slope, end in slopes if slope <= steepest * (1 - ROUNDING))
+        last = max(last, steepest)
+        yield last, start, end
+        start = end
 
 
 class Split(Run):
