@@ -191,6 +191,15 @@ def test_many_tokens_are_those_of_smaller_calls(isa: Library, kernel: CpuGemm) -
     assert kernel.matmul(fmt, x[:0], prepared, None).shape == (0, 20)
 
 
+def test_wide_matrices_with_zero_points_are_laid_out_in_pieces(isa: Library) -> None:
+    """Eight rows share bytes of zero points, and pieces are cut between them."""
+    fmt, cols = Integer(4, 128, symmetric=False), 11008
+    stored = fmt.pack(fmt.nearest(torch.randn(400, cols)))
+    prepared = prepare(CpuGemm(), fmt, stored, cols)
+    ids = torch.tensor([0, 380, 381, 399])
+    assert torch.equal(CpuGemm().embed(fmt, ids, prepared), fmt.unpack(stored)[ids])
+
+
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_threads_change_nothing(isa: Library, tokens: int) -> None:
     fmt, weight = Integer(3, 64), torch.randn(500, 640)

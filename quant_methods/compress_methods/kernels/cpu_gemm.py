@@ -19,6 +19,7 @@ Fails where no compiler is: the table then goes on to the next kernel.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -142,7 +143,8 @@ def _lines(fmt: Integer, tensors: dict[str, Tensor], rows: int, cols: int, toget
     lines, blocks = -(-cols // LINE), -(-rows // together)
     size = together * LINE * fmt.bits // 8
     out = empty_bytes(blocks, lines, size)
-    step = max(1, SLAB_ELEMENTS // cols // together)
+    unit = math.lcm(together, fmt.units(rows, cols)[0])  # zero points of some rows share bytes
+    step = max(1, SLAB_ELEMENTS // cols // unit) * unit // together
     for block in range(0, blocks, step):
         first, last = block * together, min((block + step) * together, rows)
         part = fmt.slice(tensors, (rows, cols), rows=(first, last))
