@@ -3,23 +3,26 @@
     from compress_methods import convert
     convert("path/to/model", "int4-gptq", "path/to/out")
 
-Needs torch and transformers, never vLLM. Importing it loads neither until something is used.
+Needs torch and transformers, never vLLM. Importing it loads neither until something is used. With
+it imported, transformers' `from_pretrained` loads compressed directories too.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress_methods.lazy import after_import
+
 if TYPE_CHECKING:
-    from compress_methods.conversion.pipeline import convert
-    from compress_methods.loading import load_model
+    from compress_methods.api import convert
+    from compress_methods.checkpoint.loading import load_model
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "convert", "load_model"]
 
 _LAZY = {
-    "convert": "compress_methods.conversion.pipeline",
-    "load_model": "compress_methods.loading",
+    "convert": "compress_methods.api",
+    "load_model": "compress_methods.checkpoint.loading",
 }
 
 
@@ -29,3 +32,16 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_LAZY[name]), name)
+
+
+def _register_with_transformers() -> None:
+    """Enter the quantizer; a transformers that has none of what it needs stays as it is."""
+    from importlib import import_module
+
+    try:
+        import_module("compress_methods.checkpoint.from_pretrained").register()
+    except (ImportError, AttributeError):
+        return
+
+
+after_import("transformers.quantizers.auto", _register_with_transformers)

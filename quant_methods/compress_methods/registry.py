@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -22,8 +22,17 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def register(self, cls: T) -> T:
-        """Class decorator."""
-        self._classes[cls.name] = cls  # type: ignore[attr-defined]
+        """Class decorator; `CompressError` where another module's class has the name already.
+
+        The same class may come again: notebooks run a cell twice, and modules are reloaded.
+        """
+        name = cls.name  # type: ignore[attr-defined]
+        other = self._classes.get(name)
+        if other is not None and _place(other) != _place(cls):
+            raise CompressError(
+                f"{self.kind} {name!r} of {_place(cls)} has the name of {_place(other)}; rename it"
+            )
+        self._classes[name] = cls
         return cls
 
     def __iter__(self) -> Iterator[str]:
@@ -31,6 +40,8 @@ class Registry(Generic[T]):
         return iter(self._classes)
 
     def get(self, name: Any, where: str, error: type[CompressError]) -> T:
+        if not isinstance(name, str):
+            raise error(f"{where}: {self.kind} is {name!r:.80}, expected a name")
         if name not in self._classes:
             self._load_entry_points()
         if name not in self._classes:
@@ -56,10 +67,16 @@ class Registry(Generic[T]):
                 entry.load()
 
 
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def build_dataclass(
     cls: Callable[..., Any], values: Mapping[str, Any], where: str, error: type[CompressError]
 ) -> Any:
     """`cls(**values)` after checking names and plain types; errors name the key."""
+    if not isinstance(values, Mapping):
+        raise error(f"{where}: expected a mapping, found {values!r:.80}")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name, value in values.items():
@@ -88,6 +105,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    if isinstance(hint, type):
-        return isinstance(value, hint)
+    origin = get_origin(hint)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple))
+    if isinstance(origin or hint, type):
+        return isinstance(value, origin or hint)
     return True

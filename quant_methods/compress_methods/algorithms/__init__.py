@@ -1,13 +1,23 @@
-"""How stored values are chosen: one file per paper."""
+"""How stored values are chosen: one file per paper. Needs no torch until a matrix is solved."""
 
 from compress_methods.algorithms import (  # noqa: F401  (registers them)
     alps,
     gptq,
     magnitude,
+    refine,
     rtn,
     sparsegpt,
     wanda,
 )
 from compress_methods.algorithms.base import ALGORITHMS, Algorithm, register_algorithm
+from compress_methods.algorithms.statistics import Hessian, InputNorms, Seen, Statistic
 
-__all__ = ["ALGORITHMS", "Algorithm", "register_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Hessian",
+    "InputNorms",
+    "Seen",
+    "Statistic",
+    "register_algorithm",
+]

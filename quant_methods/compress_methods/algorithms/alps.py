@@ -10,7 +10,7 @@ the weights scaled likewise, minimize ||(W^ - W) X||^2 over W = D, D of n in eve
 rho starts at 0.1 and every 3 steps grows by 1.3, 1.2 or 1.1, as the mask has changed by more than
 10%, 0.5% or less of the kept weights; when it has not changed at all it is final. Then conjugate
 gradients, preconditioned by diag H, bring the kept weights close to the least-squares optimum.
-Integer values are rounded after that by GPTQ's pass on the final mask.
+Values that are rounded are so after that, by GPTQ's pass on the final mask.
 
 Here: H + rho I is inverted anew when rho changes, by Cholesky, which is cheaper than the paper's
 eigendecomposition of H on CPUs, and well conditioned since rho is never below 0.1; rows are worked
@@ -23,31 +23,23 @@ tokens, ideally several times the columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress_methods.algorithms.base import (
-    Algorithm,
-    Gathered,
-    Hessian,
-    Needs,
-    register_algorithm,
-    require,
-)
-from compress_methods.algorithms.choices import NEVER_ACTIVE, Pruning, fit_grid
-from compress_methods.algorithms.sweep import (
+from compress_methods.algorithms.base import register_algorithm, require
+from compress_methods.algorithms.error_feedback import (
+    NEVER_ACTIVE,
+    ErrorFeedback,
     Factor,
     activity_order,
     factorize,
-    require_damping,
-    sweep,
 )
+from compress_methods.algorithms.statistics import Hessian, Seen
 from compress_methods.errors import CalibrationError
-from compress_methods.formats.base import Format
-from compress_methods.formats.integer import Integer
-from compress_methods.formats.sparse import Sparse, SparseSolution
+from compress_methods.formats import Format
+from compress_methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RHO = 0.1
 STEPS = 300
@@ -64,38 +56,29 @@ class Scaled:
 
     hessian: Tensor
     scale: Tensor
-    factor: Factor | None
+    factor: Factor
 
 
 @register_algorithm
 @dataclass(frozen=True)
-class ALPS(Algorithm):
-    """`damping`: fraction of mean(diag H) added to it; `clip`: search the clipping range of each
-    group of integer values, weighted by diag H."""
+class ALPS(ErrorFeedback):
+    """Its parameters are `ErrorFeedback`'s."""
 
-    damping: float = 0.01
-    clip: bool = False
     name: ClassVar[str] = "alps"
-    needs: ClassVar[Needs] = "hessian"
-
-    def __post_init__(self) -> None:
-        require_damping(self.damping)
 
     def check_format(self, fmt: Format) -> None:
-        require(isinstance(fmt, Sparse), "alps", fmt, "it needs sparse")
+        require(fmt.prunes, "alps", fmt, "it needs sparse")
 
-    def prepare(self, gathered: Gathered, fmt: Format) -> Scaled:
-        assert isinstance(gathered, Hessian)
-        assert isinstance(fmt, Sparse)
-        hessian = gathered.mean()
-        factor = None
-        if isinstance(fmt.values, Integer):
-            order = activity_order(hessian.diagonal(), fmt.m)
-            factor = factorize(hessian, self.damping, order)
+    def prepare(self, seen: Seen, fmt: Format) -> Scaled:
+        hessian = Hessian.of(seen)
+        order = activity_order(hessian.diagonal(), fmt.span)
+        factor = factorize(hessian, self.damping, order)
         return scale_hessian(hessian, self.damping, factor)
 
-    def solve(self, weight: Tensor, prepared: Scaled, fmt: Format) -> SparseSolution:
-        assert isinstance(fmt, Sparse)
+    def factor(self, prepared: Scaled) -> Factor:
+        return prepared.factor
+
+    def solve(self, weight: Tensor, prepared: Scaled, fmt: Format) -> Any:
         slabs = (weight * prepared.scale).split(max(1, SLAB_ELEMENTS // weight.shape[1]))
         masks, fitted = [], []
         for slab in slabs:
@@ -104,15 +87,13 @@ class ALPS(Algorithm):
             fitted.append(refit(slab, mask, kept, prepared.hessian))
         mask, values = torch.cat(masks), torch.cat(fitted).div_(prepared.scale)
         factor = prepared.factor
-        if factor is None:
-            return SparseSolution(mask, fmt.values.nearest(fmt.compact(values, mask)))
-        grid = fit_grid(fmt, values, mask, factor.diagonal if self.clip else None)
-        rounding = Pruning(fmt, values, factor, grid, mask)
-        sweep(values, factor, rounding)
-        return rounding.solution()
+        if not fmt.rounds:
+            return fmt.nearest(values, mask=mask)
+        rounder = fmt.rounder(values, self.importance(factor), mask)
+        return self.round(values, factor, fmt, rounder)
 
 
-def scale_hessian(hessian: Tensor, damping: float, factor: Factor | None) -> Scaled:
+def scale_hessian(hessian: Tensor, damping: float, factor: Factor) -> Scaled:
     """Unit diagonal after damping; inputs that were never active count next to nothing."""
     diagonal = hessian.diagonal()
     added = damping * (float(diagonal.mean()) or 1.0)
@@ -122,7 +103,7 @@ def scale_hessian(hessian: Tensor, damping: float, factor: Factor | None) -> Sca
     return Scaled(scaled, scale, factor)
 
 
-def split(weight: Tensor, hessian: Tensor, fmt: Sparse) -> tuple[Tensor, Tensor]:
+def split(weight: Tensor, hessian: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Mask bool [rows, cols] and kept weights that ADMM ends with; H has a unit diagonal.
 
     `dual` is V/rho.

@@ -1,8 +1,12 @@
-"""What an algorithm is: gather, prepare, solve.
+"""What an algorithm is: it names what calibration has to show, prepares, solves.
 
-`needs` names what the pipeline gathers from calibration; `prepare` turns that into whatever all
-matrices reading the same input can share (q, k and v share one Hessian); `solve` chooses the values
-of one matrix. An algorithm is a frozen dataclass whose fields are its parameters in a recipe.
+`needs` names the statistics to gather; `prepare` turns them into whatever all matrices reading the
+same input can share (q, k and v share one Hessian); `aim` says what a matrix should be close to;
+`solve` chooses its values. An algorithm is a frozen dataclass whose fields are its parameters in a
+recipe. It asks the format for everything the format decides (`grid`, `rounder`, `select`) and never
+what kind of format it is. Who has a matrix filled calls `ready`, `target_of` and `fill`, which know
+formats that store a matrix in another basis: the algorithm is given the problem as it is there, and
+the format inside.
 
 A new algorithm is one file with a class under `@register_algorithm`, or the same in another
 distribution through the entry-point group `vllm_compress.algorithms`.
@@ -11,61 +15,32 @@ distribution through the entry-point group `vllm_compress.algorithms`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from compress_methods.algorithms.statistics import Seen, Statistic, TurnedSeen
 from compress_methods.errors import RecipeError
-from compress_methods.formats.base import Format
+from compress_methods.formats import Format
 from compress_methods.registry import Registry
 
-Needs = Literal["nothing", "input_norms", "hessian"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class InputNorms:
-    """Sum of squares of each input column over all calibration tokens: [cols] float32."""
+@dataclass(frozen=True)
+class Refinement:
+    """How the solved matrices of a block are trained together, see `refine.py`. `left_out`: share
+    of a batch's errors that do not count; None for what few bits call for."""
 
-    def __init__(self, cols: int, device: torch.device) -> None:
-        self.squares = torch.zeros(cols, device=device)
-        self.tokens = 0
+    iterations: int
+    batch: int
+    rate: float
+    left_out: float | None
+    precision: str
 
-    def add_batch(self, x: Tensor) -> None:
-        """x [..., cols]: the layer's input."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        self.squares += x.square().sum(0)
-        self.tokens += len(x)
-
-
-class Hessian:
-    """Mean of x x^T over all calibration tokens: [cols, cols] float32, half the second derivative
-    of the layer's mean squared output error by any row of its weight."""
-
-    def __init__(self, cols: int, device: torch.device) -> None:
-        self._sum = torch.zeros(cols, cols, device=device)
-        self._divided = False
-        self.tokens = 0
-
-    def add_batch(self, x: Tensor) -> None:
-        """x [..., cols]: the layer's input."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        self._sum.addmm_(x.T, x)
-        self.tokens += len(x)
-
-    def mean(self) -> Tensor:
-        """The matrix; gathering ends with the first call (the sum is divided in place)."""
-        if not self._divided:
-            self._sum /= max(1, self.tokens)
-            self._divided = True
-        return self._sum
-
-
-GATHERERS: dict[Needs, type[InputNorms] | type[Hessian]] = {
-    "input_norms": InputNorms,
-    "hessian": Hessian,
-}
-Gathered = InputNorms | Hessian | None
+    def rate_at(self, iteration: int) -> float:
+        """Step of an iteration, in units of what moves."""
+        return self.rate * (1 - 0.9 * iteration / self.iterations)
 
 
 @dataclass(frozen=True)
@@ -73,20 +48,61 @@ class Algorithm(ABC):
     """A way to choose the stored values of a matrix."""
 
     name: ClassVar[str]
-    needs: ClassVar[Needs] = "nothing"
+    blocks_only: ClassVar[bool] = False
+    """Whether it needs a decoder block around a matrix."""
     row_independent: ClassVar[bool] = True
     """Whether rows of a matrix may be solved in several calls (large ones are, to save memory)."""
+
+    def needs(self, fmt: Format) -> tuple[type[Statistic], ...]:
+        """Statistics of the layer's input that filling `fmt` takes; a wrapper adds its own to those
+        of what it wraps."""
+        return ()
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """How the matrices of a block are trained together once each is solved; None: not."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping that a recipe gives it by."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        nested = {k: v.to_dict() if isinstance(v, Algorithm) else v for k, v in values.items()}
+        return {"algorithm": self.name, **nested}
 
     def check_format(self, fmt: Format) -> None:  # noqa: B027
         """Raise `RecipeError` when this algorithm cannot fill that format."""
 
-    def prepare(self, gathered: Gathered, fmt: Format) -> Any:
+    def prepare(self, seen: Seen, fmt: Format) -> Any:
         """Work that all matrices of one format with the same input share."""
-        return gathered
+        return seen
+
+    def aim(self, weight: Tensor, prepared: Any, seen: Seen) -> Tensor:
+        """What `solve` is to come close to instead of `weight` [rows, cols], for all rows."""
+        return weight
 
     @abstractmethod
     def solve(self, weight: Tensor, prepared: Any, fmt: Format) -> Any:
         """Solution of `fmt` for `weight` [rows, cols] float32."""
+
+    def ready(self, seen: Seen, fmt: Format) -> Any:
+        """`prepare` for any format; `CalibrationError` for a statistic that cannot be had in the
+        basis of one inside another."""
+        return self.prepare(_inside(seen, fmt), fmt.inner)
+
+    def target_of(self, weight: Tensor, prepared: Any, seen: Seen, fmt: Format) -> Tensor:
+        """`aim` for any format, with what `ready` prepared for it; in the basis of `weight`."""
+        if fmt.inner is fmt:
+            return self.aim(weight, prepared, seen)
+        return fmt.turn_back(self.aim(fmt.turn(weight), prepared, _inside(seen, fmt)))
+
+    def fill(self, weight: Tensor, prepared: Any, fmt: Format) -> Any:
+        """`solve` for any format, with what `ready` prepared for it."""
+        return self.solve(fmt.turn(weight), prepared, fmt.inner)
+
+
+def _inside(seen: Seen, fmt: Format) -> Seen:
+    """Statistics in the basis that a format stores its matrix in."""
+    return seen if fmt.inner is fmt else TurnedSeen(seen, fmt)
 
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "vllm_compress.algorithms")
@@ -97,19 +113,3 @@ def require(condition: bool, algorithm: str, fmt: Format, expected: str) -> None
     """`RecipeError` naming algorithm and format unless `condition`."""
     if not condition:
         raise RecipeError(f"algorithm {algorithm!r} cannot fill format {fmt.name!r}: {expected}")
-
-
-def relative_error(weight: Tensor, values: Tensor, gathered: Gathered = None) -> float:
-    """||(W - Q) X||^2 / ||W X||^2 over the calibration tokens; without them ||W - Q||^2 / ||W||^2.
-
-    Input norms alone stand for inputs without correlations.
-    """
-
-    def energy(matrix: Tensor) -> float:
-        if isinstance(gathered, Hessian):
-            moved = matrix @ gathered.mean()
-        else:
-            moved = matrix if gathered is None else matrix * gathered.squares
-        return float(torch.linalg.vecdot(moved, matrix).sum(dtype=torch.float64))
-
-    return energy(weight - values) / max(energy(weight), 1e-30)

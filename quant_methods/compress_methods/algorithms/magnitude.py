@@ -9,13 +9,13 @@ above all at 50% and more, `wanda` loses less and `sparsegpt` and `alps` much le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.algorithms.base import Algorithm, register_algorithm, require
-from compress_methods.formats.base import Format
-from compress_methods.formats.sparse import Sparse, SparseSolution
+from compress_methods.formats import Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_algorithm
@@ -26,8 +26,7 @@ class Magnitude(Algorithm):
     name: ClassVar[str] = "magnitude"
 
     def check_format(self, fmt: Format) -> None:
-        require(isinstance(fmt, Sparse), "magnitude", fmt, "it needs sparse")
+        require(fmt.prunes, "magnitude", fmt, "it needs sparse")
 
-    def solve(self, weight: Tensor, prepared: Any, fmt: Format) -> SparseSolution:
-        assert isinstance(fmt, Sparse)
+    def solve(self, weight: Tensor, prepared: Any, fmt: Format) -> Any:
         return fmt.nearest(weight)

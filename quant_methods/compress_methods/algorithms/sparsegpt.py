@@ -1,7 +1,7 @@
 """sparsegpt: keep what costs most to remove, and have the kept weights make up for the rest.
 
-SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774): the pass of `sweep.py`. When it arrives at a
-block of m columns, every row keeps the n of them with the largest w_j^2 / U_jj^2, the error that
+SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774): the pass of `error_feedback.py`. When it
+arrives at m columns, every row keeps the n of them with the largest w_j^2 / U_jj^2, the error that
 removing one leaves after all later columns have made up for it; removed weights move their error
 onto the columns not yet visited. Integer values are rounded in the same pass (the paper's joint
 sparsification and quantization), so later columns make up for both.
@@ -17,62 +17,46 @@ Needs calibration tokens, ideally several times the columns. Above 60% `alps` lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from compress_methods.algorithms.base import (
-    Algorithm,
-    Gathered,
-    Hessian,
-    Needs,
-    register_algorithm,
-    require,
-)
-from compress_methods.algorithms.choices import Pruning, fit_grid
-from compress_methods.algorithms.sweep import (
+from compress_methods.algorithms.base import register_algorithm, require
+from compress_methods.algorithms.error_feedback import (
+    ErrorFeedback,
     Factor,
     activity_order,
+    error_feedback,
     factorize,
-    require_damping,
-    sweep,
 )
-from compress_methods.formats.base import Format
-from compress_methods.formats.integer import Integer
-from compress_methods.formats.sparse import Sparse, SparseSolution
+from compress_methods.algorithms.statistics import Hessian, Seen
+from compress_methods.formats import Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_algorithm
 @dataclass(frozen=True)
-class SparseGPT(Algorithm):
-    """`damping`: fraction of mean(diag H) added to it; `clip`: search the clipping range of each
-    group of integer values, weighted by diag H."""
+class SparseGPT(ErrorFeedback):
+    """Its parameters are `ErrorFeedback`'s."""
 
-    damping: float = 0.01
-    clip: bool = False
     name: ClassVar[str] = "sparsegpt"
-    needs: ClassVar[Needs] = "hessian"
-
-    def __post_init__(self) -> None:
-        require_damping(self.damping)
 
     def check_format(self, fmt: Format) -> None:
-        require(isinstance(fmt, Sparse), "sparsegpt", fmt, "it needs sparse")
+        require(fmt.prunes, "sparsegpt", fmt, "it needs sparse")
 
-    def prepare(self, gathered: Gathered, fmt: Format) -> Factor:
-        assert isinstance(gathered, Hessian)
-        assert isinstance(fmt, Sparse)
-        hessian = gathered.mean()
-        return factorize(hessian, self.damping, activity_order(hessian.diagonal(), fmt.m))
+    def prepare(self, seen: Seen, fmt: Format) -> Factor:
+        hessian = Hessian.of(seen)
+        return factorize(hessian, self.damping, activity_order(hessian.diagonal(), fmt.span))
 
-    def solve(self, weight: Tensor, prepared: Factor, fmt: Format) -> SparseSolution:
-        assert isinstance(fmt, Sparse)
-        pruning = Pruning(fmt, weight, prepared)
-        sweep(weight, prepared, pruning)
-        if not isinstance(fmt.values, Integer):
-            return pruning.solution()
-        importance = prepared.diagonal if self.clip else None
-        grid = fit_grid(fmt, pruning.values.T, pruning.mask.T, importance)
-        joint = Pruning(fmt, weight, prepared, grid)
-        sweep(weight, prepared, joint)
-        return joint.solution()
+    def factor(self, prepared: Factor) -> Factor:
+        return prepared
+
+    def solve(self, weight: Tensor, prepared: Factor, fmt: Format) -> Any:
+        unrounded = fmt.unrounded()
+        pruning = unrounded.rounder(weight)
+        error_feedback(weight, prepared, pruning)
+        pruned = unrounded.matrix(pruning.solution())
+        if not fmt.rounds:
+            return fmt.nearest(pruned)
+        joint = fmt.rounder(pruned, self.importance(prepared))
+        return self.round(weight, prepared, fmt, joint)

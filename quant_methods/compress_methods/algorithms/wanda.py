@@ -9,21 +9,15 @@ those removed, so at 50% and more `sparsegpt` and `alps` lose much less.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from compress_methods.algorithms.base import Algorithm, register_algorithm, require
+from compress_methods.algorithms.error_feedback import NEVER_ACTIVE
+from compress_methods.algorithms.statistics import InputNorms, Seen, Statistic
+from compress_methods.formats import Format
 
-from compress_methods.algorithms.base import (
-    Algorithm,
-    Gathered,
-    InputNorms,
-    Needs,
-    register_algorithm,
-    require,
-)
-from compress_methods.algorithms.choices import NEVER_ACTIVE
-from compress_methods.formats.base import Format
-from compress_methods.formats.sparse import Sparse, SparseSolution
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_algorithm
@@ -32,16 +26,15 @@ class Wanda(Algorithm):
     """No parameters."""
 
     name: ClassVar[str] = "wanda"
-    needs: ClassVar[Needs] = "input_norms"
+
+    def needs(self, fmt: Format) -> tuple[type[Statistic], ...]:
+        return (InputNorms,)
 
     def check_format(self, fmt: Format) -> None:
-        require(isinstance(fmt, Sparse), "wanda", fmt, "it needs sparse")
+        require(fmt.prunes, "wanda", fmt, "it needs sparse")
 
-    def prepare(self, gathered: Gathered, fmt: Format) -> Tensor:
-        assert isinstance(gathered, InputNorms)
-        return gathered.squares.sqrt().clamp_(min=NEVER_ACTIVE)
+    def prepare(self, seen: Seen, fmt: Format) -> Tensor:
+        return InputNorms.of(seen).sqrt().clamp_(min=NEVER_ACTIVE)
 
-    def solve(self, weight: Tensor, prepared: Tensor, fmt: Format) -> SparseSolution:
-        assert isinstance(fmt, Sparse)
-        mask = fmt.select(weight.abs() * prepared)
-        return SparseSolution(mask, fmt.values.nearest(fmt.compact(weight, mask)))
+    def solve(self, weight: Tensor, prepared: Tensor, fmt: Format) -> Any:
+        return fmt.nearest(weight, mask=fmt.select(weight.abs() * prepared))

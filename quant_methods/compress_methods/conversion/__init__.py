@@ -1,1 +1,1 @@
-"""The offline conversion: recipe, plan, calibration, units, verification, report."""
+"""The offline conversion: recipe, plan, calibration, shards, verification, report."""

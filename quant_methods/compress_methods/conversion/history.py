@@ -1,4 +1,4 @@
-"""What the stages of a chain did to a model, one after another: which tensors of the original are
+"""What the stages of a recipe did to a model, one after another: which tensors of the original are
 gone and why, what the others are called now, and each stage's facts."""
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from compress_methods.conversion.chain import Chain
-from compress_methods.conversion.checkpoint import Source
+from compress_methods.checkpoint.source import Source
+from compress_methods.recipe.stages import StagedRecipe
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class History:
     """`origins`: original name of every tensor there is now. `dropped`: reasons by original name.
     `stages`: what each stage so far did, as `report.json` holds it."""
 
-    chain: Chain
+    recipe: StagedRecipe
     original_bytes: int
     original_parameters: int
     origins: dict[str, str]
@@ -25,9 +25,9 @@ class History:
     stages: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def begin(cls, chain: Chain, source: Source) -> History:
-        parameters = sum(math.prod(entry.shape) for entry in source.entries.values())
-        return cls(chain, source.nbytes, parameters, {name: name for name in source.entries})
+    def begin(cls, recipe: StagedRecipe, source: Source) -> History:
+        parameters = sum(math.prod(entry.shape) for entry in source.held)
+        return cls(recipe, source.nbytes, parameters, {name: name for name in source.entries})
 
     def after(
         self, dropped: Mapping[str, str], renamed: Mapping[str, str], stage: dict[str, Any]
@@ -38,10 +38,10 @@ class History:
         return replace(self, origins=left, dropped=gone, stages=(*self.stages, stage))
 
     def report(self) -> dict[str, Any]:
-        """Keys of the last stage's report that are to speak of the whole chain."""
-        chain = self.chain
+        """Keys of the last stage's report that are to speak of the whole recipe."""
+        recipe = self.recipe
         return {
-            "recipe": {"name": chain.name, "sha256": chain.sha256, **chain.to_dict()},
+            "recipe": {"name": recipe.name, "sha256": recipe.sha256, **recipe.to_dict()},
             "bytes_before": self.original_bytes,
             "original_parameters": self.original_parameters,
             "dropped": self.dropped,

@@ -1,40 +1,39 @@
 """The output directory while a conversion runs: who owns it, what is done, what comes next.
 
     .incomplete            there from the first moment until everything has been verified
-    .work/journal.jsonl    a header with the job's fingerprint, then one line per finished unit
+    .work/journal.jsonl    a header with the job's fingerprint, then one line per finished shard
     .work/*.safetensors    calibration tokens; activations at the next block's input
 
 Every file is written under another name and renamed; a line is journaled only after its file is
 durable; activations are replaced only after that line is. So a kill at any moment loses at most the
-unit that was being worked on. The directory itself is locked, and freed by the kernel.
+shard that was being worked on; what is damaged meanwhile is made again (recovery.py). The directory
+is locked, and freed by the kernel.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compress_methods.compressed import INCOMPLETE, read_json
+from compress_methods.checkpoint.compressed import INCOMPLETE, read_json
+from compress_methods.checkpoint.integrity import REPORT as REPORT
+from compress_methods.checkpoint.integrity import read_checked, write_checked
+from compress_methods.checkpoint.integrity import sha256 as sha256
 from compress_methods.errors import OutputError
-from compress_methods.files import fsync_directory, write_text
-from compress_methods.safetensors_io import read_tensors, write_tensors
+from compress_methods.system.files import fsync_directory
+from compress_methods.system.journal_file import JournalFile
+from compress_methods.system.lock import LOCK_FILE, DirectoryLock
 
 WORK = ".work"
 JOURNAL = "journal.jsonl"
-REPORT = "report.json"
-CHUNK = 2**22
 
 
 class Journal:
-    """An output directory, locked for this process. `finished` maps unit names to their lines."""
+    """An output directory, locked for this process. `finished` maps shard names to their lines."""
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
         self.directory = directory
@@ -42,9 +41,13 @@ class Journal:
         self.fingerprint = fingerprint
         self.finished: dict[str, dict[str, Any]] = {}
         self.complete = False
+        self._file = JournalFile(self.work / JOURNAL)
         self._created = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(directory, os.O_RDONLY)
+        try:
+            self._lock = DirectoryLock(directory)
+        except BlockingIOError as problem:
+            raise OutputError(f"{directory}: another process is converting into it") from problem
         try:
             self._take()
         except BaseException:
@@ -52,12 +55,6 @@ class Journal:
             raise
 
     def _take(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            raise OutputError(
-                f"{self.directory}: another process is converting into it"
-            ) from problem
         if (self.directory / INCOMPLETE).exists():
             self._resume()
         elif (self.directory / REPORT).exists():
@@ -65,7 +62,7 @@ class Journal:
             self._require_same(found)
             self.complete = True
             shutil.rmtree(self.work, ignore_errors=True)
-        elif any(self.directory.iterdir()):
+        elif any(path.name != LOCK_FILE for path in self.directory.iterdir()):
             raise OutputError(
                 f"{self.directory}: not empty, and not the output of an earlier conversion"
             )
@@ -77,22 +74,20 @@ class Journal:
     def _begin(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        write_text(self.work / JOURNAL, json.dumps({"fingerprint": self.fingerprint}) + "\n")
+        self._file.append({"fingerprint": self.fingerprint, "created": self._created})
 
     def _resume(self) -> None:
-        path = self.work / JOURNAL
-        if not path.exists():
+        lines = self._file.read().lines
+        if not lines:
             self._begin()
             return
-        lines = []
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        self._require_same(lines[0].get("fingerprint") if lines else None)
-        self.finished = {line["unit"]: line for line in lines[1:]}
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._require_same(lines[0].get("fingerprint"))
+        self._created = bool(lines[0].get("created"))
+        for line in lines[1:]:
+            for shard in line.get("forget", ()):
+                self.finished.pop(shard, None)
+            if "shard" in line:
+                self.finished[line["shard"]] = line
         for leftover in [*self.directory.glob("*.tmp"), *self.work.glob("*.tmp")]:
             leftover.unlink()
 
@@ -103,22 +98,41 @@ class Journal:
                 "choose another output directory or delete this one"
             )
 
-    def record(self, unit: str, file: str, facts: Mapping[str, Any]) -> None:
-        """Journal a unit whose file is in place."""
-        line = {"unit": unit, "file": file, "sha256": sha256(self.directory / file), **facts}
-        with (self.work / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-        self.finished[unit] = line
+    def record(self, shard: str, file: str, facts: Mapping[str, Any]) -> None:
+        """Journal a shard whose file is in place."""
+        line = {"shard": shard, "file": file, "sha256": sha256(self.directory / file), **facts}
+        self._file.append(line)
+        self.finished[shard] = line
+
+    def holds(self, shard: str) -> bool:
+        """Whether the file of a finished shard is as it was written."""
+        path = self.directory / self.finished[shard]["file"]
+        return path.is_file() and sha256(path) == self.finished[shard]["sha256"]
+
+    def forget(self, shards: Iterable[str]) -> None:
+        """Have finished shards be made again."""
+        names = sorted(set(shards) & self.finished.keys())
+        self._file.append({"forget": names})
+        for name in names:
+            del self.finished[name]
+
+    def reopen(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Take up a finished result again; `lines` are of the shards that stay as they are."""
+        (self.directory / INCOMPLETE).touch()
+        fsync_directory(self.directory)
+        self._begin()
+        self.complete = False
+        for line in lines:
+            self._file.append(line)
+            self.finished[line["shard"]] = dict(line)
 
     def save_states(self, index: int, states: Mapping[str, Tensor]) -> None:
         """Keep the activations at the input of block `index`."""
-        write_tensors(self._states(index), states)
+        write_checked(self._states(index), states)
 
     def load_states(self, index: int) -> dict[str, Tensor] | None:
-        path = self._states(index)
-        return read_tensors(path) if path.exists() else None
+        """The activations at the input of block `index`; None where damaged or not there."""
+        return read_checked(self._states(index))
 
     def saved_index(self) -> int | None:
         """The furthest block that activations are kept for."""
@@ -136,33 +150,27 @@ class Journal:
 
     def finish(self) -> None:
         """Everything is written and verified: remove the traces of the work."""
+        self._file.close()
         (self.directory / INCOMPLETE).unlink()
         fsync_directory(self.directory)
         shutil.rmtree(self.work)
 
     def abandon(self) -> None:
-        """If no unit was finished yet, leave the place as it was found."""
+        """If no shard was finished yet, leave the place as it was found."""
         if not self.finished and not self.complete:
             self.discard()
 
     def discard(self) -> None:
-        """Leave the place as it was found; no finished unit may lie outside the work folder."""
+        """Leave the place as it was found; no finished shard may lie outside the work folder."""
         for leftover in self.directory.glob("*.tmp"):
             leftover.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
         (self.directory / INCOMPLETE).unlink(missing_ok=True)
         if self._created:
+            (self.directory / LOCK_FILE).unlink(missing_ok=True)
             self.directory.rmdir()
 
     def close(self) -> None:
         """Release the lock."""
-        os.close(self._lock)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        self._file.close()
+        self._lock.close()

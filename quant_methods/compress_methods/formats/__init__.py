@@ -1,22 +1,35 @@
-"""How a compressed matrix is stored and multiplied: one file per format."""
+"""How a compressed matrix is stored: one file per format. Needs no torch until one is packed."""
 
-from compress_methods.formats import dense, integer, sparse  # noqa: F401  (registers them)
+from compress_methods.formats import dense, integer, rotated, sparse  # noqa: F401  (registers them)
 from compress_methods.formats.base import (
     FORMATS,
+    ITEMSIZE,
+    MAIN_TENSOR,
     Axis,
     Format,
-    Prepared,
     TensorSpec,
+    count_not_finite,
+    dtype_name,
     format_from_dict,
     register_format,
+    torch_dtype,
 )
+from compress_methods.formats.rounder import Grid, Rounder
+from compress_methods.formats.stored import Stored
 
 __all__ = [
     "FORMATS",
+    "ITEMSIZE",
+    "MAIN_TENSOR",
     "Axis",
     "Format",
-    "Prepared",
+    "Grid",
+    "Rounder",
+    "Stored",
     "TensorSpec",
+    "count_not_finite",
+    "dtype_name",
     "format_from_dict",
     "register_format",
+    "torch_dtype",
 ]

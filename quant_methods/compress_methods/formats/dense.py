@@ -9,15 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 from compress_methods.errors import FormatError
-from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
+from compress_methods.formats.base import (
+    MAIN_TENSOR,
+    Axis,
+    Format,
+    TensorSpec,
+    register_format,
+    torch_dtype,
+)
+from compress_methods.formats.relaxed import Relaxed, stored_as
+from compress_methods.lazy import torch
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TINY = 1e-30
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Exact:
+    """A grid that holds every value."""
+
+    def pick(self, column: int | Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return weights, weights
+
+    def solution(self, codes: Tensor) -> Tensor:
+        return codes
 
 
 @register_format
@@ -32,17 +53,56 @@ class Dense(Format):
         if self.dtype not in DTYPES:
             raise FormatError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
-    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
-        return {"weight_packed": TensorSpec((rows, cols), DTYPES[self.dtype], Axis(0), Axis(1))}
+    @property
+    def rounds(self) -> bool:
+        return False
 
-    def nearest(self, weight: Tensor) -> Tensor:
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        return {MAIN_TENSOR: TensorSpec((rows, cols), self.dtype, Axis(0), Axis(1))}
+
+    def grid(self, weight: Tensor, importance: Tensor | None = None) -> Exact:
+        return Exact()
+
+    def nearest(
+        self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         return weight
 
     def pack(self, solution: Tensor) -> dict[str, Tensor]:
-        return {"weight_packed": solution.to(DTYPES[self.dtype]).contiguous()}
+        values = solution.to(torch_dtype(self.dtype)).contiguous()
+        if not values.isfinite().all():
+            raise FormatError(f"a value does not fit {self.dtype}; use dtype: bfloat16")
+        return {MAIN_TENSOR: values}
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["weight_packed"].float()
+    def solution(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors[MAIN_TENSOR]
+
+    def matrix(self, solution: Tensor) -> Tensor:
+        return solution.float()
+
+    def relax(self, solution: Tensor, weight: Tensor) -> RelaxedDense:
+        return RelaxedDense(self, solution)
 
     def describe(self) -> str:
         return self.dtype
+
+
+class RelaxedDense(Relaxed):
+    """How far each value has moved, 1 being the mean size of its row's values."""
+
+    rates = MappingProxyType({"moves": 0.5})
+
+    def __init__(self, fmt: Dense, solution: Tensor) -> None:
+        self.fmt, self._start = fmt, solution.to(torch.float32, copy=True)
+        self._unit = self._start.abs().mean(1, keepdim=True).clamp_(min=TINY)
+        self.parameters = {"moves": torch.zeros_like(self._start)}
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        values = self._start + self._unit * parameters["moves"]
+        return stored_as(values, torch_dtype(self.fmt.dtype))
+
+    def move(self, steps: Mapping[str, Tensor]) -> None:
+        self.parameters["moves"].sub_(steps["moves"])
+
+    def solution(self) -> Tensor:
+        return self.matrix(self.parameters)

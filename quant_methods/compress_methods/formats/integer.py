@@ -1,16 +1,17 @@
 """integer: b-bit grouped integers, value = scale * (code - zero).
 
 b in {2, 3, 4, 8}; a group is `group_size` consecutive columns of one row, -1 meaning the whole
-row. Symmetric: zero is 2^(b-1) and not stored. `activations: int8` quantizes the layer's input to
-int8, one scale per token, at run time (what PyTorch calls dynamic quantization).
+row. Symmetric: zero is 2^(b-1) and not stored; a group's scale may be negative, which says on which
+side the one value more is. `levels: mid`: zero is 2^(b-1) - 1/2, so the values are symmetric and 0
+is none of them; at 2 bits that loses a third less (Qift, arXiv:2606.02823), at 4 bits nothing.
+`activations: int8` quantizes the layer's input to int8, one scale per token, at run time (what
+PyTorch calls dynamic quantization).
 
 Stored, for a [rows, cols] matrix cut into blocks of B columns (B = group_size, or 32 for whole
 rows):
 
-  weight_packed  uint8 [rows, cols*b/8]   block after block; inside one, a plane of p bits (p = b,
-                 and for b = 3 a 2-bit plane then a 1-bit plane) keeps columns i, i + B*p/8,
-                 i + 2*B*p/8, ... in byte i, lowest bits first. 128 columns of 4 bits are one
-                 64-byte line whose low nibbles are columns 0-63: shift and mask, no shuffles.
+  weight_packed  uint8 [rows, cols*b/8]   codes as `codes.py` packs them: 128 columns of 4 bits are
+                 one 64-byte line whose low nibbles are columns 0-63
   weight_scales  [rows, groups] bfloat16 or float16
   weight_zeros   uint8 [rows*b/8, groups], asymmetric only: the same planes in blocks of 8 rows, so
                  that any multiple of 8 rows and any group is a clean slice
@@ -21,20 +22,36 @@ Fails where: cols is no multiple of group_size and 32; at 2 bits without GPTQ th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 from compress_methods.errors import FormatError
-from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
-from compress_methods.formats.dense import DTYPES
+from compress_methods.formats.base import (
+    MAIN_TENSOR,
+    Axis,
+    Format,
+    TensorSpec,
+    register_format,
+    torch_dtype,
+)
+from compress_methods.formats.codes import PLANES, pack_codes, unpack_codes
+from compress_methods.formats.least_squares import Unscaled
+from compress_methods.formats.range_search import search_scales
+from compress_methods.formats.relaxed import Relaxed, stored_as
+from compress_methods.lazy import torch
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES, ZEROS = "weight_scales", "weight_zeros"
+WHOLE, MID = LEVELS = ("whole", "mid")
+BYTE = 8
 GROUP_SIZES = (-1, 32, 64, 128)
 ROW_BLOCK = 32
 ZERO_ROWS = 8
+LEAST_FACTOR = 0.25
+"""Of its start, what training may make of a scale."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class Integer(Format):
     symmetric: bool = True
     activations: str | None = None
     scale_dtype: str = "bfloat16"
+    levels: str = WHOLE
     name: ClassVar[str] = "integer"
 
     def __post_init__(self) -> None:
@@ -64,11 +82,22 @@ class Integer(Format):
             ("group_size", self.group_size, GROUP_SIZES),
             ("activations", self.activations, (None, "int8")),
             ("scale_dtype", self.scale_dtype, ("bfloat16", "float16")),
+            ("levels", self.levels, LEVELS),
         ):
             if value not in valid:
                 raise FormatError(
                     f"{key} is {value!r}, expected one of {', '.join(map(str, valid))}"
                 )
+        if self.levels == MID and not (self.symmetric and self.bits < BYTE):
+            raise FormatError("levels is 'mid', expected symmetric integers of 2, 3 or 4 bits")
+
+    @property
+    def searches_range(self) -> bool:
+        return True
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.levels == WHOLE
 
     def check_shape(self, rows: int, cols: int) -> None:
         if self.group_size > 0 and cols % self.group_size:
@@ -90,17 +119,19 @@ class Integer(Format):
         per_group = Axis(1, self.group_size) if self.group_size > 0 else None
         packed = Axis(1, block, block * self.bits // 8)
         out = {
-            "weight_packed": TensorSpec((rows, packed.entries(cols)), torch.uint8, Axis(0), packed),
-            "weight_scales": TensorSpec(
-                (rows, groups), DTYPES[self.scale_dtype], Axis(0), per_group
-            ),
+            MAIN_TENSOR: TensorSpec((rows, packed.entries(cols)), "uint8", Axis(0), packed),
+            SCALES: TensorSpec((rows, groups), self.scale_dtype, Axis(0), per_group),
         }
         if not self.symmetric:
             by_rows = Axis(0, ZERO_ROWS, self.bits)
-            out["weight_zeros"] = TensorSpec(
-                (by_rows.entries(rows), groups), torch.uint8, by_rows, per_group
-            )
+            shape = (by_rows.entries(rows), groups)
+            out[ZEROS] = TensorSpec(shape, "uint8", by_rows, per_group)
         return out
+
+    @property
+    def middle(self) -> float:
+        """The zero of symmetric groups."""
+        return 2 ** (self.bits - 1) - (0.5 if self.levels == MID else 0)
 
     def extent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Least and greatest value each group has to reach, zero included: [rows, groups] each."""
@@ -110,31 +141,39 @@ class Integer(Format):
             return -high, high
         return grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
 
-    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scales_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales, rounded to their stored dtype, and zeros of groups reaching from low to high."""
         top = 2**self.bits - 1
-        scales = ((high - low) / top).to(DTYPES[self.scale_dtype])
+        scales = ((high - low) / top).to(torch_dtype(self.scale_dtype))
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
         if self.symmetric:
             return scales, None
         return scales, (-low / scales.float()).round_().clamp_(0, top).to(torch.uint8)
 
-    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros with which every value of `weight` is within its group's range."""
-        return self.grid(*self.extent(weight))
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros whose ranges cover every value of `weight`, or with `importance` those
+        of least weighted squared error, see `range_search.py`."""
+        if importance is not None:
+            return search_scales(self, weight, importance)
+        return self.scales_of(*self.extent(weight))
+
+    def grid(self, weight: Tensor, importance: Tensor | None = None) -> AffineGrid:
+        return AffineGrid(self, *self.fit(weight, importance))
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Nearest codes of `values`; scales and zeros broadcast against them. Float, not packed."""
-        offset = 2 ** (self.bits - 1) if zeros is None else zeros
+        offset = self.middle if zeros is None else zeros
         return (values / scales).add_(offset).round_().clamp_(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """scale * (code - zero) in float32; scales and zeros broadcast against the codes."""
-        offset = 2 ** (self.bits - 1) if zeros is None else zeros.float()
+        offset = self.middle if zeros is None else zeros.float()
         return (codes.float() - offset).mul_(scales.float())
 
-    def nearest(self, weight: Tensor) -> IntegerSolution:
-        return self.round_to(weight, *self.fit(weight))
+    def nearest(
+        self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
+    ) -> IntegerSolution:
+        return self.round_to(weight, *self.fit(weight, importance))
 
     def round_to(self, weight: Tensor, scales: Tensor, zeros: Tensor | None) -> IntegerSolution:
         """Every value of `weight` rounded to the nearest code of given scales and zeros."""
@@ -142,39 +181,47 @@ class Integer(Format):
         codes = self.encode(self._grouped(weight), scales.float()[..., None], z)
         return IntegerSolution(codes.to(torch.uint8).reshape(weight.shape), scales, zeros)
 
-    def values(self, solution: IntegerSolution) -> Tensor:
+    def matrix(self, solution: IntegerSolution) -> Tensor:
         """[rows, cols] float32 values of a solution."""
         zeros = None if solution.zeros is None else solution.zeros[..., None]
         grouped = self.decode(self._grouped(solution.codes), solution.scales[..., None], zeros)
         return grouped.reshape(solution.codes.shape)
 
+    def grid_of(self, solution: IntegerSolution) -> AffineGrid:
+        return AffineGrid(self, solution.scales, solution.zeros)
+
+    def unscaled(self, solution: IntegerSolution) -> Unscaled:
+        ones = solution.scales.new_ones(1)
+        plain = replace(solution, scales=ones.expand_as(solution.scales))
+        return Unscaled(self.matrix(plain), solution.scales)
+
+    def rescaled(self, solution: IntegerSolution, scales: Tensor) -> IntegerSolution:
+        return replace(solution, scales=scales)
+
     def pack(self, solution: IntegerSolution) -> dict[str, Tensor]:
-        scales = solution.scales.to(DTYPES[self.scale_dtype]).contiguous()
+        scales = solution.scales.to(torch_dtype(self.scale_dtype)).contiguous()
         if not scales.isfinite().all():
             raise FormatError(f"a scale does not fit {self.scale_dtype}; use scale_dtype: bfloat16")
         out = {
-            "weight_packed": pack_codes(solution.codes, self.bits, self.block),
-            "weight_scales": scales,
+            MAIN_TENSOR: pack_codes(solution.codes, self.bits, self.block),
+            SCALES: scales,
         }
         if solution.zeros is not None:
             rows = torch.nn.functional.pad(solution.zeros.T, (0, -len(solution.zeros) % ZERO_ROWS))
-            out["weight_zeros"] = pack_codes(rows, self.bits, ZERO_ROWS).T.contiguous()
+            out[ZEROS] = pack_codes(rows, self.bits, ZERO_ROWS).T.contiguous()
         return out
 
     def solution(self, tensors: Mapping[str, Tensor]) -> IntegerSolution:
         """Inverse of `pack`."""
-        packed, scales = tensors["weight_packed"], tensors["weight_scales"]
+        packed, scales = tensors[MAIN_TENSOR], tensors[SCALES]
         zeros = None
         if not self.symmetric:
-            zeros = self.unpack_zeros(tensors["weight_zeros"], len(scales))
+            zeros = self.unpack_zeros(tensors[ZEROS], len(scales))
         return IntegerSolution(unpack_codes(packed, self.bits, self.block), scales, zeros)
 
     def unpack_zeros(self, packed: Tensor, rows: int) -> Tensor:
         """uint8 [rows, groups] of stored `weight_zeros`."""
         return unpack_codes(packed.T.contiguous(), self.bits, ZERO_ROWS).T[:rows].contiguous()
-
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.values(self.solution(tensors))
 
     def quantize_activations(self, x: Tensor) -> Tensor:
         if self.activations is None:
@@ -182,9 +229,12 @@ class Integer(Format):
         codes, scale = quantize_per_token(x)
         return (codes * scale).to(x.dtype)
 
+    def relax(self, solution: IntegerSolution, weight: Tensor) -> RelaxedInteger:
+        return RelaxedInteger(self, solution, weight)
+
     def describe(self) -> str:
         group = "row" if self.group_size < 0 else f"g{self.group_size}"
-        kind = "" if self.symmetric else " asym"
+        kind = " mid" if self.levels == MID else "" if self.symmetric else " asym"
         activations = "" if self.activations is None else " + int8 activations"
         return f"int{self.bits} {group}{kind}{activations}"
 
@@ -193,35 +243,95 @@ class Integer(Format):
         return matrix.reshape(rows, self.groups(cols), -1)
 
 
+class AffineGrid:
+    """scale * (code - zero), scales and zeros [rows, groups] by groups of columns."""
+
+    def __init__(self, fmt: Integer, scales: Tensor, zeros: Tensor | None) -> None:
+        self.fmt, self.scales, self.zeros = fmt, scales, zeros
+        # By group, and ready to multiply: a pass asks for one column after another.
+        self._scales = scales.T.float().contiguous()
+        self._zeros = None if zeros is None else zeros.T.float().contiguous()
+
+    def pick(self, column: int | Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        scales = self._at(self._scales, column)
+        zeros = None if self._zeros is None else self._at(self._zeros, column)
+        codes = self.fmt.encode(weights, scales, zeros)
+        return codes.to(torch.uint8), self.fmt.decode(codes, scales, zeros)
+
+    def _at(self, by_group: Tensor, column: int | Tensor) -> Tensor:
+        """The entries [rows] of [groups, rows] that hold each row's column."""
+        size = self.fmt.group_size
+        if isinstance(column, int):
+            return by_group[0 if size < 0 else column // size]
+        groups = torch.zeros_like(column) if size < 0 else column // size
+        return by_group.gather(0, groups.clamp_(0, len(by_group) - 1)[None])[0]
+
+    def solution(self, codes: Tensor) -> IntegerSolution:
+        return IntegerSolution(codes, self.scales, self.zeros)
+
+
+class RelaxedInteger(Relaxed):
+    """Codes [rows, groups, size], not whole until they are settled; a factor of each scale; zeros,
+    where they are stored, which are whole from the first `settle` on."""
+
+    rates = MappingProxyType({"codes": 1.0, "factors": 0.1, "zeros": 0.5})
+
+    def __init__(self, fmt: Integer, solution: IntegerSolution, weight: Tensor) -> None:
+        self.fmt, self._shape = fmt, weight.shape
+        self._top = 2**fmt.bits - 1
+        self._scales = solution.scales.float()
+        codes = fmt._grouped(weight) / self._scales[..., None]
+        self.parameters = {"codes": codes, "factors": torch.ones_like(self._scales)}
+        if solution.zeros is None:
+            codes += fmt.middle
+        else:
+            self.parameters["zeros"] = solution.zeros.float()
+            codes += self.parameters["zeros"][..., None]
+        codes.clamp_(0, self._top)
+        self._settled = torch.zeros_like(codes, dtype=torch.bool)
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        dtype = torch_dtype(self.fmt.scale_dtype)
+        scales = stored_as(self._scales * parameters["factors"], dtype)[..., None]
+        zeros = parameters.get("zeros")
+        offset = self.fmt.middle if zeros is None else zeros[..., None]
+        return ((parameters["codes"] - offset) * scales).reshape(self._shape)
+
+    def move(self, steps: Mapping[str, Tensor]) -> None:
+        codes, zeros = self.parameters["codes"], self.parameters.get("zeros")
+        codes.sub_(steps["codes"].masked_fill(self._settled, 0)).clamp_(0, self._top)
+        self.parameters["factors"].sub_(steps["factors"]).clamp_(LEAST_FACTOR, 1 / LEAST_FACTOR)
+        if zeros is not None and not self._settled.any():
+            zeros.sub_(steps["zeros"]).clamp_(0, self._top)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.parameters, "settled": self._settled}
+
+    def settle(self, share: float) -> None:
+        codes, zeros = self.parameters["codes"], self.parameters.get("zeros")
+        count = round(share * codes.numel())
+        if count == 0:
+            return
+        if zeros is not None and not self._settled.any():
+            whole = zeros.round()
+            codes.add_((whole - zeros)[..., None]).clamp_(0, self._top)
+            zeros.copy_(whole)
+        distance = (codes - codes.round()).abs_().masked_fill_(self._settled, -1)
+        self._settled.copy_(distance <= distance.flatten().kthvalue(count).values)
+        codes.copy_(torch.where(self._settled, codes.round(), codes))
+
+    def solution(self) -> IntegerSolution:
+        codes, zeros = self.parameters["codes"], self.parameters.get("zeros")
+        scales = self._scales * self.parameters["factors"]
+        return IntegerSolution(
+            codes.round().to(torch.uint8).reshape(self._shape),
+            scales.to(torch_dtype(self.fmt.scale_dtype)),
+            None if zeros is None else zeros.round().to(torch.uint8),
+        )
+
+
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes (held in float32) of each row of [..., cols], and scales [..., 1]."""
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     return (x / scale).round_(), scale
-
-
-def pack_codes(codes: Tensor, bits: int, block: int) -> Tensor:
-    """uint8 codes [n, m] -> uint8 [n, m*bits/8], in blocks of `block` (a multiple of 8) codes."""
-    blocks = codes.to(torch.uint8).reshape(codes.shape[0], -1, block)
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        plane = (blocks >> shift) & (2**width - 1)
-        lanes = plane.unflatten(-1, (8 // width, -1))
-        planes.append(sum(lanes[..., i, :] << (i * width) for i in range(8 // width)))
-        shift += width
-    return torch.cat(planes, -1).reshape(codes.shape[0], -1).contiguous()
-
-
-def unpack_codes(packed: Tensor, bits: int, block: int) -> Tensor:
-    """Inverse of `pack_codes`."""
-    blocks = packed.reshape(packed.shape[0], -1, block * bits // 8)
-    codes, start, shift = None, 0, 0
-    for width in PLANES[bits]:
-        size = block * width // 8
-        plane = blocks[..., start : start + size]
-        lanes = [(plane >> (i * width)) & (2**width - 1) for i in range(8 // width)]
-        part = torch.cat(lanes, -1) << shift
-        codes = part if codes is None else codes | part
-        start, shift = start + size, shift + width
-    assert codes is not None
-    return codes.reshape(packed.shape[0], -1)

@@ -17,16 +17,19 @@ divide cols; a group or packing block of `values` does not divide cols*n/m.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any, ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.errors import FormatError
 from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
+from compress_methods.formats.least_squares import Unscaled
+from compress_methods.formats.relaxed import Relaxed
+from compress_methods.formats.rounder import Grid, Rounder
+from compress_methods.lazy import numpy, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCKS = (4, 8, 16, 32, 64, 128)
 MASK = "weight_mask"
@@ -56,8 +59,12 @@ class Sparse(Format):
             raise FormatError(f"m is {self.m!r}, expected one of {', '.join(map(str, BLOCKS))}")
         if not 0 < self.n <= self.m:
             raise FormatError(f"n is {self.n!r}, expected 1 to {self.m}: n of every m are kept")
-        if isinstance(self.values, Sparse):
+        if self.values.prunes:
             raise FormatError("values is sparse itself, expected a dense or integer format")
+        if self.values.inner is not self.values:
+            raise FormatError("values is rotated, expected a dense or integer format")
+        if not self.values.holds_zero:
+            raise FormatError(f"values is {self.values.describe()}, expected a format that holds 0")
 
     def kept(self, cols: int) -> int:
         """Columns stored for `cols` columns of the matrix."""
@@ -79,7 +86,7 @@ class Sparse(Format):
         }
         unit = max(self.m, BYTE)
         by_byte = Axis(1, unit, unit // BYTE)
-        out[MASK] = TensorSpec((rows, cols // BYTE), torch.uint8, Axis(0), by_byte)
+        out[MASK] = TensorSpec((rows, cols // BYTE), "uint8", Axis(0), by_byte)
         return out
 
     def _wide(self, axis: Axis | None) -> Axis | None:
@@ -109,10 +116,65 @@ class Sparse(Format):
         out = torch.zeros(mask.shape, dtype=compacted.dtype, device=compacted.device)
         return out.masked_scatter_(mask, compacted)
 
-    def nearest(self, weight: Tensor) -> SparseSolution:
-        """The n largest magnitudes of every block, each then chosen by `values`."""
-        mask = self.select(weight.abs())
-        return SparseSolution(mask, self.values.nearest(self.compact(weight, mask)))
+    def nearest(
+        self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
+    ) -> SparseSolution:
+        """Without `mask` the n largest magnitudes of every block; each chosen by `values`."""
+        mask = self.select(weight.abs()) if mask is None else mask
+        kept = self.compact(weight, mask)
+        return SparseSolution(mask, self.values.nearest(kept, self._spread(importance, mask)))
+
+    def rounder(
+        self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
+    ) -> Rounder:
+        fitted = self.select(weight.abs()) if mask is None and self.rounds else mask
+        kept = weight if fitted is None else self.compact(weight, fitted)
+        spread = None if fitted is None else self._spread(importance, fitted)
+        return SparseRounder(self, self.values.grid(kept, spread), weight, mask)
+
+    def revisor(self, solution: SparseSolution, shape: tuple[int, ...]) -> Rounder | None:
+        """With the places that are kept as they are."""
+        grid = self.values.grid_of(solution.values)
+        return None if grid is None else SparseRounder(self, grid, solution.mask, solution.mask)
+
+    def unscaled(self, solution: SparseSolution) -> Unscaled | None:
+        inner = self.values.unscaled(solution.values)
+        if inner is None or inner.values.shape[1] // inner.scales.shape[1] % self.n:
+            return None  # groups that end inside a block end elsewhere in every row
+        return Unscaled(self.expand(inner.values, solution.mask), inner.scales)
+
+    def rescaled(self, solution: SparseSolution, scales: Tensor) -> SparseSolution:
+        return replace(solution, values=self.values.rescaled(solution.values, scales))
+
+    def _spread(self, importance: Tensor | None, mask: Tensor) -> Tensor | None:
+        """Importance of the kept columns [rows, cols*n/m]."""
+        return None if importance is None else self.compact(importance.expand(mask.shape), mask)
+
+    def relax(self, solution: SparseSolution, weight: Tensor) -> RelaxedSparse:
+        return RelaxedSparse(self, solution, weight)
+
+    @property
+    def relaxes(self) -> bool:
+        return self.values.relaxes
+
+    @property
+    def rounds(self) -> bool:
+        return self.values.rounds
+
+    @property
+    def searches_range(self) -> bool:
+        return self.values.searches_range
+
+    @property
+    def span(self) -> int:
+        return self.m
+
+    @property
+    def prunes(self) -> bool:
+        return True
+
+    def unrounded(self) -> Sparse:
+        return replace(self, values=self.values.unrounded())
 
     def pack(self, solution: SparseSolution) -> dict[str, Tensor]:
         self._check_mask(solution.mask)
@@ -134,8 +196,11 @@ class Sparse(Format):
                 f"{block * self.m} to {(block + 1) * self.m - 1}, expected {self.n}"
             )
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.expand(self.values.unpack(tensors), self.mask(tensors))
+    def solution(self, tensors: Mapping[str, Tensor]) -> SparseSolution:
+        return SparseSolution(self.mask(tensors), self.values.solution(tensors))
+
+    def matrix(self, solution: SparseSolution) -> Tensor:
+        return self.expand(self.values.matrix(solution.values), solution.mask)
 
     def quantize_activations(self, x: Tensor) -> Tensor:
         return self.values.quantize_activations(x)
@@ -148,12 +213,73 @@ class Sparse(Format):
         return f"{self.n}:{self.m} {self.values.describe()}"
 
 
+class SparseRounder:
+    """n of every m columns kept, each row its own, unless `mask` [rows, cols] says which.
+
+    Kept values become those of `grid`, that of the value format over the kept columns; groups of
+    scales lie over these, not over the matrix's.
+    """
+
+    def __init__(self, fmt: Sparse, grid: Grid, like: Tensor, mask: Tensor | None) -> None:
+        self.fmt, self.grid = fmt, grid
+        self.span = fmt.m
+        self.free = mask is None
+        by_column = like.T.shape
+        self.mask = like.new_zeros(by_column, dtype=torch.bool) if mask is None else mask.T.clone()
+        self.codes: Tensor | None = None
+        self._first = 0
+        self._ranks = self.mask
+
+    def begin(self, columns: Tensor, weights: Tensor, costs: Tensor) -> None:
+        if self.free:
+            self.mask[columns] = self.fmt.select(costs.T).T
+        self._first = int(columns.min())
+        inside = self.mask[self._first : self._first + self.span].cumsum(0) - 1
+        self._ranks = self._first // self.fmt.m * self.fmt.n + inside.clamp_(min=0)
+
+    def pick(self, column: int, weights: Tensor) -> Tensor:
+        codes, values = self.grid.pick(self._ranks[column - self._first], weights)
+        if self.codes is None:
+            self.codes = codes.new_empty(self.mask.shape)
+        self.codes[column] = codes
+        return values * self.mask[column]
+
+    def solution(self) -> SparseSolution:
+        assert self.codes is not None
+        mask = self.mask.T.contiguous()
+        return SparseSolution(mask, self.grid.solution(self.fmt.compact(self.codes.T, mask)))
+
+
+class RelaxedSparse(Relaxed):
+    """The kept values relaxed as their format does; the mask stays."""
+
+    def __init__(self, fmt: Sparse, solution: SparseSolution, weight: Tensor) -> None:
+        self.fmt, self._mask = fmt, solution.mask
+        self._kept = fmt.values.relax(solution.values, fmt.compact(weight, solution.mask))
+        self.parameters, self.rates = self._kept.parameters, self._kept.rates
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return self.fmt.expand(self._kept.matrix(parameters), self._mask)
+
+    def move(self, steps: Mapping[str, Tensor]) -> None:
+        self._kept.move(steps)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._kept.state()
+
+    def settle(self, share: float) -> None:
+        self._kept.settle(share)
+
+    def solution(self) -> SparseSolution:
+        return SparseSolution(self._mask, self._kept.solution())
+
+
 def _ascending(blocks: Tensor, index: int) -> Tensor:
     """The value at `index` of every sorted row [..., 1]."""
     if blocks.device.type != "cpu":
         return blocks.kthvalue(index + 1, -1, keepdim=True).values
     # numpy's is five times as fast on CPUs, and half of the time of `alps` hangs on it.
-    found = np.partition(blocks.float().numpy(), index, axis=-1)
+    found = numpy.partition(blocks.float().numpy(), index, axis=-1)
     return torch.from_numpy(found[..., index : index + 1])
 
 

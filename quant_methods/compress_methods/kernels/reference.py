@@ -7,57 +7,74 @@ it unpacks the matrix at every call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from compress_methods.kernels.base import Kernel
-
-if TYPE_CHECKING:
-    from compress_methods.formats.base import Format, Prepared
+from compress_methods.formats import Stored
+from compress_methods.kernels.base import Kernel, Prepared, Want, check_ids, register_kernel
 
 SLAB_ELEMENTS = 2**22
 
 
+@register_kernel
 class Reference(Kernel):
     name: ClassVar[str] = "reference"
-    gathers: ClassVar[bool] = True
 
-    def supports(self, fmt: Format, rows: int, cols: int, device: torch.device) -> bool:
-        return True
+    def rank(self, stored: Stored, want: Want) -> int:
+        return 0
 
-    def prepare(self, fmt: Format, stored: list[Tensor], rows: int, cols: int) -> list[Tensor]:
-        return [t.clone(memory_format=torch.contiguous_format) for t in stored]
+    def prepare(self, stored: Stored, want: Want) -> Prepared:
+        tensors = [t.clone(memory_format=torch.contiguous_format) for t in stored.ordered]
+        place = {"shape": stored.shape, "rows": stored.rows, "cols": stored.cols}
+        return Prepared(self.name, *stored.size, tensors, stored.format, facts=place)
 
-    def matmul(self, fmt: Format, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
-        rows, cols = prepared.rows, prepared.cols
-        stored = dict(zip(fmt.tensors(rows, cols), prepared.tensors, strict=True))
-        inputs = fmt.quantize_activations(x.float())
-        out = torch.empty(x.shape[0], rows, dtype=torch.float32, device=x.device)
-        unit = fmt.units(rows, cols)[0]
-        slab = max(unit, SLAB_ELEMENTS // cols // unit * unit)
-        for start in range(0, rows, slab):
-            end = min(start + slab, rows)
-            weight = fmt.unpack(fmt.slice(stored, (rows, cols), rows=(start, end)))
-            torch.mm(inputs, weight[: end - start].T, out=out[:, start:end])
+    def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
+        stored = _stored(prepared)
+        inputs = stored.format.quantize_activations(x.float())
+        rows, cols = stored.size
+        out = torch.empty(len(x), rows, dtype=torch.float32, device=x.device)
+        step = rows
+        if stored.cuts_rows:
+            unit = stored.format.alignment(*stored.shape)[0]
+            step = max(unit, SLAB_ELEMENTS // cols // unit * unit)
+        for start in range(0, rows, step):
+            end = min(start + step, rows)
+            at = stored.rows[0]
+            weight = stored.cut(rows=(at + start, at + end)).values()
+            torch.mm(inputs, weight.T, out=out[:, start:end])
         if bias is not None:
             out += bias
         return out.to(x.dtype)
 
-    def embed(self, fmt: Format, ids: Tensor, prepared: Prepared) -> Tensor:
-        rows, cols = prepared.rows, prepared.cols
-        specs = fmt.tensors(rows, cols)
-        unit = fmt.units(rows, cols)[0]
+    def embed(self, ids: Tensor, prepared: Prepared) -> Tensor:
+        check_ids(ids, prepared.rows)
+        stored = _stored(prepared)
+        if not stored.cuts_rows:
+            return stored.values()[ids]
+        unit = stored.format.alignment(*stored.shape)[0]
         blocks, inverse = torch.unique(ids // unit, return_inverse=True)
         gathered = {}
-        for (name, spec), tensor in zip(specs.items(), prepared.tensors, strict=True):
-            axis = spec.rows_axis
-            if axis is None:
-                gathered[name] = tensor
-                continue
-            width = unit // axis.unit * axis.step
-            index = blocks[:, None] * width + torch.arange(width, device=ids.device)
-            last = tensor.shape[axis.axis] - 1
-            gathered[name] = tensor.index_select(axis.axis, index.flatten().clamp_(max=last))
-        return fmt.unpack(gathered)[inverse * unit + ids % unit]
+        for name, spec in stored.specs.items():
+            axis, tensor = spec.rows_axis, stored.tensors[name]
+            gathered[name] = tensor
+            if axis is not None:
+                width = unit // axis.unit * axis.step
+                index = blocks[:, None] * width + torch.arange(width, device=ids.device)
+                # The last block may have fewer, and formats may look at how many there are.
+                there = index[index < tensor.shape[axis.axis]]
+                gathered[name] = tensor.index_select(axis.axis, there)
+        values = stored.format.unpack(gathered)
+        if not stored.cuts_cols:
+            values = values[:, slice(*stored.cols)]
+        return values[inverse * unit + ids % unit]
+
+
+def _stored(prepared: Prepared) -> Stored:
+    """The stored piece that a prepared one still is."""
+    fmt, facts = prepared.format, prepared.facts
+    assert fmt is not None
+    shape, rows, cols = (tuple(facts[key]) for key in ("shape", "rows", "cols"))
+    tensors = dict(zip(fmt.tensors(*shape), prepared.tensors, strict=True))
+    return Stored(fmt, tensors, shape, rows, cols)

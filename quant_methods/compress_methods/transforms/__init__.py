@@ -1,6 +1,12 @@
-"""Edits of a model before its matrices are packed; each results in a plain model again."""
+"""Changes of a model before its matrices are packed, one file per pass."""
 
-from compress_methods.transforms import depth, width  # noqa: F401  (registers them)
-from compress_methods.transforms.base import TRANSFORMS, Block, Transform, register_transform
+from compress_methods.transforms import (  # noqa: F401  (registers them)
+    awq,
+    depth,
+    rotation,
+    smoothquant,
+    width,
+)
+from compress_methods.transforms.base import TRANSFORMS, Outline, Part, Pass, register_transform
 
-__all__ = ["TRANSFORMS", "Block", "Transform", "register_transform"]
+__all__ = ["TRANSFORMS", "Outline", "Part", "Pass", "register_transform"]

@@ -15,10 +15,13 @@ old values, not towards zero. Needs calibration tokens, several times the column
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compress_methods.errors import CalibrationError
+from compress_methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DAMPING = 0.01
 ROUNDS = 32
@@ -32,7 +35,7 @@ def drop_units(
 
     Returns indices of the columns that stay, in order, and their new values [rows, kept * unit].
     """
-    alive = torch.ones(weight.shape[1] // unit, dtype=torch.bool)
+    alive = weight.new_ones(weight.shape[1] // unit, dtype=torch.bool)
     values = weight
     if kept < len(alive):
         if compensate:
@@ -63,12 +66,12 @@ def _sweep(weight: Tensor, inverse: Tensor, unit: int, kept: int, alive: Tensor)
 
 
 def _columns(units: Tensor, unit: int) -> Tensor:
-    return (units[:, None] * unit + torch.arange(unit)).flatten()
+    return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()
 
 
 def _diagonal(matrix: Tensor, unit: int) -> Tensor:
     """The [units, unit, unit] blocks on the diagonal of [cols, cols]."""
-    index = torch.arange(len(matrix) // unit)
+    index = torch.arange(len(matrix) // unit, device=matrix.device)
     return matrix.unflatten(0, (-1, unit)).unflatten(2, (-1, unit))[index, :, index]
 
 

@@ -12,25 +12,35 @@ whose layers all matter, lose much more than large ones. Measure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from copy import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.errors import RecipeError
-from compress_methods.transforms.base import Transform, check_family, register_transform
+from compress_methods.lazy import torch
+from compress_methods.transforms.base import (
+    Outline,
+    Part,
+    Pass,
+    check_prunable,
+    register_transform,
+)
+
+if TYPE_CHECKING:
+    from compress_methods.model.skeleton import Skeleton
 
 
 @register_transform
 @dataclass(frozen=True)
-class Depth(Transform):
+class Depth(Pass):
     """`drop`: share of the layers below 1 (never more than asked: 25% of 30 layers are 7), a number
     of layers from 1."""
 
     drop: float = 0.25
+    influence: tuple[float, ...] = field(default=(), init=False, compare=False)
     name: ClassVar[str] = "depth"
-    scores_blocks: ClassVar[bool] = True
+    reshapes: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.drop < 0 or (self.drop >= 1 and self.drop != int(self.drop)):
@@ -38,11 +48,11 @@ class Depth(Transform):
                 f"drop is {self.drop}, expected a share below 1 or a whole number of layers"
             )
 
-    def changes(self, config: Any) -> dict[str, Any]:
-        check_family(config, self.name)
-        return {}
+    def plan(self, skeleton: Skeleton) -> Outline:
+        check_prunable(skeleton.model.config, self.name)
+        return Outline(layers=self._left(len(skeleton.blocks)))
 
-    def layers_left(self, count: int) -> int:
+    def _left(self, count: int) -> int:
         dropped = int(self.drop if self.drop >= 1 else self.drop * count + 1e-9)
         if dropped >= count:
             raise RecipeError(f"depth: drop is {dropped} layers, the model has {count}")
@@ -50,9 +60,24 @@ class Depth(Transform):
             raise RecipeError(f"depth: drop is {self.drop:.1%} of {count} layers, less than one")
         return count - dropped
 
-    def score(self, before: Tensor, after: Tensor) -> float:
-        return 1 - float(torch.cosine_similarity(before, after, dim=-1).mean())
+    def survey(self, part: Part) -> list[float]:
+        """1 - mean cosine of what goes in and what comes out."""
+        total, count = 0.0, 0
+        for before, after in part.batches():
+            mean = float(torch.cosine_similarity(before, after, dim=-1).mean())
+            total += (1 - mean) * len(before)
+            count += len(before)
+        return [total / count]
 
-    def choose(self, scores: Sequence[float]) -> list[int]:
-        ranked = sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)
-        return sorted(ranked[: self.layers_left(len(scores))])
+    def decide(self, surveyed: Sequence[Sequence[float]]) -> Depth:
+        decided = copy(self)
+        object.__setattr__(decided, "influence", tuple(row[0] for row in surveyed))
+        return decided
+
+    def layers(self, count: int) -> list[int]:
+        scores = self.influence or (0.0,) * count
+        ranked = sorted(range(count), key=lambda i: scores[i], reverse=True)
+        return sorted(ranked[: self._left(count)])
+
+    def facts(self) -> dict[str, Any]:
+        return {"influence": list(self.influence)}

@@ -21,14 +21,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
+from compress_methods.algorithms import Hessian
+from compress_methods.checkpoint.sharding import shares_heads
 from compress_methods.errors import RecipeError
-from compress_methods.sharding import shares_heads
-from compress_methods.transforms.base import Block, Transform, check_family, register_transform
+from compress_methods.transforms.base import (
+    Outline,
+    Part,
+    Pass,
+    check_prunable,
+    register_transform,
+)
 from compress_methods.transforms.columns import drop_units
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress_methods.model.skeleton import Skeleton
 
 ATTENTION, MLP = "self_attn", "mlp"
 PARALLEL = (2, 4, 8, 16)
@@ -36,7 +46,7 @@ PARALLEL = (2, 4, 8, 16)
 
 @register_transform
 @dataclass(frozen=True)
-class Width(Transform):
+class Width(Pass):
     """`ffn`, `attention`: share of the channels and of the KV groups to drop."""
 
     ffn: float = 0.25
@@ -45,7 +55,7 @@ class Width(Transform):
     tensor_parallel: int = 8
     compensate: bool = True
     name: ClassVar[str] = "width"
-    edits_blocks: ClassVar[bool] = True
+    reshapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("ffn", "attention"):
@@ -55,8 +65,12 @@ class Width(Transform):
             if getattr(self, key) < 1:
                 raise RecipeError(f"{key} is {getattr(self, key)}, expected an integer from 1")
 
+    def plan(self, skeleton: Skeleton) -> Outline:
+        return Outline(self.changes(skeleton.model.config))
+
     def changes(self, config: Any) -> dict[str, Any]:
-        check_family(config, self.name)
+        """Keys of config.json that change, given transformers' config of the model."""
+        check_prunable(config, self.name)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         if heads % groups:
             raise RecipeError(
@@ -101,40 +115,41 @@ class Width(Transform):
             and shares_heads(config.num_attention_heads, config.num_key_value_heads, ways)
         )
 
-    def edit(self, block: Block) -> dict[str, Tensor]:
-        new: dict[str, Tensor] = {}
-        groups = self._groups(block.config)
-        if groups < block.config.num_key_value_heads:
-            new |= self._edit_attention(block, groups)
-        channels = self._channels(block.config)
-        if channels < block.config.intermediate_size:
-            columns, values = self._drop(block, f"{MLP}.down_proj", 1, channels)
-            new[f"{MLP}.down_proj.weight"] = values
+    def visit(self, part: Part) -> None:
+        """New values of the block's tensors; in memory it keeps its shapes, with zeros where
+        something was dropped."""
+        if part.index is None or part.index < 0:
+            return
+        groups = self._groups(part.config)
+        if groups < part.config.num_key_value_heads:
+            self._edit_attention(part, groups)
+        channels = self._channels(part.config)
+        if channels < part.config.intermediate_size:
+            columns = self._drop(part, f"{MLP}.down_proj", 1, channels)
             for name in ("gate_proj", "up_proj"):
-                new |= _rows(block, f"{MLP}.{name}", columns)
-        return new
+                _keep_rows(part, f"{MLP}.{name}", columns)
 
-    def _edit_attention(self, block: Block, groups: int) -> dict[str, Tensor]:
-        config = block.config
+    def _edit_attention(self, part: Part, groups: int) -> None:
+        config = part.config
         size = head_size(config)
         unit = size * (config.num_attention_heads // config.num_key_value_heads)
-        columns, values = self._drop(block, f"{ATTENTION}.o_proj", unit, groups)
+        columns = self._drop(part, f"{ATTENTION}.o_proj", unit, groups)
         kept = columns[::unit] // unit
-        new = {f"{ATTENTION}.o_proj.weight": values, **_rows(block, f"{ATTENTION}.q_proj", columns)}
+        _keep_rows(part, f"{ATTENTION}.q_proj", columns)
         rows = (kept[:, None] * size + kept.new_tensor(range(size))).flatten()
         for name in ("k_proj", "v_proj"):
-            new |= _rows(block, f"{ATTENTION}.{name}", rows)
-        return new
+            _keep_rows(part, f"{ATTENTION}.{name}", rows)
 
-    def _drop(self, block: Block, name: str, unit: int, kept: int) -> tuple[Tensor, Tensor]:
-        """Columns of a layer that stay and their values; in memory it gets zeros elsewhere."""
-        weight = block.module.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        hessian = block.hessian(name).mean()
-        columns, values = drop_units(weight.data, hessian, unit, kept, self.compensate)
-        weight.data.zero_()
-        weight.data[:, columns] = values
-        return columns, values
+    def _drop(self, part: Part, name: str, unit: int, kept: int) -> Tensor:
+        """Columns of a layer that stay; in memory it gets zeros elsewhere."""
+        slot = next(slot for slot in part.slots if slot.module.endswith(f".{name}"))
+        seen = part.statistics({slot.module: (Hessian,)})[slot.module]
+        weight = part.weight(slot)
+        columns, values = drop_units(weight, Hessian.of(seen), unit, kept, self.compensate)
+        part.replace(slot.parameter, values)
+        weight.zero_()
+        weight[:, columns] = values
+        return columns
 
 
 def at_least(number: float) -> int:
@@ -148,7 +163,8 @@ def head_size(config: Any) -> int:
     return int(size or config.hidden_size // config.num_attention_heads)
 
 
-def _rows(block: Block, name: str, rows: Tensor) -> dict[str, Tensor]:
-    """Some outputs of a linear layer: rows of its weight, and of its bias if it has one."""
-    module = block.module.get_submodule(name)
-    return {f"{name}.{key}": value.data[rows] for key, value in module.named_parameters()}
+def _keep_rows(part: Part, name: str, rows: Tensor) -> None:
+    """Keep some outputs of a linear layer: rows of its weight, and of its bias if it has one."""
+    slot = next(slot for slot in part.slots if slot.module.endswith(f".{name}"))
+    for key, value in part.module.get_submodule(name).named_parameters():
+        part.replace(f"{slot.module}.{key}", value.data[rows])

@@ -1,30 +1,30 @@
 """Compiling the CPU library, once per machine: on first use, or ahead of time for images.
 
-The file lands in a cache directory under a name made of everything it depends on: sources,
-compiler, flags, torch. Processes that start together wait for one compilation. Where there is no
-compiler, or it fails, `BuildError` says so in one line and other kernels do the work.
+The file lands in a cache directory (`store.py`) under a name made of everything it depends on:
+sources, compiler, flags, torch. Processes that start together wait for one compilation. Where no
+compiler is, or it fails or hangs, `BuildError` says so in one line and other kernels do the work.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
+from compress_methods.kernels.cpu import store
+from compress_methods.names import CACHE_VARIABLE, ISA_VARIABLE
 
-SOURCES = Path(__file__).resolve().parent
+SOURCES = Path(__file__).resolve().parent / "src"  # what includes are relative to
 MAIN = "gemm.cpp"
 UNITS = (MAIN, "operators.cpp")
-CACHE_VARIABLE = "VLLM_COMPRESS_CACHE"
-ISA_VARIABLE = "VLLM_COMPRESS_ISA"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-std=c++17",
@@ -33,9 +33,6 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",  # libraries for several instruction sets have the same names
-    "-Wall",
-    "-Wextra",
-    "-Werror",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the first with what is used
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -66,6 +63,7 @@ _NEEDS = {
     "avx2": _NARROW,
 }
 TIMEOUT_SECONDS = 600
+VERSION_SECONDS = 20
 
 
 class BuildError(RuntimeError):
@@ -97,14 +95,6 @@ def instruction_set() -> str:
     return next(isa for isa in INSTRUCTION_SETS if runs_here(isa))
 
 
-def cache_directory() -> Path:
-    """`VLLM_COMPRESS_CACHE`, or a folder in the user's cache."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "vllm-compress"
-
-
 def compiler() -> str:
     """`CXX`, or the first C++ compiler there is; raises `BuildError`."""
     wanted = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
@@ -116,36 +106,62 @@ def compiler() -> str:
 
 @cache
 def _version(program: str) -> str:
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+    return _run([program, "--version"], VERSION_SECONDS).stdout
+
+
+def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """A compiler, with all that it starts, for so long; its words may be in any encoding."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as problem:
+        raise BuildError(f"{command[0]}: {problem.strerror or problem}") from problem
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as problem:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise BuildError(f"{command[0]} took over {seconds:g} s") from problem
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 def library_path(isa: str) -> Path:
     """Where the library for `isa` lies or will lie; raises `BuildError` without a compiler."""
+    import torch
+
     digest = hashlib.sha256()
-    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
-        digest.update(source.name.encode() + source.read_bytes())
+    for source in sorted([*SOURCES.rglob("*.h"), *SOURCES.rglob("*.cpp")]):
+        digest.update(str(source.relative_to(SOURCES)).encode() + source.read_bytes())
     facts = (_version(compiler()), torch.__version__, platform.machine(), *_command(isa, Path()))
     digest.update("\n".join(facts).encode())
-    return cache_directory() / f"cpu-{isa}-{digest.hexdigest()[:16]}.so"
+    return store.cache_directory() / f"cpu-{isa}-{digest.hexdigest()[:16]}.so"
 
 
 def build(isa: str) -> Path:
     """Path of the library for `isa`, compiled now if need be; raises `BuildError`."""
-    path = library_path(isa)
-    if path.exists():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
+        path = library_path(isa)
+        if store.holds(path):
+            return path
+        store.own(path.parent)
+        with store.locked(path, TIMEOUT_SECONDS):
+            if not store.holds(path):
                 print(f"vllm-compress: compiling CPU kernels ({isa}), once", file=sys.stderr)
                 _compile(isa, path)
     except OSError as problem:
+        where = str(problem)
+        if not isinstance(problem, store.StoreError):
+            where = f"{problem.filename or path.parent}: {problem.strerror or problem}"
         raise BuildError(
-            f"{path.parent}: {problem.strerror or problem}; "
-            f"{CACHE_VARIABLE} names another place for compiled kernels"
+            f"{where}; {CACHE_VARIABLE} names another place for compiled kernels"
         ) from problem
     return path
 
@@ -154,16 +170,11 @@ def _compile(isa: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
         command = _command(isa, unfinished)
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
-            )
-        except subprocess.TimeoutExpired as problem:
-            raise BuildError(f"{command[0]} took over {TIMEOUT_SECONDS} s") from problem
-        if done.returncode:
+        done = _run(command, TIMEOUT_SECONDS)
+        if done.returncode or not unfinished.is_file():
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise BuildError(f"{command[0]} failed: {(errors or ['no message'])[0]}")
-        unfinished.replace(path)
+        store.put(unfinished, path)
 
 
 def namespace(isa: str) -> str:
@@ -173,9 +184,11 @@ def namespace(isa: str) -> str:
 
 def _command(isa: str, out: Path) -> list[str]:
     """How the library is compiled; torch's is named so that its thread pool is found."""
+    import torch
+
     torch_folder = Path(torch.__file__).resolve().parent
     flags = (*FLAGS, f"-DVC_NAMESPACE={namespace(isa)}", *INSTRUCTION_SETS[isa])
     units = (str(SOURCES / name) for name in UNITS)
-    headers = ("-isystem", str(torch_folder / "include"))
+    headers = (f"-I{SOURCES}", "-isystem", str(torch_folder / "include"))
     link = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
     return [compiler(), *flags, *headers, *units, *link, "-o", str(out)]

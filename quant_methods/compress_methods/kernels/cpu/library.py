@@ -1,4 +1,4 @@
-"""The compiled library, as two torch operators (`operators.cpp`)."""
+"""The compiled library, as torch operators (`operators.cpp`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress_methods.kernels.cpu.build import BuildError, build, instruction_set, namespace
+from compress_methods.kernels.cpu.build import build, instruction_set, namespace
 
 LINE = 128
 HUGE_PAGE = 2**21
@@ -29,14 +29,23 @@ class Mode(IntEnum):
     INT8_PER_TOKEN = 2
 
 
+class Kind(IntEnum):
+    """How a matrix is stored."""
+
+    WHOLE = 0
+    SPARSE = 1
+    MID = 2
+
+
 @dataclass(frozen=True)
 class Packed:
     """A matrix as the library reads it, by blocks of `rows_together` rows.
 
     `weights` uint8 [blocks, lines, bytes]; `scales` [blocks, groups, rows of one] of any of
     `DTYPES`; `zeros` uint8 like them, or None where every zero is 2^(bits - 1); `group` columns per
-    group, 0 for rows. `sparse`: a line is its kept values, then its mask; 16 bits are then floats
-    of the dtype of `scales`, which is empty.
+    group, 0 for rows. `kind` sparse: a line is its kept values, then its mask; 16 bits are then
+    floats of the dtype of `scales`, which is empty. `kind` mid: every zero is 2^(bits - 1) - 1/2,
+    and `scales` are half of what they are.
     """
 
     weights: Tensor
@@ -46,17 +55,20 @@ class Packed:
     bits: int
     group: int
     cols: int
-    sparse: bool = False
+    kind: Kind = Kind.WHOLE
 
     @property
-    def settings(self) -> tuple[int, int, int, bool]:
+    def settings(self) -> tuple[int, int, int, int]:
         """What both operators take before the three tensors."""
-        return self.rows, self.bits, self.group, self.sparse
+        return self.rows, self.bits, self.group, self.kind
 
 
 class Library:
     """A loaded library; `isa` is what it was compiled for, `product` its operator:
-    product(x, bias, mode, *settings, weights, scales, zeros), x [..., cols] -> [..., rows]."""
+    product(x, bias, mode, *settings, weights, scales, zeros), x [..., cols] -> [..., rows].
+
+    `rotated`, of a matrix that is, takes its signs [2, block] float32 before the weights.
+    """
 
     def __init__(self, isa: str) -> None:
         self.isa = isa
@@ -64,7 +76,12 @@ class Library:
         operators = getattr(torch.ops, namespace(isa))
         self.rows_together: int = operators.rows_together.default()
         self.product, self._embed = operators.linear.default, operators.embed.default
-        for operator, shape in ((self.product, _linear_shape), (self._embed, _embed_shape)):
+        self.rotated = operators.rotated.default
+        for operator, shape in (
+            (self.product, _linear_shape),
+            (self.rotated, _linear_shape),
+            (self._embed, _embed_shape),
+        ):
             torch.library.register_fake(operator, shape)
 
     def linear(self, x: Tensor, matrix: Packed, bias: Tensor | None, mode: Mode) -> Tensor:
@@ -115,6 +132,6 @@ def library(isa: str | None = None) -> Library | None:
     """The library for `isa` (this machine's widest); None, after one warning, if impossible."""
     try:
         return Library(isa or instruction_set())
-    except (BuildError, OSError, AttributeError) as problem:
+    except (RuntimeError, OSError, AttributeError) as problem:
         warnings.warn(f"vllm-compress: no CPU kernels of its own: {problem}", stacklevel=2)
         return None

@@ -1,0 +1,250 @@
+"""What algorithms learn of a layer's inputs while calibration text runs through it.
+
+A statistic is a class with `add_batch`. An algorithm names the classes it needs; the pipeline makes
+one of each for every distinct input, so q, k and v share theirs. Another one is another class, in
+any distribution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress_methods.errors import CalibrationError
+from compress_methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress_methods.formats import Format
+
+
+class Statistic(ABC):
+    """Gathered over all calibration tokens of one input of `cols` columns, on `device`."""
+
+    correlates: ClassVar[bool] = False
+    """Whether `moved` knows how columns go together."""
+
+    def __init__(self, cols: int, device: torch.device) -> None:
+        self.tokens = 0
+
+    @abstractmethod
+    def add_batch(self, x: Tensor) -> None:
+        """x [tokens, cols] float32: more of the layer's input."""
+
+    @classmethod
+    def of(cls, seen: Seen) -> Tensor:
+        """What this class's instance among `seen` amounts to, as a tensor."""
+        return seen[cls].result()
+
+    @abstractmethod
+    def result(self) -> Tensor:
+        """What was gathered, as a tensor; gathering ends with the first call."""
+
+    def moved(self, matrix: Tensor) -> Tensor | None:
+        """matrix @ E[x x^T] as far as this statistic knows it, for errors of outputs; else None."""
+        return None
+
+    def turned(self, fmt: Format) -> Statistic:
+        """The same of inputs (and outputs) in the basis of `fmt.inner`; this one stays as it is.
+        `CalibrationError` where what was gathered does not tell."""
+        raise CalibrationError(
+            f"{type(self).__name__} does not tell how columns go together, which a rotated format "
+            "needs; choose an algorithm that gathers a Hessian, such as gptq, or rtn"
+        )
+
+
+class Comparison(Statistic):
+    """What compares the original's inputs with the result's. Where there is no original to compare
+    with, it is not among what was seen."""
+
+    def add_batch(self, x: Tensor) -> None:
+        """Nothing: one model's inputs alone say nothing."""
+
+    @abstractmethod
+    def add_pair(self, original: Tensor, x: Tensor, gap: Tensor | None) -> None:
+        """Both models' inputs [tokens, cols] for the same tokens, float32.
+
+        `gap` [tokens, rows]: the original's residual stream, as the layer's output is about to be
+        added to it, less the result's; None where the layer adds to none.
+        """
+
+
+def compares(classes: Iterable[type[Statistic]]) -> bool:
+    """Whether any of the statistics takes the original's inputs, too."""
+    return any(issubclass(cls, Comparison) for cls in classes)
+
+
+Seen = Mapping[type[Statistic], Statistic]
+"""The statistics of one input."""
+
+
+class InputNorms(Statistic):
+    """Sum of squares of each input column over all tokens: `squares` [cols] float32."""
+
+    def __init__(self, cols: int, device: torch.device) -> None:
+        super().__init__(cols, device)
+        self.squares = torch.zeros(cols, device=device)
+
+    def add_batch(self, x: Tensor) -> None:
+        self.squares += x.square().sum(0)
+
+    def result(self) -> Tensor:
+        return self.squares
+
+    def moved(self, matrix: Tensor) -> Tensor:
+        """As if columns had no correlations."""
+        return matrix * self.squares
+
+
+class Hessian(Statistic):
+    """Mean of x x^T: [cols, cols] float32, half the second derivative of the layer's mean squared
+    output error by any row of its weight."""
+
+    correlates: ClassVar[bool] = True
+
+    def __init__(self, cols: int, device: torch.device) -> None:
+        super().__init__(cols, device)
+        self._sum = torch.zeros(cols, cols, device=device)
+        self._divided = False
+
+    def add_batch(self, x: Tensor) -> None:
+        self._sum.addmm_(x.T, x)
+
+    def result(self) -> Tensor:
+        """The mean; the sum is divided in place."""
+        if not self._divided:
+            self._sum /= max(1, self.tokens)
+            self._divided = True
+        return self._sum
+
+    def moved(self, matrix: Tensor) -> Tensor:
+        return matrix @ self.result()
+
+    def turned(self, fmt: Format) -> Hessian:
+        mean = self.result()
+        out = copy(self)
+        out._sum = _both_ends(mean, fmt)
+        return out
+
+
+class Drift(Comparison):
+    """How far the result's inputs x~ have come from the original's x: mean of (x - x~) x~^T
+    [cols, cols] and, of layers that add to the residual stream r, mean of (r - r~) x~^T
+    [rows, cols], both float32."""
+
+    def __init__(self, cols: int, device: torch.device) -> None:
+        super().__init__(cols, device)
+        self._inputs = torch.zeros(cols, cols, device=device)
+        self._stream: Tensor | None = None
+        self._divided = False
+
+    def add_pair(self, original: Tensor, x: Tensor, gap: Tensor | None) -> None:
+        self._inputs.addmm_((original - x).T, x)
+        if gap is not None:
+            if self._stream is None:
+                self._stream = gap.new_zeros(gap.shape[1], x.shape[1])
+            self._stream.addmm_(gap.T, x)
+
+    def result(self) -> Tensor:
+        """What is missing at the inputs; the sums are divided in place."""
+        if not self._divided:
+            self._inputs /= max(1, self.tokens)
+            if self._stream is not None:
+                self._stream /= max(1, self.tokens)
+            self._divided = True
+        return self._inputs
+
+    def missing(self, weight: Tensor) -> Tensor:
+        """Mean of (W x + r - W x~ - r~) x~^T [rows, cols]: what `weight` has to make up for."""
+        found = weight @ self.result()
+        return found if self._stream is None else found.add_(self._stream)
+
+    def turned(self, fmt: Format) -> Drift:
+        mean = self.result()
+        out = copy(self)
+        out._inputs = _both_ends(mean, fmt)
+        out._stream = None if self._stream is None else fmt.turn(self._stream)
+        return out
+
+
+def _both_ends(moments: Tensor, fmt: Format) -> Tensor:
+    """T M T^T of mean products of inputs, T being what `fmt` does to them."""
+    return fmt.turn_inputs(fmt.turn_inputs(moments).T).T.contiguous()
+
+
+class TurnedSeen(Mapping[type[Statistic], Statistic]):
+    """Statistics of one input in the basis of `fmt.inner`, each turned when it is asked for."""
+
+    def __init__(self, seen: Seen, fmt: Format) -> None:
+        self._seen, self._fmt = seen, fmt
+
+    def __getitem__(self, cls: type[Statistic]) -> Statistic:
+        return self._seen[cls].turned(self._fmt)
+
+    def __contains__(self, cls: object) -> bool:
+        return cls in self._seen
+
+    def __iter__(self) -> Iterator[type[Statistic]]:
+        return iter(self._seen)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+
+class Gatherer:
+    """Feeds statistics from hooks: for each module the classes it needs, one instance per distinct
+    input. `seen` holds what was gathered, by module, of those that ran."""
+
+    def __init__(self, needs: Mapping[str, tuple[type[Statistic], ...]]) -> None:
+        alone = {
+            name: tuple(cls for cls in classes if not issubclass(cls, Comparison))
+            for name, classes in needs.items()
+        }
+        self.needs = {name: classes for name, classes in alone.items() if classes}
+        self.seen: dict[str, Seen] = {}
+        # Inputs of the first batch, with the first module that read each: it feeds the others'.
+        self._inputs: list[tuple[Any, str, dict[type[Statistic], Statistic]]] = []
+        self._feeds: dict[str, list[Statistic]] = {}
+
+    def hook(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of the module `name`."""
+        if name not in self.seen:
+            self._enter(name, args[0])
+        feeds = self._feeds.get(name)
+        if feeds:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            for statistic in feeds:
+                statistic.add_batch(x)
+                statistic.tokens += len(x)
+
+    def _enter(self, name: str, x: Tensor) -> None:
+        """Share what another module gathers of the same tensor, and gather the rest."""
+        found = next((entry for entry in self._inputs if entry[0] is x), None)
+        if found is None:
+            found = (x, name, {})
+            self._inputs.append(found)
+        known = found[2]
+        for cls in self.needs[name]:
+            if cls not in known:
+                known[cls] = cls(x.shape[-1], x.device)
+                self._feeds.setdefault(name, []).append(known[cls])
+        self.seen[name] = {cls: known[cls] for cls in self.needs[name]}
+
+
+def relative_error(weight: Tensor, values: Tensor, seen: Seen | None = None) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 over the calibration tokens; without them ||W - Q||^2 / ||W||^2.
+
+    Of several statistics one that knows correlations counts; input norms alone stand for inputs
+    without.
+    """
+    known = sorted((seen or {}).values(), key=lambda statistic: not statistic.correlates)
+
+    def energy(matrix: Tensor) -> float:
+        found = (statistic.moved(matrix) for statistic in known)
+        moved = next((m for m in found if m is not None), matrix)
+        return float(torch.linalg.vecdot(moved, matrix).sum(dtype=torch.float64))
+
+    return energy(weight - values) / max(energy(weight), 1e-30)

@@ -1,0 +1,69 @@
+"""convert: from a checkpoint and a recipe to a compressed checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress_methods.checkpoint.interchange import LAYOUTS
+from compress_methods.checkpoint.interchange.own import OWN
+from compress_methods.checkpoint.source import at_revision
+from compress_methods.conversion.driver import Running
+from compress_methods.conversion.job import carry_out, check_calibration, statement
+from compress_methods.conversion.planning.calibration import settings_of
+from compress_methods.conversion.stages import open_stages
+from compress_methods.errors import OutputError, RecipeError
+from compress_methods.model.device import AUTO, resolve_device
+from compress_methods.recipe.schema import Recipe
+from compress_methods.recipe.stages import StagedRecipe, load_staged
+from compress_methods.search.gate import Gate
+from compress_methods.search.prune_to import Search
+from compress_methods.system.user_file import require_path
+
+
+def convert(
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | StagedRecipe,
+    out: str | Path,
+    *,
+    calibration: str | Path | Sequence[str | Path] | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    tensor_parallel_size: int = 1,
+    device: str = AUTO,
+    dtype: torch.dtype = torch.float32,
+    layout: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Compress `model` (directory or hub id) by `recipe` into `out`; returns the report.
+
+    `revision` is a hub id's branch, tag or commit. `calibration`, instead of the recipe's, is
+    a .txt, .jsonl or .parquet file, a list of them, or `self:PRESET`; without it, stages that need
+    it get text sampled from the model itself. `device`: `auto`, `cpu` or `cuda:N`; `dtype`: of
+    forward passes, float32 unless given. `layout`: of another tool, for a result in its form.
+    Raises a `CompressError` subclass for anything the user can fix; `out` then holds nothing, or
+    finished units that the same call will continue from. `NotAccepted`, one of them, says that the
+    result lost more than the recipe's `accept` allows; `out` is as it was.
+    """
+    require_path(out, OutputError)
+    staged = load_staged(recipe)
+    running = Running(resolve_device(device), dtype, quiet)
+    model = at_revision(model, revision)
+    opening = (model, allow_pickle, tensor_parallel_size)
+    written = OWN if layout is None else LAYOUTS.get(layout, "layout", RecipeError)({})
+    if staged.accept is not None:
+        return Gate(staged, Path(out), calibration, opening, written, running).run()
+    if staged.search is not None:
+        return Search(staged, Path(out), calibration, opening, running).run()
+    stages = open_stages(
+        model, staged, allow_pickle, tensor_parallel_size, layout=written, quiet=quiet
+    )
+    source = stages[0].planned.source
+    text = check_calibration(source.directory, settings_of(stages), calibration)
+    if staged.transforms and not quiet:
+        print(statement(stages), file=sys.stderr, flush=True)
+    return carry_out(staged, stages, Path(out), text, running)

@@ -1,0 +1,1 @@
+"""Calibration text: the user's, or the model's own."""

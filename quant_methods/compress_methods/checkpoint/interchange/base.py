@@ -1,0 +1,105 @@
+"""What a layout is: the names and shapes under which a checkpoint holds compressed matrices.
+
+A format says what a matrix is stored as; a layout where in a checkpoint, under which names, packed
+in which order. `read` turns a foreign checkpoint's tensors into one of our formats and a solution
+of it, exactly; `write` does the reverse. With `read` alone a checkpoint can be a source of
+`convert`; with `write` a result can be served without this plugin.
+
+A new layout is one file with a class under `@register_layout`, its `name` being what config.json
+calls `quant_method`; or the same in another distribution through the entry-point group
+`vllm_compress.layouts`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress_methods.checkpoint.quantization_config import CompressionSpec
+from compress_methods.checkpoint.safetensors import Entry
+from compress_methods.errors import CheckpointError
+from compress_methods.formats import ITEMSIZE, Format, Stored, TensorSpec
+from compress_methods.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """`block` is the checkpoint's `quantization_config`, empty where one is written."""
+
+    block: Mapping[str, Any]
+    name: ClassVar[str]
+
+    @abstractmethod
+    def modules(self, entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
+        """[rows, cols] of every compressed module among a checkpoint's tensors."""
+
+    @abstractmethod
+    def names(self, module: str, entries: Mapping[str, Entry]) -> list[str]:
+        """The tensors that store a module."""
+
+    @abstractmethod
+    def read(self, module: str, entries: Mapping[str, Entry]) -> tuple[Format, Any]:
+        """A module's format and its solution, exactly; `CheckpointError` where there is none."""
+
+    def specs(self, module: str, fmt: Format, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """Full names and shapes of the tensors that `write` makes; `FormatError` where a format has
+        no equal in this layout."""
+        raise CheckpointError(f"{self.name} checkpoints can be read, not written")
+
+    def write(self, module: str, stored: Stored) -> dict[str, Tensor]:
+        """Those tensors of a stored matrix."""
+        raise NotImplementedError
+
+    def config(self, spec: CompressionSpec) -> dict[str, Any]:
+        """The `quantization_config` of a result."""
+        raise NotImplementedError
+
+
+LAYOUTS: Registry[type[Layout]] = Registry("layout", "vllm_compress.layouts")
+register_layout = LAYOUTS.register
+
+
+@dataclass(frozen=True)
+class DecodedEntry(Entry):
+    """A matrix that another tool quantized, as if the checkpoint held its values in bfloat16 or
+    float32."""
+
+    layout: Layout
+    entries: Mapping[str, Entry]
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+        fmt, solution = self.layout.read(self.module, self.entries)
+        return out.copy_(fmt.matrix(solution)[first : first + len(out)])
+
+
+def decoded_entries(block: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """A quantized checkpoint's tensors with one `weight` in place of those that store it.
+
+    `block` is its `quantization_config`. Raises `CheckpointError` where no layout knows it.
+    """
+    method = block.get("quant_method")
+    if method not in list(LAYOUTS):
+        raise CheckpointError(
+            f"already quantized by {method!r}, which cannot be read exactly (only "
+            f"{', '.join(sorted(LAYOUTS))}); convert the original"
+        )
+    layout = LAYOUTS.get(method, "quantization_config", CheckpointError)(block)
+    plain = dict(entries)
+    for module, shape in layout.modules(entries).items():
+        names = layout.names(module, entries)
+        for name in names:
+            plain.pop(name, None)
+        weight = f"{module}.weight"
+        size = shape[0] * shape[1] * ITEMSIZE["float32"]
+        path = entries[names[0]].path
+        plain[weight] = DecodedEntry(weight, path, shape, "float32", 0, size, layout, entries)
+    return plain

@@ -1,0 +1,1 @@
+"""What becomes of a model while it streams by, one file per pass."""

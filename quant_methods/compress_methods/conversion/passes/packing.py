@@ -1,0 +1,217 @@
+"""packing: every matrix of a part solved by its algorithm and packed in its format.
+
+Without text: matrix by matrix, slab of rows by slab. With text: statistics of the inputs of all
+matrices that need some, then each is solved; its values take the weight's place in memory, so that
+what follows is calibrated on what the result computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress_methods.algorithms import Algorithm, Seen
+from compress_methods.algorithms.statistics import compares, relative_error
+from compress_methods.checkpoint.loading import quantize_inputs
+from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
+from compress_methods.conversion.passes.comparing import Comparer, Needs
+from compress_methods.conversion.passes.refining import SAVED, Solved, refine_block
+from compress_methods.conversion.planning.plan import Job
+from compress_methods.errors import CalibrationError
+from compress_methods.formats import Format
+from compress_methods.transforms import Part, Pass
+
+SOLVE_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class Packing(Pass):
+    """The jobs are those of the part's shard."""
+
+    name: ClassVar[str] = "packing"
+
+    def visit(self, part: Part) -> None:
+        assert isinstance(part, StreamedPart)
+        if isinstance(part, BlockPart):
+            pack_loaded(part)
+        else:
+            for job in part.shard.jobs:
+                pack_streamed(part, job)
+
+
+def pack_loaded(part: BlockPart) -> None:
+    """Solve every matrix of a materialized part and put its values in the model.
+
+    Where the original is compared with, matrices are solved in the order they run in, so that each
+    makes up for what those before it have lost. Else all see the part as it was.
+    """
+    jobs = part.shard.jobs
+    needs = {job.slot.module: job.algorithm.needs(job.format) for job in jobs}
+    if part.before() is None or not any(map(compares, needs.values())):
+        solved = _pack_seen(part, jobs, part.statistics(needs))
+    else:
+        solved = _pack_compared(part, jobs, needs)
+    _refine(part, solved)
+
+
+def _pack_compared(part: BlockPart, jobs: Sequence[Job], needs: Needs) -> list[Solved]:
+    """Solve matrices in the order they run in, the original beside them."""
+    comparer = Comparer(part)
+    waiting = {job.slot.module: job for job in jobs}
+    asked = [name for name in needs if needs[name] and part.runs(name)]
+    solved: list[Solved] = []
+    for names in comparer.look(asked):
+        seen = comparer.statistics({name: needs[name] for name in names})
+        solved += _pack_seen(part, [waiting.pop(name) for name in names], seen)
+    return solved + _pack_seen(part, list(waiting.values()), {})
+
+
+def _pack_seen(part: BlockPart, jobs: Sequence[Job], seen: Mapping[str, Seen]) -> list[Solved]:
+    """Solve some matrices from the statistics of their inputs; returns those to be refined, whose
+    values are not final."""
+    shared: dict[tuple[Any, ...], Any] = {}
+    solved: list[Solved] = []
+    for job in jobs:
+        slot = job.slot
+        mine = seen.get(slot.module, {})
+        if job.algorithm.needs(job.format) and slot.module not in seen:
+            raise CalibrationError(f"{slot.module}: never ran during calibration; leave it out")
+        key = (*map(id, mine.values()), job.algorithm, job.format)
+        if key not in shared:
+            shared.clear()
+            shared[key] = job.algorithm.ready(mine, job.format)
+        weight = part.weight(slot)
+        original = weight.float()
+        aim = job.algorithm.target_of(original, shared[key], mine, job.format)
+        tensors, facts = _solve(part, job, original, aim, shared[key], mine)
+        if job.algorithm.refinement is not None:
+            relaxed = job.format.relax(job.format.solution(tensors), aim)
+            solved.append(Solved(job, tensors, relaxed))
+        else:
+            part.store(job, tensors, facts)
+        weight.copy_(job.format.unpack(tensors))
+        if slot.module != part.planned.skeleton.head and not slot.index:
+            quantize_inputs(part.planned.skeleton.module(slot.module), job.format)
+    return solved
+
+
+def _refine(part: BlockPart, solved: Sequence[Solved]) -> None:
+    """Train solved matrices together, those of the same settings, and store them."""
+    for settings in dict.fromkeys(found.job.algorithm.refinement for found in solved):
+        assert settings is not None
+        together = [found for found in solved if found.job.algorithm.refinement == settings]
+        refined, facts = refine_block(part, together, settings, part.work and part.work / SAVED)
+        for found, tensors in zip(together, refined, strict=True):
+            values = found.job.format.unpack(tensors)
+            error = relative_error(part.original(found.job.slot), values)
+            zeros = count_zeros(values)
+            part.store(found.job, tensors, _facts(part, found.job, error, None, zeros))
+        name = part.prefix if not part.refined else f"{part.prefix} ({len(part.refined) + 1})"
+        part.refined[name] = facts
+
+
+def pack_streamed(part: StreamedPart, job: Job) -> None:
+    """Solve a matrix without calibration, a slab of rows at a time where that is possible."""
+    slot, fmt = job.slot, job.format
+    prepared = job.algorithm.ready({}, fmt)
+    specs = fmt.tensors(slot.rows, slot.cols)
+    sliceable = job.algorithm.row_independent and all(s.rows_axis for s in specs.values())
+    if not (slot.is_plain and sliceable):
+        weight = part.weight(slot)
+        part.store(job, *_solve(part, job, weight, weight, prepared))
+        return
+    stored = {name: spec.empty() for name, spec in specs.items()}
+    error, energy, zeros = 0.0, 0.0, [0, 0]
+    for first, slab in part.slabs(slot, fmt.alignment(slot.rows, slot.cols)[0]):
+        weight = slab.float()
+        packed = fmt.pack(job.algorithm.fill(weight, prepared, fmt))
+        _place(fmt, packed, stored, (slot.rows, slot.cols), (first, first + len(slab)))
+        here = float(torch.linalg.vecdot(weight, weight).sum(dtype=torch.float64))
+        values = fmt.unpack(packed)[: len(slab)]
+        error += relative_error(weight, values) * here
+        energy += here
+        zeros = [a + b for a, b in zip(zeros, count_zeros(values), strict=True)]
+    part.store(job, stored, _facts(part, job, error / max(energy, 1e-30), None, zeros))
+
+
+def _solve(
+    part: StreamedPart,
+    job: Job,
+    weight: Tensor,
+    aim: Tensor,
+    prepared: Any,
+    seen: Seen | None = None,
+) -> tuple[dict[str, Tensor], Facts]:
+    """Packed tensors of a matrix that is in memory, large ones solved in several slabs of rows."""
+    fmt = job.format
+    tensors = solve_in_slabs(job.algorithm, fmt, aim, prepared)
+    values = fmt.unpack(tensors)
+    output = relative_error(aim, values, seen) if seen else None
+    facts = _facts(part, job, relative_error(weight, values), output, count_zeros(values))
+    return tensors, facts
+
+
+def solve_in_slabs(
+    algorithm: Algorithm, fmt: Format, weight: Tensor, prepared: Any
+) -> dict[str, Tensor]:
+    """`fmt`'s tensors of `weight` [rows, cols], as many rows at a time as memory allows."""
+    rows, cols = weight.shape
+    aligned = fmt.alignment(rows, cols)[0]
+    step = rows
+    if algorithm.row_independent:
+        step = max(aligned, SOLVE_ELEMENTS // cols // aligned * aligned)
+    specs = fmt.tensors(rows, cols)
+    if step >= rows or not all(spec.rows_axis for spec in specs.values()):
+        return fmt.pack(algorithm.fill(weight.contiguous(), prepared, fmt))
+    stored = {n: s.empty().to(weight.device) for n, s in specs.items()}
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        slab = weight[first:last].contiguous()
+        packed = fmt.pack(algorithm.fill(slab, prepared, fmt))
+        _place(fmt, packed, stored, (rows, cols), (first, last))
+    return stored
+
+
+def _place(
+    fmt: Format,
+    packed: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+) -> None:
+    """Copy the stored tensors of a slab of rows to where they lie in those of the whole matrix."""
+    for name, window in fmt.slice(stored, shape, rows=rows).items():
+        window.copy_(packed[name])
+
+
+def _facts(
+    part: StreamedPart,
+    job: Job,
+    weight_error: float,
+    output_error: float | None,
+    zeros: Sequence[int],
+) -> Facts:
+    """What the report says of a matrix; `zeros` as `count_zeros` gives them."""
+    slot = job.slot
+    specs = job.format.tensors(slot.rows, slot.cols)
+    return {
+        "format": job.format.describe(),
+        "algorithm": job.algorithm.name,
+        "shape": [slot.rows, slot.cols],
+        "bytes_before": part.planned.source.nbytes_of(slot),
+        "bytes_after": sum(spec.nbytes for spec in specs.values()),
+        "weight_error": weight_error,
+        "output_error": output_error,
+        "zeros": zeros[0] / (slot.rows * slot.cols),
+        "zero_rows": zeros[1],
+    }
+
+
+def count_zeros(values: Tensor) -> tuple[int, int]:
+    """Zeros in a matrix, and rows of nothing else."""
+    zero = values == 0
+    return int(zero.sum()), int(zero.all(1).sum())

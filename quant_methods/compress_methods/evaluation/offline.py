@@ -1,0 +1,85 @@
+"""How far a compressed model is from its original, on a text.
+
+    perplexity       exp of the mean negative log-likelihood of the text's tokens
+    kl               mean over predicted tokens of KL(original || compressed), nats per token
+    top1_agreement   share of positions where both models find the same token likeliest
+    acceptance       1 - total variation, and margin_ratio: `metrics.py` defines them
+
+The text is cut into windows that do not overlap; every token of a window but its first is
+predicted from those before it in the window.
+
+Fails where: the two models do not share a vocabulary, or both do not fit in memory together; then
+serve the compressed one and use `compress_methods.evaluation.served`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_methods.calibration.text import require_text, windows
+from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
+from compress_methods.checkpoint.loading import load_model
+from compress_methods.errors import CheckpointError
+from compress_methods.evaluation.fit import loading_dtype
+from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
+from compress_methods.model.architecture import NEXT_TOKEN, architecture_of
+from compress_methods.model.device import AUTO, resolve_device
+from compress_methods.system.progress import Progress
+
+
+def evaluate(
+    model_dir: str | Path,
+    base_dir: str | Path,
+    text_path: str | Path,
+    *,
+    length: int = 512,
+    limit_tokens: int | None = None,
+    progress: Progress | None = None,
+    device: str = AUTO,
+) -> Evaluation:
+    """Compare a model with its original on a .txt, .jsonl or .parquet file, without a server.
+
+    The text is cut into windows of `length` tokens by the original's tokenizer; `limit_tokens`
+    keeps the first so many. `progress` counts tokens; its total is set here. Models run on `device`
+    (`auto`, `cpu`, `cuda:N`). Raises `CheckpointError` or `CalibrationError`.
+    """
+    model_path, base_path = Path(model_dir), Path(base_dir)
+    place = resolve_device(device)
+    require_text(Path(text_path))
+    advice = "serve the compressed model with vLLM and give --url"
+    dtype = loading_dtype([base_path, model_path], advice)
+    tokenizer = load_tokenizer(base_path)
+    check_vocabulary(tokenizer, load_tokenizer(model_path), base_path, model_path)
+    check_length(base_path, length)
+    texts = windows(Path(text_path), tokenizer, length, limit_tokens)
+    base, model = (load_model(path, dtype, place) for path in (base_path, model_path))
+    shift = architecture_of(base.config).loss == NEXT_TOKEN
+    sums: list[Sums] = []
+    if progress is not None:
+        progress.total = sum(len(window) for window in texts)
+    for window in texts:
+        expected, found = all_logits(base, window), all_logits(model, window)
+        if expected.shape != found.shape:
+            raise CheckpointError(
+                f"{model_path}: {found.shape[-1]} logits per token, expected {expected.shape[-1]}"
+            )
+        sums.append(compare_predictions(expected, found, window, shift))
+        if progress is not None:
+            progress.step(len(window))
+    return summarize(sums)
+
+
+@torch.inference_mode()
+def all_logits(model: Any, window: Tensor) -> Tensor:
+    """[n, vocab] logits at all tokens of `window` [n], in main memory."""
+    logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
+    return logits.cpu()
+
+
+def next_token_logits(model: Any, window: Tensor) -> Tensor:
+    """[n - 1, vocab] logits for all tokens but the first of `window` [n]."""
+    return all_logits(model, window)[:-1]

@@ -1,0 +1,64 @@
+"""What training asks of a format: a solution that moves by gradients, and settles bit by bit.
+
+A `Relaxed` holds what a matrix is made of as float32 parameters: codes that need not be whole yet,
+factors of the scales. `matrix` is differentiable in all of them. `settle` makes more and more of
+what has to be whole so, what is nearest to it first, for good; once all is settled, `matrix` gives
+exactly the values that `solution` stores.
+
+A parameter is measured so that 1 is a step of what is stored (of a code, of a value's own size),
+and moves by `rates` of that: one learning rate then fits all formats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from compress_methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Relaxed(ABC):
+    """A solution under training. `parameters` change in place, by `move` and `settle` alone; the
+    last axis of each holds what is of one size."""
+
+    parameters: dict[str, Tensor]
+    rates: Mapping[str, float]
+
+    @abstractmethod
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """[rows, cols] float32 values, differentiable in all `parameters`."""
+
+    @abstractmethod
+    def move(self, steps: Mapping[str, Tensor]) -> None:
+        """Subtract steps from what is not settled, as far as what is stored reaches."""
+
+    def settle(self, share: float) -> None:  # noqa: B027
+        """Have at least this share of what must be whole be so from now on; 1 is everything."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, in place."""
+        return self.parameters
+
+    @abstractmethod
+    def solution(self) -> Any:
+        """The format's solution that the parameters now come to, the rest rounded."""
+
+    def gradients(self, upstream: Tensor) -> dict[str, Tensor]:
+        """Gradients of all parameters, of a loss whose gradient by the matrix is `upstream`."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        with torch.enable_grad():
+            matrix = self.matrix(leaves)
+            found = torch.autograd.grad(matrix, list(leaves.values()), upstream, allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+        }
+
+
+def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `dtype` holds of values, as float32; gradients pass as if nothing was rounded."""
+    return values.detach().to(dtype).float() + (values - values.detach())

@@ -1,0 +1,188 @@
+"""Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, and with
+sparse ones of integers or 16-bit floats (`sparse.py`).
+
+`cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
+format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
+in bfloat16, where products are exact and sums float32. Both look rows up, too. The table takes
+`cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
+(`python -m tests.benchmarks activations`), and for formats that ask for it; 8-bit weights lose so
+little that it would treble their loss, so they get `cpu_exact`. Of sparse integers it takes all:
+what leaving weights out costs is hundreds of times that.
+
+Runtime layout: [weights uint8 [blocks, lines, bytes], scales [blocks, groups, together]], and zeros
+uint8 like scales where stored. A line is 128 columns of as many rows as the library takes together
+(16 with AVX-512, else one and no last dimension), in pieces of 128 codes packed as format `integer`
+packs a block: with 16 rows a piece is 2 x 16 rows x 4 columns. Rows and columns are padded to whole
+lines, where activations are 0. Row by row, 8-bit codes lose 128, to be signed.
+Fails where no compiler is: the table then goes on to the next kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compress_methods.formats import Format, Stored
+from compress_methods.formats.codes import pack_codes
+from compress_methods.formats.dense import Dense
+from compress_methods.formats.integer import SCALES, ZEROS, Integer
+from compress_methods.formats.sparse import Sparse
+from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
+from compress_methods.kernels.cpu import sparse as cpu_sparse
+from compress_methods.kernels.cpu.library import (
+    DTYPES,
+    LINE,
+    Kind,
+    Library,
+    Mode,
+    Packed,
+    empty_bytes,
+    library,
+    side_by_side,
+)
+
+SIGNED_SHIFT = 0x80
+BYTE = 8
+MOST_BITS = 4
+SLAB_ELEMENTS = 2**22
+RANK, PLAIN_RANK = 200, 50
+"""Plain C++ comes after torch's kernels, which have vectors of their own on every processor."""
+
+
+@register_kernel
+class CpuGemm(Kernel):
+    """int8 activations."""
+
+    name: ClassVar[str] = "cpu"
+    mode: ClassVar[Mode] = Mode.INT8_PER_LINE
+    behind: ClassVar[int] = 0
+
+    def rank(self, stored: Stored, want: Want) -> int | None:
+        if stored.device.type != "cpu" or not self._knows(stored.format):
+            return None
+        if not (self.wanted(want) or self._costs_little(stored.format)):
+            return None
+        loaded = library()
+        if loaded is None:
+            return None
+        return (PLAIN_RANK if loaded.isa == "plain" else RANK) - self.behind
+
+    def _knows(self, fmt: Format) -> bool:
+        if not isinstance(fmt, Sparse):
+            return isinstance(fmt, Integer)
+        exact = isinstance(fmt.values, Dense)
+        return cpu_sparse.takes(fmt) and (not exact or self.mode == Mode.EXACT)
+
+    def _costs_little(self, fmt: Format) -> bool:
+        """Whether it may be chosen by itself: not where it would cost quality that shows."""
+        if isinstance(fmt, Sparse):
+            return fmt.n < fmt.m
+        return isinstance(fmt, Integer) and (fmt.bits <= MOST_BITS or fmt.activations == "int8")
+
+    def prepare(self, stored: Stored, want: Want) -> Prepared:
+        fmt, (rows, cols) = stored.format, stored.size
+        together = _library().rows_together
+        if isinstance(fmt, Sparse):
+            tensors = cpu_sparse.prepare(stored, together)
+            return Prepared(self.name, rows, cols, tensors, fmt)
+        assert isinstance(fmt, Integer)
+        groups = stored.tensors[SCALES].shape[1]
+        if fmt.group_size > 0:
+            groups = (cols + -cols % LINE) // fmt.group_size
+        out = [_lines(stored, together)]
+        terms = [stored.tensors[SCALES]]
+        if not fmt.symmetric:
+            terms.append(fmt.unpack_zeros(stored.tensors[ZEROS], rows))
+        elif _kind(fmt) == Kind.MID:
+            halves = terms[0].float() / 2
+            terms[0] = halves if terms[0].dtype == torch.float16 else halves.to(terms[0].dtype)
+        for term in terms:
+            missing = (0, groups - term.shape[1], 0, -rows % together)
+            padded = torch.nn.functional.pad(term, missing, value=1)
+            out.append(side_by_side(padded, together).clone())
+        return Prepared(self.name, rows, cols, out, fmt)
+
+    def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
+        inputs = x if x.dtype in DTYPES else x.float()
+        if bias is not None and bias.dtype not in DTYPES:
+            bias = bias.float()
+        mode = self._mode(prepared.format)
+        return _library().linear(inputs, _packed(prepared), bias, mode).to(x.dtype)
+
+    def operator(self, prepared: Prepared) -> Operator | None:
+        if len(prepared.tensors) < 2:  # values that have no scales
+            return None
+        settings = (self._mode(prepared.format), *_packed(prepared).settings)
+        return Operator(_library().product, settings)
+
+    def rotated(self, prepared: Prepared) -> Operator | None:
+        plain = self.operator(prepared)
+        return None if plain is None else Operator(_library().rotated, plain.settings)
+
+    def _mode(self, fmt: Format | None) -> Mode:
+        values = fmt.values if isinstance(fmt, Sparse) else fmt
+        if isinstance(values, Integer) and values.activations == "int8":
+            return Mode.INT8_PER_TOKEN
+        return self.mode
+
+    def embed(self, ids: Tensor, prepared: Prepared) -> Tensor:
+        return _library().embed(ids, _packed(prepared))
+
+
+@register_kernel
+class CpuExact(CpuGemm):
+    """Activations as they are."""
+
+    name: ClassVar[str] = "cpu_exact"
+    mode: ClassVar[Mode] = Mode.EXACT
+    behind: ClassVar[int] = 1
+
+    def _costs_little(self, fmt: Format) -> bool:
+        return True
+
+
+def _library() -> Library:
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
+def _packed(prepared: Prepared) -> Packed:
+    fmt = prepared.format
+    if isinstance(fmt, Sparse):
+        return cpu_sparse.packed(fmt, prepared)
+    assert isinstance(fmt, Integer)
+    weights, scales, *zeros = prepared.tensors
+    settings = (prepared.rows, fmt.bits, max(0, fmt.group_size), prepared.cols)
+    return Packed(weights, scales, zeros[0] if zeros else None, *settings, _kind(fmt))
+
+
+def _kind(fmt: Integer) -> Kind:
+    return Kind.WHOLE if fmt.holds_zero else Kind.MID
+
+
+def _lines(stored: Stored, together: int) -> Tensor:
+    """Weights as the library reads them, a slab of rows at a time."""
+    fmt, (rows, cols) = stored.format, stored.size
+    assert isinstance(fmt, Integer)
+    lines, blocks = -(-cols // LINE), -(-rows // together)
+    size = together * LINE * fmt.bits // 8
+    out = empty_bytes(blocks, lines, size)
+    # Zero points of some rows share bytes.
+    unit = math.lcm(together, fmt.alignment(*stored.shape)[0])
+    step = max(1, SLAB_ELEMENTS // cols // unit) * unit // together
+    for block in range(0, blocks, step):
+        first, last = block * together, min((block + step) * together, rows)
+        at = stored.rows[0]
+        codes = fmt.solution(stored.cut(rows=(at + first, at + last)).tensors).codes
+        missing = (0, lines * LINE - cols, 0, -(last - first) % together)
+        codes = torch.nn.functional.pad(codes, missing)
+        if together > 1:
+            codes = side_by_side(codes.view(torch.int32), together).view(torch.uint8).flatten(1)
+        elif fmt.bits == BYTE:
+            codes = codes ^ SIGNED_SHIFT
+        out[block : block + step] = pack_codes(codes, fmt.bits, LINE).reshape(-1, lines, size)
+    return out

@@ -1,0 +1,275 @@
+// Products of blocks of 16 rows, a lane for each.
+//
+// A vector has 4 columns of every row, side by side, so VNNI adds to 16 rows at once what it
+// multiplies with a broadcast dword of a token, and no sum is ever taken across lanes.
+//
+// Few tokens: lines are decoded in registers as they come from memory. Many: a chunk of two blocks
+// is decoded once, to codes of 8 bits or floats in the first-level cache, and all tokens pass by.
+//
+// A step's sum of code * x comes with -zero * (sum of x), both exact in int32, before it becomes a
+// float.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "blocks/cursors.h"
+#include "blocks/inputs.h"
+
+namespace block {
+
+constexpr int kMostStreamed = 12;  // tokens whose sums registers hold
+
+// What a product reads and adds to: a chunk of one or two blocks, and tokens of it.
+struct Place {
+  const uint8_t* weights;
+  int64_t next, bytes;     // from one block to the next, of a line
+  const float* scales;     // [steps, blocks, 16]
+  const int32_t* zeros;    // the same: twice 16 bits, or bits of a float
+  const uint8_t* in;       // [tokens, kStride]
+  const float* in_scales;  // [steps, padded]
+  const int32_t* in_sums;  // the same
+  int64_t padded;
+  float* sums;              // [tokens, blocks, 16]
+  int64_t parts, step;      // of lines: in the chunk, in a step
+  const uint8_t* ahead;     // what to fetch meanwhile, there and `gap` bytes on
+  int64_t gap, ahead_step;  // bytes of each, per part
+};
+using Multiply = void (*)(const Place&);
+
+// As intrinsics, GCC 12 copies every sum of a loop to another register and back.
+inline void add_products(__m512i& sum, __m512i codes, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+}
+inline void add_products(__m512& sum, __m512 values, __m512 x) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(x));
+}
+// The same, broadcasting a dword.
+inline void add_products(__m512i& sum, __m512i codes, const int32_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*x));
+}
+inline void add_products(__m512& sum, __m512 values, const float* x) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(values), "m"(*x));
+}
+inline __m512i added(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+inline __m512 added(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+inline __m512i broadcast(const int32_t* x) { return _mm512_set1_epi32(*x); }
+inline __m512 broadcast(const float* x) { return _mm512_set1_ps(*x); }
+
+// Adds a step's sums of 16 rows and one token.
+VC_INLINE void add(float* to, __m512i dots, __m512 scale, __m512i zero, const float* in_scale,
+                   const int32_t* in_sum) {
+  const __m512i exact = _mm512_dpwssd_epi32(dots, zero, _mm512_set1_epi32(*in_sum));
+  const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(*in_scale));
+  _mm512_store_ps(to, _mm512_fmadd_ps(value, scale, _mm512_load_ps(to)));
+}
+VC_INLINE void add(float* to, __m512 dots, __m512 scale, __m512i zero, const float*,
+                   const int32_t* in_sum) {
+  const __m512 sum = _mm512_castsi512_ps(_mm512_set1_epi32(*in_sum));
+  const __m512 value = _mm512_fnmadd_ps(_mm512_castsi512_ps(zero), sum, dots);
+  _mm512_store_ps(to, _mm512_fmadd_ps(value, scale, _mm512_load_ps(to)));
+}
+
+// What multiplies: vectors of a decoded line with columns of a token.
+struct Vnni {
+  using Sum = __m512i;
+  using In = int32_t;
+  static constexpr int kSize = 1, kFactors = 2;
+
+  template <class Code, int i>
+  static VC_INLINE __m512i factor(const Codes& line) {
+    return line.v[i].v;
+  }
+};
+template <class Code>
+constexpr bool is_sparse = false;
+template <int bits>
+constexpr bool is_sparse<Sparse<bits>> = true;
+
+struct Fma {
+  using Sum = __m512;
+  using In = float;
+  static constexpr int kSize = 4, kFactors = kColumns;
+
+  template <class Code, int i>
+  static VC_INLINE __m512 factor(const Codes& line) {
+    __m512i codes = line.v[i / 4].v;
+    if constexpr (i % 4) codes = _mm512_srli_epi32(codes, 8 * (i % 4));
+    if constexpr (i % 4 < 3) codes = _mm512_and_si512(codes, _mm512_set1_epi32(255));
+    if constexpr (is_sparse<Code>) {
+      codes = _mm512_sub_epi32(codes, _mm512_set1_epi32(Code::kMiddle));
+    }
+    return _mm512_cvtepi32_ps(codes);
+  }
+  template <class Code, int i>
+  static VC_INLINE __m512 factor(const Values& line) {
+    return line.v[i].v;
+  }
+};
+
+// Sums of a step, in registers; with few of them several chains hide latency.
+template <class Kind, int tokens, int blocks>
+struct Dots {
+  static constexpr int kSums = tokens * blocks;
+  static constexpr int kChains = kSums <= 4 ? (Kind::kFactors > 2 ? 4 : 2) : kSums <= 8 ? 2 : 1;
+  typename Kind::Sum v[kChains][tokens][blocks];
+
+  VC_INLINE void clear() {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 12
+      for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; ++b) v[c][t][b] = typename Kind::Sum{};
+      }
+    }
+  }
+
+  template <class Code, int i>
+  VC_INLINE void multiply(const typename Code::Line* lines, const uint8_t* in) {
+    typename Kind::Sum factors[blocks];
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b) factors[b] = Kind::template factor<Code, i>(lines[b]);
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+      const auto* x = reinterpret_cast<const typename Kind::In*>(in + t * kStride) + i;
+      auto& sums = v[i % kChains][t];
+      if constexpr (blocks == 1) {
+        add_products(sums[0], factors[0], x);
+      } else {
+        const auto value = broadcast(x);
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; ++b) add_products(sums[b], factors[b], value);
+      }
+    }
+  }
+  template <class Code, int... i>
+  VC_INLINE void multiply_all(const typename Code::Line* lines, const uint8_t* in,
+                              std::integer_sequence<int, i...>) {
+    (multiply<Code, i>(lines, in), ...);
+  }
+
+  VC_INLINE typename Kind::Sum of(int t, int b) const {
+    typename Kind::Sum sum = v[0][t][b];
+#pragma GCC unroll 4
+    for (int c = 1; c < kChains; ++c) sum = added(sum, v[c][t][b]);
+    return sum;
+  }
+};
+
+template <class Code, class Kind, int tokens, int blocks>
+void multiply(const Place& place) {
+  const Place p = place;
+  Cursor<Code> first(p.weights, p.bytes), second(p.weights + p.next, p.bytes);
+  const uint8_t *x = p.in, *ahead = p.ahead, *read = p.ahead;
+  const float *scales = p.scales, *in_scales = p.in_scales;
+  const int32_t *zeros = p.zeros, *in_sums = p.in_sums;
+  for (int64_t part = 0; part < p.parts;) {
+    Dots<Kind, tokens, blocks> dots;
+    dots.clear();
+    for (const int64_t end = std::min(p.parts, part + p.step); part < end; ++part) {
+      typename Code::Line lines[blocks];
+      for (read += p.ahead_step; ahead < read; ahead += 64) {
+        if constexpr (blocks == 1) {
+          fetch_ahead(ahead);
+        } else {
+          vec::prefetch_far(ahead), vec::prefetch_far(ahead + p.gap);
+        }
+      }
+      first.next(lines[0]);
+      if constexpr (blocks == 2) second.next(lines[1]);
+      dots.template multiply_all<Code>(lines, x, std::make_integer_sequence<int, Kind::kFactors>());
+      x += kColumns * Kind::kSize;
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b) {
+        add(p.sums + (t * blocks + b) * kBlock, dots.of(t, b), _mm512_load_ps(scales + b * kBlock),
+            _mm512_load_si512(zeros + b * kBlock), in_scales + t, in_sums + t);
+      }
+    }
+    scales += blocks * kBlock, zeros += blocks * kBlock;
+    in_scales += p.padded, in_sums += p.padded;
+  }
+}
+
+// By the number of tokens, from one on.
+template <class Code, class Kind, int blocks, int... less>
+constexpr auto products_of(std::integer_sequence<int, less...>) {
+  return std::array<Multiply, sizeof...(less)>{multiply<Code, Kind, less + 1, blocks>...};
+}
+template <class Code, class Kind, int blocks>
+inline constexpr auto kProducts =
+    products_of<Code, Kind, blocks>(std::make_integer_sequence<int, kMostStreamed>());
+
+// `lines` lines of a block from one on, decoded to elements of `size` bytes: codes, bfloat16 (two
+// columns of each row, side by side) or floats.
+using Decode = void (*)(const Matrix& m, int64_t block, int64_t line, int64_t lines, uint8_t* out);
+
+template <class Code, int i>
+VC_INLINE void store_two(const typename Code::Line& line, int size, uint8_t* out) {
+  const __m512 even = Fma::factor<Code, i>(line), odd = Fma::factor<Code, i + 1>(line);
+  if (size == 4) {
+    _mm512_store_ps(out, even), _mm512_store_ps(out + 64, odd);
+  } else {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    _mm512_store_si512(out, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+  }
+}
+
+template <class Code, int size>
+void decode(const Matrix& m, int64_t block, int64_t line, int64_t lines, uint8_t* out) {
+  Cursor<Code> cursor(m.weights + (block * m.lines + line) * m.bytes, m.bytes);
+  for (int64_t i = 0; i < lines * kParts; ++i, out += kBlock * kColumns * size) {
+    typename Code::Line decoded;
+    cursor.next(decoded);
+    if constexpr (size == 1) {
+      for (int v = 0; v < 2; ++v) _mm512_store_si512(out + 64 * v, decoded.v[v].v);
+    } else {
+      store_two<Code, 0>(decoded, size, out), store_two<Code, 2>(decoded, size, out + 32 * size);
+      store_two<Code, 4>(decoded, size, out + 64 * size);
+      store_two<Code, 6>(decoded, size, out + 96 * size);
+    }
+  }
+}
+
+// Scales and zero points of one of `blocks` blocks, for every step: as products take them.
+inline void lay_out_terms(const Matrix& m, int64_t block, const Inputs& in, int64_t blocks,
+                          float* scales, int32_t* zeros) {
+  const int32_t middle = m.sparse && in.size > 1 ? 0 : m.middle();
+  const int64_t steps = in.steps();
+  for (int64_t i = 0; i < steps; ++i, scales += blocks * kBlock, zeros += blocks * kBlock) {
+    const int64_t group = m.group == 0 ? 0 : i * in.step / m.group;
+    const int64_t at = (block * m.groups + group) * kBlock;
+    const __m512 scale =
+        m.scales ? read_16(m.scales, at, kBlock, m.scale_dtype) : _mm512_set1_ps(1.0f);
+    __m512i zero = _mm512_set1_epi32(middle);
+    if (m.zeros) {
+      zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m.zeros + at)));
+    }
+    zero = in.size == 1 ? _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16))
+                        : _mm512_castps_si512(_mm512_cvtepi32_ps(zero));
+    _mm512_store_ps(scales, scale), _mm512_store_si512(zeros, zero);
+  }
+}
+
+inline void write_16(void* out, int64_t index, __mmask16 mask, __m512 value, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(out) + index, mask, value);
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(out) + index;
+  if (dtype == Dtype::kFloat16) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+}  // namespace block

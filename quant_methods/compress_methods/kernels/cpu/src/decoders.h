@@ -1,0 +1,80 @@
+// From stored weights to numbers: a line of 128 codes becomes vectors of codes, or of floats.
+//
+// A line is the packing block of format `integer`: inside it, a plane of p bits keeps codes
+// i, i + 16p, i + 32p, ... in byte i, lowest bits first. Which columns, and of how many rows, these
+// are is the layout's affair. A new format is one more decoder.
+#pragma once
+
+#include <cstring>
+
+#include "vector/vector.h"
+
+constexpr int kLine = 128;
+constexpr int kVectors = kLine / vec::kBytes;
+
+struct Codes {
+  vec::Bytes v[kVectors];
+};
+struct Values {
+  vec::Floats v[kLine / vec::kFloats];
+};
+
+template <int bits>
+struct Decoder;
+
+template <>
+struct Decoder<2> {
+  using Line = Codes;
+  static constexpr bool kSigned = false;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<2>(p, line.v);
+  }
+};
+
+template <>
+struct Decoder<3> {
+  using Line = Codes;
+  static constexpr bool kSigned = false;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<2>(p, line.v);
+    vec::add_third_bits(p + 32, line.v);
+  }
+};
+
+template <>
+struct Decoder<4> {
+  using Line = Codes;
+  static constexpr bool kSigned = false;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<4>(p, line.v);
+  }
+};
+
+template <>
+struct Decoder<8> {  // row by row less 128, so that they are signed bytes
+  using Line = Codes;
+  static constexpr bool kSigned = true;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<8>(p, line.v);
+  }
+};
+
+template <int bits>
+struct Mid {  // twice the codes: scales are halves, and zeros whole
+  using Line = Codes;
+  static constexpr bool kSigned = false;
+  static VC_INLINE void decode(const uint8_t* p, int64_t bytes, Codes& line) {
+    Decoder<bits>::decode(p, bytes, line);
+#pragma GCC unroll 4
+    for (auto& codes : line.v) codes = vec::twice(codes);
+  }
+};
+
+struct Floats {  // what lines are decoded to
+  using Line = Values;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Values& line) {
+    const float* from = reinterpret_cast<const float*>(p);
+#pragma GCC unroll 16
+    for (auto& value : line.v) value = vec::load_floats(from), from += vec::kFloats;
+  }
+};

@@ -1,0 +1,119 @@
+// What a call must be before the library reads memory for it. Each check is one line to the user;
+// all of them together cost tens of nanoseconds.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "matrix.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return Dtype::kFloat32;
+  if (type == ScalarType::BFloat16) return Dtype::kBfloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " are neither float32, bfloat16 nor float16");
+  return Dtype::kFloat16;
+}
+
+// What `kind` says of a matrix.
+enum Kind : int64_t { kWhole, kSparse, kMid };
+
+inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+// Bytes, one after another, of as many as the library will read.
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dimensions,
+                         bool is_bytes) {
+  STD_TORCH_CHECK(tensor.dim() == dimensions, name, " have ", tensor.dim(), " dimensions, not ",
+                  dimensions);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " are not contiguous");
+  STD_TORCH_CHECK(!is_bytes || tensor.scalar_type() == ScalarType::Byte, name, " are not uint8");
+}
+
+// Rows of a line side by side, as scales and zeros have them too.
+inline void check_terms(const Matrix& m, const Tensor& terms, const char* name) {
+  const bool blocks = kRowsTogether > 1;
+  STD_TORCH_CHECK(terms.size(0) == (blocks ? divided_up(m.rows, kRowsTogether) : m.rows) &&
+                      terms.size(1) == m.groups && (!blocks || terms.size(2) == kRowsTogether),
+                  name, " are not those of ", m.rows, " rows and ", m.groups, " groups");
+}
+
+inline void check_bits(const Matrix& m) {
+  const int32_t bits = m.bits;
+  const bool dense = bits == 2 || bits == 3 || bits == 4 || bits == 8;
+  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && !(m.mid && bits == 8),
+                  "weights of ", bits, " bits", m.sparse ? " in a sparse matrix" : "");
+  const int64_t most = kRowsTogether * kLine * bits / 8;
+  if (m.sparse) {  // some values, then a bit for each place
+    const int64_t values = m.bytes - kRowsTogether * kLine / 8;
+    STD_TORCH_CHECK(values > 0 && values <= most, "sparse lines of ", m.bytes, " bytes");
+  } else {
+    STD_TORCH_CHECK(m.bytes == most, "lines of ", m.bytes, " bytes, not ", most);
+  }
+}
+
+inline void check_groups(const Matrix& m) {
+  const int64_t group = m.group, columns = m.lines * kLine;
+  STD_TORCH_CHECK(group == 0 || group == 32 || group == 64 || (group > 0 && group % kLine == 0),
+                  "groups of ", group, " columns");
+  const int64_t expected = group ? divided_up(columns, group) : 1;
+  STD_TORCH_CHECK(m.groups == expected || !columns, m.groups, " groups of ", group, " in ", columns,
+                  " columns");
+}
+
+inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
+                        const Tensor& weights, const Tensor& scales,
+                        const std::optional<Tensor>& zeros, int64_t cols) {
+  const int64_t dimensions = kRowsTogether > 1 ? 3 : 2;
+  check_tensor(weights, "weights", 3, true);
+  STD_TORCH_CHECK(rows >= 0 && cols >= 0, "a matrix of ", rows, " x ", cols);
+  Matrix m;
+  m.weights = static_cast<const uint8_t*>(weights.const_data_ptr());
+  m.scales = nullptr, m.zeros = nullptr;
+  m.rows = rows, m.lines = weights.size(1), m.bytes = weights.size(2), m.groups = 1;
+  m.bits = static_cast<int32_t>(bits), m.group = static_cast<int32_t>(group);
+  STD_TORCH_CHECK(kind >= kWhole && kind <= kMid, "a matrix of kind ", kind);
+  const bool sparse = kind == kSparse;
+  m.sparse = sparse, m.mid = kind == kMid;
+  m.scale_dtype = dtype_of(scales, "scales");
+  STD_TORCH_CHECK(m.lines == divided_up(cols, kLine), "the input has ", cols,
+                  " columns, the matrix ", m.lines, " lines of ", kLine);
+  STD_TORCH_CHECK(weights.size(0) == divided_up(rows, kRowsTogether), rows, " rows in ",
+                  weights.size(0), " blocks of ", kRowsTogether);
+  check_bits(m);
+  if (sparse && bits == 16) {  // values are what they are
+    STD_TORCH_CHECK(group == 0 && !zeros && m.scale_dtype != Dtype::kFloat32 && !scales.numel(),
+                    "values of 16 bits have neither scales nor zeros");
+    return m;
+  }
+  check_tensor(scales, "scales", dimensions, false);
+  m.scales = scales.const_data_ptr(), m.groups = scales.size(1);
+  check_groups(m);
+  check_terms(m, scales, "scales");
+  if (!zeros) return m;
+  STD_TORCH_CHECK(kind == kWhole, "a sparse matrix, or one without 0, has no zeros");
+  check_tensor(*zeros, "zeros", dimensions, true);
+  check_terms(m, *zeros, "zeros");
+  m.zeros = static_cast<const uint8_t*>(zeros->const_data_ptr());
+  return m;
+}
+
+inline void check_signs(const Tensor& signs) {
+  check_tensor(signs, "signs", 2, false);
+  const int64_t block = signs.size(1);
+  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Float, "signs are not float32");
+  STD_TORCH_CHECK(signs.size(0) == 2 && block > 0 && (block & (block - 1)) == 0,
+                  "signs are not those of inputs and outputs in blocks of a power of two");
+}
+
+// One pass, in vectors: an id below zero is a very large one.
+inline void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
+  uint64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, static_cast<uint64_t>(ids[i]));
+  STD_TORCH_CHECK(!count || most < static_cast<uint64_t>(rows), "id ", static_cast<int64_t>(most),
+                  " is none of the ", rows, " rows");
+}

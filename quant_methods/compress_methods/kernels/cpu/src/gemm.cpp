@@ -1,0 +1,78 @@
+// out[tokens, rows] = x[tokens, cols] * W[rows, cols]^T for weights of few bits, and row look-up.
+//
+// One product for every decoder: lines of 128 codes are decoded in registers and multiplied with
+// the tokens there are before the next line is read, by blocks of rows on torch's own threads. How
+// rows share vectors depends on their width: `blocks/` with AVX-512, `rows/` else.
+//
+//   value = scale * (code - zero)
+//   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
+//
+// A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
+
+#include "rotation.h"
+#ifdef VC_BLOCKS
+#include "blocks/product.h"
+#else
+#include "rows/product.h"
+#endif
+
+namespace {
+
+Functions functions_of(const Matrix& m) {
+  if (m.sparse && m.bits == 16) {
+    return m.scale_dtype == Dtype::kBfloat16 ? functions<SparseFloats<true>>(m)
+                                             : functions<SparseFloats<false>>(m);
+  }
+  if (m.sparse) return m.bits == 4 ? functions<Sparse<4>>(m) : functions<Sparse<8>>(m);
+  if (m.mid && m.bits == 2) return functions<Mid<2>>(m);
+  if (m.mid) return m.bits == 3 ? functions<Mid<3>>(m) : functions<Mid<4>>(m);
+  if (m.bits == 2) return functions<Decoder<2>>(m);
+  if (m.bits == 3) return functions<Decoder<3>>(m);
+  if (m.bits == 4) return functions<Decoder<4>>(m);
+  return functions<Decoder<8>>(m);
+}
+
+// What is left of a product without columns: the bias, or zeros.
+void write_bias(const float* bias, int64_t tokens, int64_t rows, void* out, Dtype dtype) {
+  for (int64_t i = 0; i < tokens * rows; ++i) {
+    write_float(out, i, dtype, bias ? bias[i % rows] : 0.0f);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void vc_linear(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tokens, int64_t cols,
+               int64_t x_stride, const float* bias, void* out, int32_t mode) {
+  if (!tokens || !matrix->rows) return;
+  if (!cols) return write_bias(bias, tokens, matrix->rows, out, static_cast<Dtype>(x_dtype));
+  const bool floats = matrix->sparse && matrix->bits == 16;  // activations are not quantized for
+  const Mode how = floats ? Mode::kExact : static_cast<Mode>(mode);
+  multiply({*matrix, x, static_cast<Dtype>(x_dtype), tokens, cols, x_stride, bias, out, how},
+           functions_of(*matrix));
+}
+
+// The same of a matrix that is rotated: `signs` are those of a block of inputs, then of outputs.
+void vc_rotated(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tokens, int64_t cols,
+                int64_t x_stride, const float* bias, void* out, int32_t mode, const float* signs,
+                int64_t block) {
+  const Request request = {*matrix, x,    static_cast<Dtype>(x_dtype), tokens, cols, x_stride,
+                           bias,    out, static_cast<Mode>(mode)};
+  rotation::product(request, {signs, block}, {signs + block, block},
+                    [&](const float* turned, int64_t count, float* sums) {
+                      vc_linear(matrix, turned, static_cast<int32_t>(Dtype::kFloat32), count, cols,
+                                cols, nullptr, sums, mode);
+                    });
+}
+
+// out [count, cols] float32: rows `ids` of the matrix.
+void vc_embed(const Matrix* matrix, const int64_t* ids, int64_t count, int64_t cols, float* out) {
+  const Matrix& m = *matrix;
+  if (!count || !cols) return;
+  const LookUp body = functions_of(m).look_up;
+  parallel(count, std::max<int64_t>(1, kWork / 16 / (m.lines * kLine)), [&](int64_t a, int64_t b) {
+    for (int64_t i = a; i < b; ++i) body(m, ids[i], cols, out + i * cols);
+  });
+}
+}

@@ -1,0 +1,36 @@
+// A matrix as `operators.cpp` hands it over.
+#pragma once
+
+#include <algorithm>
+
+#include "decoders.h"
+#include "numbers.h"
+
+// Fetches what follows a line of the cache: into the first level, and into the second so far ahead
+// that memory stays busy while a row is finished.
+VC_INLINE void fetch_ahead(const uint8_t* p) {
+  constexpr int64_t kNear = 2048, kFar = 8192;
+  vec::prefetch(p + kNear);
+  vec::prefetch_far(p + kFar);
+}
+
+#ifdef VC_BLOCKS
+constexpr int64_t kRowsTogether = 16;
+#else
+constexpr int64_t kRowsTogether = 1;
+#endif
+
+// In blocks where `kRowsTogether` > 1 (`blocks/`): weights [blocks, lines, bytes], where a line is
+// 128 columns of 16 rows, scales and zeros [blocks, groups, 16].
+struct Matrix {
+  const uint8_t* weights;  // [rows, lines, bytes]
+  const void* scales;      // [rows, groups], or null: ones
+  const uint8_t* zeros;    // [rows, groups], or null: every zero is `middle`
+  int64_t rows, lines, bytes, groups;
+  int32_t bits, group;  // columns per group, 0 for the whole row
+  int32_t sparse;       // whether lines are: kept values, then a mask; zeros are null then
+  int32_t mid;          // whether codes count twice and zeros lie between two; zeros are null then
+  Dtype scale_dtype;    // if there are 16 bits, of the values
+
+  int32_t middle() const { return mid ? (1 << bits) - 1 : 1 << (bits - 1); }
+};

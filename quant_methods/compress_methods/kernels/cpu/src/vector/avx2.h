@@ -1,0 +1,214 @@
+// Vectors of 32 bytes, 8 int32 and 8 floats for AVX2 with FMA, and for VNNI of either encoding.
+//
+// VNNI multiplies unsigned bytes with signed ones and adds four products to an int32, exactly.
+// AVX2 multiplies bytes only as unsigned times signed, into saturating int16 pairs. Codes up to 15
+// cannot saturate: 4 products of pairs sum to at most 4 * 2 * 15 * 127. Signed bytes move their
+// sign to the activation, which is why activations stop at -127: 2 * 128 * 127 is below 2^15.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace vec {
+
+// Tests put an emulation here, to run this path on processors without VNNI.
+#if !defined(VC_DOT_BYTES) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VC_DOT_BYTES _mm256_dpbusd_epi32
+#elif !defined(VC_DOT_BYTES) && defined(__AVXVNNI__)
+#define VC_DOT_BYTES _mm256_dpbusd_avx_epi32
+#endif
+
+struct Bytes {
+  __m256i v;
+};
+struct Ints {
+  __m256i v;
+};
+struct Floats {
+  __m256 v;
+};
+constexpr int kBytes = 32, kFloats = 8;
+constexpr int kSignedOffset = 0;
+constexpr int kTokens = 4;  // that registers hold the sums of
+
+// GCC drops calls of functions that do nothing but fetch by the intrinsic.
+VC_INLINE void prefetch(const uint8_t* p) { asm volatile("prefetcht0 %0" : : "m"(*p)); }
+VC_INLINE void prefetch_far(const uint8_t* p) {  // into the second-level cache
+  asm volatile("prefetcht1 %0" : : "m"(*p));
+}
+inline Bytes load(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline void store(Bytes a, uint8_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline Bytes twice(Bytes a) { return {_mm256_add_epi8(a.v, a.v)}; }
+inline Bytes mask(Bytes a, uint8_t bits) {
+  return {_mm256_and_si256(a.v, _mm256_set1_epi8(static_cast<char>(bits)))};
+}
+
+// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the
+// lowest.
+template <int bits>
+VC_INLINE void planes(const uint8_t* p, Bytes* out) {
+  constexpr int kSize = 16 * bits;
+  for (int i = 0; i < 4; ++i) {
+    const __m256i stored = load(p + 32 * i % kSize).v;
+    out[i] = mask({_mm256_srli_epi16(stored, 32 * i / kSize * bits)}, (1 << bits) - 1);
+  }
+}
+// 32 bytes from 16: 4 where bit `low` (first 16) or `low + 1` (last 16) is set, else 0.
+inline __m256i spread_bits(const uint8_t* p, int low) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i bit = _mm256_setr_m128i(_mm_set1_epi8(static_cast<char>(1 << low)),
+                                        _mm_set1_epi8(static_cast<char>(2 << low)));
+  return mask({_mm256_cmpeq_epi8(_mm256_and_si256(twice, bit), bit)}, 4).v;
+}
+// Adds 4 where the bit of a column is set in a plane of one bit.
+inline void add_third_bits(const uint8_t* p, Bytes* out) {
+  for (int i = 0; i < 4; ++i) out[i] = {_mm256_or_si256(out[i].v, spread_bits(p, 2 * i))};
+}
+
+template <bool is_signed, int count>
+VC_INLINE Ints start(const Bytes*) {
+  return {_mm256_setzero_si256()};
+}
+// Adds the products of `count` vectors of weight and activation bytes, in 8 lanes.
+template <bool is_signed, int count>
+VC_INLINE Ints dot(const Bytes* w, const int8_t* x, Ints start) {
+  __m256i sum = start.v;
+#ifdef VC_DOT_BYTES
+  for (int i = 0; i < count; ++i) {
+    __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
+    if constexpr (is_signed) a = _mm256_sign_epi8(a, w[i].v);
+    sum = VC_DOT_BYTES(sum, is_signed ? _mm256_abs_epi8(w[i].v) : w[i].v, a);
+  }
+  return {sum};
+#else
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i pairs = _mm256_setzero_si256();
+  for (int i = 0; i < count; ++i) {
+    __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * i));
+    if constexpr (is_signed) {
+      a = _mm256_sign_epi8(a, w[i].v);
+      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i].v), a);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+    } else {
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[i].v, a));
+    }
+  }
+  return {is_signed ? sum : _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones))};
+#endif
+}
+
+inline Floats zero() { return {_mm256_setzero_ps()}; }
+inline Floats load_floats(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store_floats(Floats a, float* p) { _mm256_storeu_ps(p, a.v); }
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+// Sums and differences of each lane with its `partner`, differences where `lanes` has a bit.
+template <int lanes>
+VC_INLINE __m256 pairs(__m256 a, __m256 partner) {
+  return _mm256_blend_ps(_mm256_add_ps(a, partner), _mm256_sub_ps(partner, a), lanes);
+}
+// The Walsh-Hadamard transform of a vector, but for the factor.
+VC_INLINE Floats butterflies(Floats x) {
+  __m256 a = x.v;
+  a = pairs<0xaa>(a, _mm256_permute_ps(a, 0xb1));
+  a = pairs<0xcc>(a, _mm256_permute_ps(a, 0x4e));
+  return {pairs<0xf0>(a, _mm256_permute2f128_ps(a, a, 1))};
+}
+inline Floats multiply_add(Floats a, Floats b, Floats sum) {
+  return {_mm256_fmadd_ps(a.v, b.v, sum.v)};
+}
+inline Floats scale_add(Floats a, float factor, Floats sum) {
+  return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(factor), sum.v)};
+}
+inline Floats scale(Ints a, float factor) {
+  return {_mm256_mul_ps(_mm256_cvtepi32_ps(a.v), _mm256_set1_ps(factor))};
+}
+
+// Bytes 8 * part to 8 * part + 7 as floats.
+template <bool is_signed, int part>
+inline Floats widen(Bytes a) {
+  __m128i half = part < 2 ? _mm256_castsi256_si128(a.v) : _mm256_extracti128_si256(a.v, 1);
+  if constexpr (part % 2 == 1) half = _mm_srli_si128(half, 8);
+  return {_mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(half) : _mm256_cvtepu8_epi32(half))};
+}
+
+// Shuffles that move the first bytes (or pairs of bytes) of a vector to where a bit of a byte is
+// set, the others becoming zero; `high` for the upper eight of sixteen bytes.
+struct Places {
+  uint8_t low[256][8], high[256][8], pairs[256][16];
+};
+constexpr Places places() {
+  Places out = {};
+  for (int mask = 0; mask < 256; ++mask) {
+    int count = 0;
+    for (int i = 0; i < 8; ++i) {
+      const bool set = mask >> i & 1;
+      out.low[mask][i] = set ? count : 0x80;
+      out.high[mask][i] = set ? 8 + count : 0x80;
+      out.pairs[mask][2 * i] = set ? 2 * count : 0x80;
+      out.pairs[mask][2 * i + 1] = set ? 2 * count + 1 : 0x80;
+      count += set;
+    }
+  }
+  return out;
+}
+alignas(64) inline constexpr Places kPlaces = places();
+
+inline __m128i two_halves(const uint8_t* low, const uint8_t* high) {
+  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(low));
+  return _mm_castps_si128(
+      _mm_loadh_pi(_mm_castsi128_ps(first), reinterpret_cast<const __m64*>(high)));
+}
+inline __m128i expand_16(const uint8_t*& from, const uint8_t* mask) {
+  const uint32_t low = mask[0], high = mask[1];
+  const uint8_t* second = from + __builtin_popcount(low);
+  const __m128i bytes = two_halves(from, second);
+  from = second + __builtin_popcount(high);
+  return _mm_shuffle_epi8(bytes, two_halves(kPlaces.low[low], kPlaces.high[high]));
+}
+// The next bytes of `from`, in order, where a bit of 32 is set, else 0. Reads 8 bytes at a time.
+VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask) {
+  const __m128i low = expand_16(from, mask);
+  return {_mm256_inserti128_si256(_mm256_castsi128_si256(low), expand_16(from, mask + 2), 1)};
+}
+// The same for 8 numbers of 16 bits, widened. Reads 16 bytes.
+template <bool is_bfloat16>
+VC_INLINE Floats expand_floats(const uint8_t*& from, const uint8_t* which) {
+  const uint8_t mask = *which;
+  const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i* shuffle = reinterpret_cast<const __m128i*>(kPlaces.pairs[mask]);
+  const __m128i bits = _mm_shuffle_epi8(stored, _mm_load_si128(shuffle));
+  from += 2 * __builtin_popcount(mask);
+  if constexpr (is_bfloat16) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  } else {
+    return {_mm256_cvtph_ps(bits)};
+  }
+}
+
+// 32 codes of 4 bits less 8: the low halves of 16 bytes, then the high ones.
+inline Bytes nibbles(const uint8_t* p) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  return {_mm256_sub_epi8(mask({shifted}, 15).v, _mm256_set1_epi8(8))};
+}
+// 128 columns from `stored` bytes of nibbles and, after them, the mask of columns they are for.
+VC_INLINE void spread_nibbles(const uint8_t* p, int64_t stored, Bytes* out) {
+  uint8_t codes[128 + 8];  // 8 are read at a time
+  for (int64_t at = 0; at < stored; at += 16) store(nibbles(p + at), codes + 2 * at);
+  const uint8_t* from = codes;
+  for (int i = 0; i < 4; ++i) out[i] = expand(from, p + stored + 4 * i);
+}
+
+inline float total(Floats a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+}  // namespace vec

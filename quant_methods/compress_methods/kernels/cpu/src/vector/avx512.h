@@ -1,0 +1,114 @@
+// Vectors of 64 bytes and 16 floats for AVX-512 with VNNI and VBMI2.
+#pragma once
+
+// GCC takes the intrinsics' own "undefined" vectors for variables of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+
+namespace vec {
+
+struct Bytes {
+  __m512i v;
+};
+struct Floats {
+  __m512 v;
+};
+constexpr int kBytes = 64, kFloats = 16;
+
+// GCC drops calls of functions that do nothing but fetch by the intrinsic.
+VC_INLINE void prefetch(const uint8_t* p) { asm volatile("prefetcht0 %0" : : "m"(*p)); }
+VC_INLINE void prefetch_far(const uint8_t* p) {  // into the second-level cache
+  asm volatile("prefetcht1 %0" : : "m"(*p));
+}
+inline Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(Bytes a, uint8_t* p) { _mm512_storeu_si512(p, a.v); }
+inline Bytes twice(Bytes a) { return {_mm512_add_epi8(a.v, a.v)}; }
+inline __m512i quarters(int a, int b, int c, int d) {
+  const __m512i low =
+      _mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi32(a), _mm_set1_epi32(b)));
+  return _mm512_inserti64x4(low, _mm256_setr_m128i(_mm_set1_epi32(c), _mm_set1_epi32(d)), 1);
+}
+
+// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the
+// lowest.
+template <int bits>
+VC_INLINE void planes(const uint8_t* p, Bytes* out) {
+  const __m512i low_bits = _mm512_set1_epi8((1 << bits) - 1);
+  if constexpr (bits == 8) {
+    out[0] = load(p), out[1] = load(p + 64);
+  } else if constexpr (bits == 4) {
+    const __m512i all = _mm512_loadu_si512(p);
+    out[0] = {_mm512_and_si512(all, low_bits)};
+    out[1] = {_mm512_and_si512(_mm512_srli_epi16(all, 4), low_bits)};
+  } else {
+    const __m512i twice =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    out[0] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(0, 0, 2, 2)), low_bits)};
+    out[1] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(4, 4, 6, 6)), low_bits)};
+  }
+}
+// Adds 4 where the bit of a column is set in a plane of one bit.
+inline void add_third_bits(const uint8_t* p, Bytes* out) {
+  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i four = _mm512_set1_epi8(4);
+  const __m512i low = _mm512_rolv_epi32(all, quarters(2, 1, 0, 31));
+  const __m512i high = _mm512_rolv_epi32(all, quarters(30, 29, 28, 27));
+  constexpr int kOrAnd = 0xf8;  // a | (b & c)
+  out[0] = {_mm512_ternarylogic_epi32(out[0].v, low, four, kOrAnd)};
+  out[1] = {_mm512_ternarylogic_epi32(out[1].v, high, four, kOrAnd)};
+}
+
+inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store_floats(Floats a, float* p) { _mm512_storeu_ps(p, a.v); }
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats subtract(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+// Sums and differences of each lane with its `partner`, differences where `mask` has a bit.
+inline __m512 pairs(__m512 a, __m512 partner, __mmask16 mask) {
+  return _mm512_mask_sub_ps(_mm512_add_ps(a, partner), mask, partner, a);
+}
+// The Walsh-Hadamard transform of a vector, but for the factor.
+VC_INLINE Floats butterflies(Floats x) {
+  __m512 a = x.v;
+  a = pairs(a, _mm512_permute_ps(a, 0xb1), 0xaaaa);
+  a = pairs(a, _mm512_permute_ps(a, 0x4e), 0xcccc);
+  a = pairs(a, _mm512_shuffle_f32x4(a, a, 0xb1), 0xf0f0);
+  return {pairs(a, _mm512_shuffle_f32x4(a, a, 0x4e), 0xff00)};
+}
+
+// The next bytes of `from`, in order, where a bit of 64 is set, else those of `rest`. Reads no
+// others.
+VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask, Bytes rest) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, mask, sizeof bits);
+  const __m512i bytes = _mm512_mask_expandloadu_epi8(rest.v, bits, from);
+  from += __builtin_popcountll(bits);
+  return {bytes};
+}
+// The same for 16 numbers of 16 bits, widened; the rest zeros.
+template <bool is_bfloat16>
+VC_INLINE Floats expand_floats(const uint8_t*& from, const uint8_t* mask) {
+  uint16_t bits;
+  __builtin_memcpy(&bits, mask, sizeof bits);
+  const __m256i spread = _mm256_maskz_expandloadu_epi16(bits, from);
+  from += 2 * __builtin_popcount(bits);
+  if constexpr (is_bfloat16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(spread), 16))};
+  } else {
+    return {_mm512_cvtph_ps(spread)};
+  }
+}
+// 64 codes of 4 bits: from each 16 bytes the low halves, then the high ones.
+VC_INLINE Bytes nibbles(const uint8_t* p) {
+  const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m512i index = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
+  const __m512i doubled = _mm512_permutexvar_epi64(index, _mm512_castsi256_si512(stored));
+  const __m512i shifted = _mm512_srlv_epi32(doubled, quarters(0, 4, 0, 4));
+  return {_mm512_and_si512(shifted, _mm512_set1_epi8(15))};
+}
+
+}  // namespace vec

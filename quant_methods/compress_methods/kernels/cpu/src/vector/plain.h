@@ -1,0 +1,159 @@
+// The same vectors in plain C++, for any processor; what the compiler makes of it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace vec {
+
+struct Bytes {
+  uint8_t v[32];
+};
+struct Ints {
+  int32_t v[8];
+};
+struct Floats {
+  float v[8];
+};
+constexpr int kBytes = 32, kFloats = 8;
+constexpr int kSignedOffset = 0;
+constexpr int kTokens = 4;  // that registers hold the sums of
+
+inline void prefetch(const uint8_t*) {}
+inline void prefetch_far(const uint8_t*) {}
+inline Bytes load(const uint8_t* p) {
+  Bytes out;
+  std::memcpy(out.v, p, 32);
+  return out;
+}
+inline Bytes twice(Bytes a) {
+  for (auto& byte : a.v) byte = static_cast<uint8_t>(2 * byte);
+  return a;
+}
+inline void store(const Bytes& a, uint8_t* p) { std::memcpy(p, a.v, 32); }
+
+template <int bits>
+VC_INLINE void planes(const uint8_t* p, Bytes* out) {
+  constexpr int kSize = 16 * bits;
+  for (int i = 0; i < 128; ++i) {
+    const int field = p[i % kSize] >> (i / kSize * bits);
+    out[i / 32].v[i % 32] = static_cast<uint8_t>(field & ((1 << bits) - 1));
+  }
+}
+inline void add_third_bits(const uint8_t* p, Bytes* out) {
+  for (int i = 0; i < 128; ++i) out[i / 32].v[i % 32] |= (p[i % 16] >> (i / 16) & 1) << 2;
+}
+
+template <bool is_signed, int count>
+inline Ints start(const Bytes*) {
+  return {};
+}
+template <bool is_signed, int count>
+inline Ints dot(const Bytes* w, const int8_t* x, Ints sum) {
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < 32; ++j) {
+      const int code = is_signed ? static_cast<int8_t>(w[i].v[j]) : w[i].v[j];
+      sum.v[j % 8] += code * x[32 * i + j];
+    }
+  }
+  return sum;
+}
+
+inline Floats zero() { return {}; }
+inline Floats load_floats(const float* p) {
+  Floats out;
+  std::memcpy(out.v, p, sizeof(out.v));
+  return out;
+}
+inline void store_floats(const Floats& a, float* p) { std::memcpy(p, a.v, sizeof(a.v)); }
+inline Floats add(Floats a, const Floats& b) {
+  for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Floats subtract(Floats a, const Floats& b) {
+  for (int i = 0; i < 8; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+// The Walsh-Hadamard transform of a vector, but for the factor.
+inline Floats butterflies(Floats a) {
+  for (int apart = 1; apart < 8; apart *= 2) {
+    for (int i = 0; i < 8; ++i) {
+      if (i & apart) continue;
+      const float first = a.v[i], second = a.v[i + apart];
+      a.v[i] = first + second, a.v[i + apart] = first - second;
+    }
+  }
+  return a;
+}
+inline Floats multiply_add(Floats a, Floats b, Floats sum) {
+  for (int i = 0; i < 8; ++i) sum.v[i] += a.v[i] * b.v[i];
+  return sum;
+}
+inline Floats scale_add(Floats a, float factor, Floats sum) {
+  for (int i = 0; i < 8; ++i) sum.v[i] += a.v[i] * factor;
+  return sum;
+}
+inline Floats scale(Ints a, float factor) {
+  Floats out;
+  for (int i = 0; i < 8; ++i) out.v[i] = static_cast<float>(a.v[i]) * factor;
+  return out;
+}
+
+template <bool is_signed, int part>
+inline Floats widen(Bytes a) {
+  Floats out;
+  for (int i = 0; i < 8; ++i) {
+    const uint8_t byte = a.v[8 * part + i];
+    out.v[i] = is_signed ? static_cast<float>(static_cast<int8_t>(byte)) : byte;
+  }
+  return out;
+}
+
+VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask) {
+  Bytes out = {};
+  for (int i = 0; i < 32; ++i) {
+    if (mask[i / 8] >> (i % 8) & 1) out.v[i] = *from++;
+  }
+  return out;
+}
+inline float half_to_float(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<float>(value);
+}
+template <bool is_bfloat16>
+VC_INLINE Floats expand_floats(const uint8_t*& from, const uint8_t* which) {
+  const uint8_t mask = *which;
+  Floats out = {};
+  for (int i = 0; i < 8; ++i) {
+    if (!(mask >> i & 1)) continue;
+    uint16_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    from += sizeof bits;
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    if (is_bfloat16) {
+      std::memcpy(&out.v[i], &wide, sizeof wide);
+    } else {
+      out.v[i] = half_to_float(bits);
+    }
+  }
+  return out;
+}
+
+VC_INLINE void spread_nibbles(const uint8_t* p, int64_t stored, Bytes* out) {
+  uint8_t codes[128];
+  for (int64_t i = 0; i < 2 * stored; ++i) {
+    const int code = p[i / 32 * 16 + i % 16] >> (i % 32 / 16 * 4) & 15;
+    codes[i] = static_cast<uint8_t>(code - 8);
+  }
+  const uint8_t* from = codes;
+  for (int i = 0; i < 4; ++i) out[i] = expand(from, p + stored + 4 * i);
+}
+
+inline float total(Floats a) {
+  float sum = 0;
+  for (float value : a.v) sum += value;
+  return sum;
+}
+
+}  // namespace vec

@@ -1,0 +1,1 @@
+"""The recipe: what becomes of which modules, read from YAML. Needs no torch."""

@@ -1,0 +1,1 @@
+"""Searching a recipe for the setting that just meets a bound."""

@@ -1,0 +1,1 @@
+"""The machine: files, memory, progress, the files that come along."""

@@ -1,0 +1,1 @@
+"""Factors moved between matrices without a change of what a block computes."""
