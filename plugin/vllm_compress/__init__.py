@@ -16,8 +16,8 @@ def register() -> None:
     """Make vLLM know the quantization method; may be called any number of times."""
     try:
         from vllm_compress.config import register_config
-        from vllm_compress.deployment import declare_environment
-        from vllm_compress.foreign import enter_if_offered
+        from vllm_compress.kernels.third_party import enter_if_offered
+        from vllm_compress.metrics.deployment import declare_environment
 
         declare_environment()
         register_config()

@@ -2,20 +2,23 @@
 
 Each command is a module of `vllm_compress.commands` with `add_parser(subparsers)` and
 `run(args) -> int`, imported only when it is asked for. An error the user can fix is one line on
-stderr and exit code 2; anything else is a defect of ours and keeps its traceback.
+stderr and exit code 2, 3 where a recipe's gate let no result pass; anything else is a defect of
+ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from compress_methods.errors import CompressError, nearest
+from compress_methods.errors import CompressError, named, nearest
 
 PROGRAM = "vllm-compress"
 COMMANDS = {
@@ -23,14 +26,17 @@ COMMANDS = {
     "check": "find what will go wrong before converting or serving",
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",
+    "sensitivity": "measure what each layer would lose in each format",
     "plan": "say what hardware a model needs, before converting it",
     "serve": "serve a model with vLLM, metrics labelled per deployment",
     "gateway": "split a service's users between its variants",
     "rollout": "change the split of a running gateway",
+    "drain": "take a variant's server out of service before it stops",
     "dashboard": "draw the metrics of deployments, alone and compared",
     "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }
+ROOMS = dict.fromkeys(("gateway", "rollout", "drain"), "traffic.")
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
 EPILOG = """\
 from a model to an endpoint:
@@ -41,6 +47,7 @@ from a model to an endpoint:
 Compressed models also load in plain `vllm serve` wherever vllm-compress is installed.
 `vllm-compress COMMAND --help` explains a command.
 """
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -54,6 +61,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{PROGRAM}: error: {message}; see `{self.prog} --help`\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own passes over what cannot be written.
+        (file or sys.stderr).write(message or "")
 
 
 class _Version(argparse.Action):
@@ -83,7 +94,7 @@ def load_command(name: str) -> ModuleType:
     """The module of a command."""
     if name not in COMMANDS:
         raise CompressError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    module = f"{__package__}.commands.{name.replace('-', '_')}"
+    module = f"{__package__}.commands.{ROOMS.get(name, '')}{name.replace('-', '_')}"
     try:
         return import_module(module)
     except ModuleNotFoundError as problem:
@@ -95,17 +106,38 @@ def load_command(name: str) -> ModuleType:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(
+        AttributeError
+    ):  # a name that is not UTF-8 can be printed all the same
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except CompressError as problem:
         print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
-        return USAGE
+        return problem.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`| head`). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return FAILED
+    except OSError as problem:
+        if problem.errno is None:  # no word of the system's
+            raise
+        # Such as a full disk behind standard output, which Python would try to write to at exit.
+        where = "standard output" if problem.errno in UNWRITABLE else "the system says"
+        print(f"{PROGRAM}: error: {named(problem, where)}", file=sys.stderr)
+        _discard_output()
+        return USAGE
+
+
+def _discard_output() -> None:
+    """What is still to be written goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -12,8 +12,7 @@ workers, when the layer is made and before anything is loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.quantization import (
@@ -25,22 +24,19 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from vllm_compress.layers.claims import Claims
+from vllm_compress.names import QUANT_METHOD
+
 if TYPE_CHECKING:
     import torch
 
-    from compress_methods.formats import Format
-    from compress_methods.quantization_config import CompressionSpec
+    from compress_methods.checkpoint.quantization_config import CompressionSpec
+    from vllm_compress.layers.linear import Made
+    from vllm_compress.targets import Target
 
-QUANT_METHOD = "vllm_compress"
 
-
-@dataclass(frozen=True)
-class Target:
-    """A compressed matrix: its Hugging Face module name, [rows, cols] and format."""
-
-    module: str
-    shape: tuple[int, int]
-    format: Format
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What is in vLLM's fused layers, for model classes that do not say it (GPT-J, StableLM)."""
 
 
 class CompressConfig(QuantizationConfig):
@@ -50,6 +46,9 @@ class CompressConfig(QuantizationConfig):
         super().__init__()
         self.spec = spec
         self.targets: dict[str, Target] = {}
+        self.made: Made = {}
+        self.renamed: dict[str, str] = {}
+        self.claims = Claims()
 
     def __repr__(self) -> str:
         formats = ", ".join(fmt.describe() for fmt in self.spec.formats.values())
@@ -76,14 +75,14 @@ class CompressConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> None:
         """Asked of every quantized checkpoint: takes none over, offers others a kernel."""
-        from vllm_compress.foreign import offer
+        from vllm_compress.kernels.third_party import offer
 
         if hf_quant_cfg.get("quant_method") != QUANT_METHOD:
             offer()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CompressConfig:
-        from compress_methods.quantization_config import parse
+        from compress_methods.checkpoint.quantization_config import parse
 
         return cls(parse(config))
 
@@ -91,14 +90,37 @@ class CompressConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Check the files, and list every compressed matrix."""
-        from vllm_compress.checkpoint import find_targets
-        from vllm_compress.model_source import check_vocabulary
+        from compress_methods.model.architecture import architecture_of
+        from vllm_compress.model_classes import (
+            check_rows,
+            check_vocabulary,
+            is_draft,
+            warn_unproven,
+        )
+        from vllm_compress.targets import find_targets
 
         self.targets = find_targets(self.spec, model_name, revision)
+        if hf_config is not None:
+            self.renamed = dict(architecture_of(hf_config).vllm_names)
+            self.targets = check_rows(self.targets, hf_config)
         for alias, owner in self.spec.tied.items():
             if owner in self.targets:
-                self.targets[alias] = self.targets[owner]
-        check_vocabulary(getattr(hf_config, "architectures", None) or [], self)
+                self.targets[alias] = replace(self.targets[owner], shared=True)
+        names = getattr(hf_config, "architectures", None) or []
+        check_vocabulary(names, self)
+        if hf_config is not None and not is_draft(names):
+            self._expect_claims()
+            warn_unproven(hf_config)
+
+    def _expect_claims(self) -> None:
+        """All but tied heads, for which some models run the embedding itself."""
+        tied = {alias for alias, owner in self.spec.tied.items() if owner == self.spec.embedding}
+        self.claims.expect(t for name, t in self.targets.items() if name not in tied)
+
+    def get_cache_scale_mapper(self) -> Any:
+        """Asked for by vLLM's loader before the first tensor, when the model is built."""
+        self.claims.check()
+        return super().get_cache_scale_mapper()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.targets = hf_to_vllm_mapper.apply_dict(self.targets)
@@ -112,11 +134,13 @@ class CompressConfig(QuantizationConfig):
         """Targets that make up a linear layer, in order; empty where it is kept as it is."""
         from compress_methods.errors import CheckpointError
 
+        for theirs, ours in self.renamed.items():
+            prefix = prefix.replace(theirs, ours)
         whole = self.find(prefix)
         if whole is not None:
             return [whole]
         parent, _, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last, [])
+        parts = self.packed_modules_mapping.get(last) or FUSED.get(last, [])
         names = [f"{parent}.{part}" if parent else part for part in parts]
         found = [self.find(name) for name in names]
         if len({None if t is None else t.format for t in found}) > 1:
@@ -150,14 +174,16 @@ class CompressConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             from vllm_compress.layers.linear import CompressedLinear
 
-            return CompressedLinear(targets)
+            self.claims.add(targets)
+            return CompressedLinear(targets, self.made, self.claims)
         if isinstance(layer, VocabParallelEmbedding):
             target = self.embedding(prefix, isinstance(layer, ParallelLMHead))
             if target is None:
                 return None
             from vllm_compress.layers.embedding import CompressedEmbedding
 
-            return CompressedEmbedding(target)
+            self.claims.add([target])
+            return CompressedEmbedding(target, self.claims)
         if isinstance(layer, RoutedExperts):
             self._refuse_experts(prefix)
         return None
@@ -177,16 +203,3 @@ def register_config() -> None:
     """Enter CompressConfig under its name, once per process."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(CompressConfig)
-
-
-def local_directory(model: str, revision: str | None) -> Path | None:
-    """Where a model's files are on this machine; None for a hub id that is not in the cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None

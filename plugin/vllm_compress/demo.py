@@ -16,14 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from compress_methods.errors import CompressError
+from compress_methods.system.http import HttpError, fetch
+from vllm_compress.metrics.series import NAMES, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tests/assets/novels-8m"
@@ -34,15 +34,9 @@ NAME = "novels-int4"
 PROMPT = "It was a truth universally acknowledged, that"
 START_SECONDS = 300
 SHOWN = (
-    "deployment_info",
-    "weight_bytes",
-    "devices",
-    "prompt_tokens_total",
-    "generation_tokens_total",
-    "requests_total",
-    "time_to_first_token_seconds_sum",
-    "time_per_output_token_seconds_sum",
-    "request_latency_seconds_sum",
+    *(NAMES.info, NAMES.weight_bytes, NAMES.devices),
+    *(NAMES.prompt_tokens, NAMES.generation_tokens, NAMES.requests),
+    *(f"{name}_sum" for name in (NAMES.first_token, NAMES.per_token, NAMES.latency)),
 )
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -131,10 +125,10 @@ def wait(process: subprocess.Popen[bytes], url: str) -> None:
             lines = (ROOT / LOG).read_text(errors="replace").strip().splitlines() or [""]
             raise CompressError(f"the server did not start, see {LOG}; it ends with: {lines[-1]}")
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            fetch(f"{url}/health", timeout=5)
             print(f"ready after {waited:.0f} s, log in {LOG}", flush=True)
             return
-        except OSError:
+        except HttpError:
             time.sleep(0.5)
     raise CompressError(f"the server was not ready after {START_SECONDS} s; see {LOG}")
 
@@ -151,7 +145,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def ask(url: str) -> None:
+def stream_completion(url: str) -> None:
     """Stream one completion with the OpenAI client, printing tokens as they come."""
     from openai import OpenAI
 
@@ -170,12 +164,11 @@ def ask(url: str) -> None:
 
 def show_metrics(url: str) -> None:
     """The series that say most, as a Prometheus server would scrape them."""
-    print(f"$ curl -s {url}/metrics | grep ^vllm_compress_")
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    for short in SHOWN:
+    print(f"$ curl -s {url}/metrics | grep ^{PREFIX}")
+    lines = fetch(f"{url}/metrics").text.splitlines()
+    for name in SHOWN:
         for line in lines:
-            if line.startswith(f"vllm_compress_{short}{{") and not line.endswith(" 0.0"):
+            if line.startswith(f"{name}{{") and not line.endswith(" 0.0"):
                 print(line)
 
 
@@ -199,7 +192,7 @@ def demo(port: int | None) -> None:
     settings = {} if shutil.which("nvidia-smi") else {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with serving(serve, settings, url):
         clock.heading("Ask it, with the OpenAI client")
-        ask(url)
+        stream_completion(url)
         clock.heading("What it measured meanwhile")
         show_metrics(url)
         clock.heading("Stop")

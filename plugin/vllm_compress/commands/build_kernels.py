@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from compress_methods.errors import CompressError
+from vllm_compress.names import CACHE_VARIABLE
 
 DESCRIPTION = "Compile the CPU kernels now instead of when a server first needs them."
 EPILOG = """\
@@ -33,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     from compress_methods.kernels.cpu import build
 
     if args.output:
-        os.environ[build.CACHE_VARIABLE] = args.output
-    for isa in build.INSTRUCTION_SETS if args.all else [build.instruction_set()]:
-        try:
+        os.environ[CACHE_VARIABLE] = args.output
+    try:
+        for isa in build.INSTRUCTION_SETS if args.all else [build.instruction_set()]:
             print(build.build(isa))
-        except build.BuildError as problem:
-            raise CompressError(str(problem)) from problem
+    except build.BuildError as problem:
+        raise CompressError(str(problem)) from problem
     return 0

@@ -3,7 +3,7 @@
 Before converting (`--recipe`): the recipe against the model's headers, fused groups, group sizes
 against columns and tensor-parallel slices, calibration text, memory, disk, time. Before serving:
 headers against config, tensor-parallel slices, memory of a device, and which kernel will run here.
-Reads headers, not weights.
+Reads headers and scales, no weights, except with `--deep`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_compress.commands.convert import add_job_arguments
+
+if TYPE_CHECKING:
+    from compress_methods.recipe.stages import StagedRecipe
 
 DESCRIPTION = "Check a recipe against a model, or a compressed model against the place it will run."
 EPILOG = """\
 examples:
   vllm-compress check meta-llama/Llama-3.2-1B --recipe int4-gptq -o out/int4
   vllm-compress check out/int4 --tensor-parallel-size 4 --hardware h100-sxm
+  vllm-compress check out/int4 --deep
 
 --json before converting: model, recipe, modules, bytes_before, bytes_after, disk, disk_free,
-memory, memory_free (bytes), seconds; of several stages, stages (a line each); of a search, levels
-(how many there are; bytes_after is that of the first) and bytes_after_least (of the last).
+memory, memory_free (bytes), device_memory (null without --hardware), seconds, calibration (how much
+of what text; null where none is used); advice, where it is short; note, where chats became text;
+of several stages, stages (a line each); of a search, levels (how many there are; bytes_after is
+that of the first) and bytes_after_least (of the last).
 --json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
-on this machine), device, device_memory (null without --hardware).
+on --hardware or else here), device, device_memory (null without --hardware), files (how many were
+read against their checksums; null without --deep).
 Exit code 0 when nothing is wrong, 2 with one line that says what is.
 """
 
@@ -35,10 +42,17 @@ def add_parser(subparsers: Any) -> None:
     add_job_arguments(parser, recipe_required=False)
     parser.add_argument("-o", "--output", metavar="OUT", default=".", help="where it would go")
     parser.add_argument("--hardware", metavar="NAME", help="a device of configs/hardware.yaml")
+    parser.add_argument(
+        "--deep", action="store_true", help="read every file of a result against its checksum"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    from vllm_compress.operations.capacity.hardware import find_hardware
+
+    if args.hardware is not None:
+        find_hardware(args.hardware)
     result = _before_serving(args) if args.recipe is None else _before_converting(args)
     print(json.dumps(result, indent=2) if args.json else _lines(result))
     return 0
@@ -47,71 +61,102 @@ def run(args: argparse.Namespace) -> int:
 def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     import shutil
 
-    from compress_methods.conversion.chain import load_chain
-    from compress_methods.conversion.pipeline import (
-        check_calibration,
-        needs_calibration,
-        statement,
-    )
-    from compress_methods.conversion.preflight import (
-        estimate_stages,
-        existing_parent,
-        require_room,
-    )
-    from compress_methods.conversion.sampling import require_cached
-    from compress_methods.conversion.search import find_levels
+    from compress_methods.calibration.self_generated import require_cached
+    from compress_methods.checkpoint.source import at_revision
+    from compress_methods.conversion import resources
+    from compress_methods.conversion.job import check_calibration, needs_calibration, statement
+    from compress_methods.conversion.planning.calibration import calibration_advice, settings_of
     from compress_methods.conversion.stages import open_stages
-    from compress_methods.memory import available_bytes
+    from compress_methods.errors import CompressError
+    from compress_methods.recipe.stages import load_staged
+    from compress_methods.search.prune_to import find_levels
+    from compress_methods.system.memory import available_bytes
 
-    chain = load_chain(args.recipe)
+    if args.deep:
+        raise CompressError("--deep reads the files of a result; leave out --recipe")
+    recipe = load_staged(args.recipe)
+    model = at_revision(args.model, args.revision)
     opening = (args.allow_pickle, args.tensor_parallel_size)
-    levels = [] if chain.prune_to is None else find_levels(chain, (args.model, *opening))
-    chain = levels[0].chain if levels else chain
-    stages = open_stages(args.model, chain, *opening)
-    source, plan = stages[0].opened.source, stages[-1].opened.plan
-    calibrated = args.calibration is not None or bool(levels) or needs_calibration(stages)
-    check_calibration(source.directory, chain.calibration, args.calibration)
-    sampled = calibrated and args.calibration is None
+    measured = _check_gate(recipe, (model, *opening))
+    levels = [] if recipe.search is None else find_levels(recipe, (model, *opening))
+    recipe = levels[0].recipe if levels else recipe
+    stages = open_stages(model, recipe, *opening)
+    source, plan = stages[0].planned.source, stages[-1].planned.plan
+    settings = settings_of(stages)
+    text = check_calibration(source.directory, settings, args.calibration)
+    calibrated = text.asked or bool(levels) or measured or needs_calibration(stages)
+    sampled = calibrated and text.tokens is None
     if sampled:
         require_cached(source)
-    out = Path(args.output)
-    expected = estimate_stages(stages, calibrated, sampled)
+    ways = args.tensor_parallel_size
+    memory = _require_memory(source.name, plan.compressed_bytes // ways, args.hardware)
+    out, advice = Path(args.output), calibration_advice(stages)
+    expected = resources.estimate_stages(stages, calibrated, sampled)
     # A search halves its levels and keeps the best result so far beside the one it is at.
     tries = len(levels).bit_length() or 1
     disk = expected.disk + (plan.compressed_bytes if tries > 1 else 0)
-    require_room(disk, out)
-    result = {
+    resources.require_room(disk, out)
+    result: dict[str, Any] = {
         "model": source.name,
-        "recipe": chain.name,
+        "recipe": recipe.name,
         "modules": len(plan.jobs),
         "bytes_before": source.nbytes,
         "bytes_after": plan.compressed_bytes,
         "disk": disk,
-        "disk_free": shutil.disk_usage(existing_parent(out)).free,
+        "disk_free": shutil.disk_usage(resources.existing_parent(out)).free,
         "memory": expected.memory,
         "memory_free": available_bytes(),
+        "device_memory": memory,
         "seconds": round(tries * expected.seconds, 1),
+        "calibration": f"{settings.describe()}, {text.source}" if calibrated else None,
+        **({"note": text.note} if text.note else {}),
+        **({"advice": advice} if advice else {}),
     }
-    if chain.transforms:
+    if recipe.transforms:
         result["stages"] = statement(stages).splitlines()[:-1]
     if levels:
         result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
     return result
 
 
+def _check_gate(recipe: StagedRecipe, opening: tuple[str | Path, bool, int]) -> bool:
+    """Plan what a gate falls back to, and read its questions; tells whether it needs text."""
+    from compress_methods.conversion.stages import open_stages
+    from compress_methods.evaluation.tasks import require_task
+    from compress_methods.search.prune_to import find_levels
+
+    gate = recipe.accept
+    if gate is None:
+        return False
+    if gate.task is not None:
+        require_task(Path(gate.task.file))
+    for other in recipe.fallback:
+        if other.search is None:
+            open_stages(opening[0], other, *opening[1:])
+        else:
+            find_levels(other, opening)
+    return gate.reads_text
+
+
 def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
-    from compress_methods.compressed import open_compressed
+    from compress_methods.checkpoint.compressed import open_compressed
+    from compress_methods.checkpoint.loading import (
+        is_compressed,
+        require_finite_values,
+        require_whole,
+    )
+    from compress_methods.checkpoint.sharding import check_sharding
     from compress_methods.errors import CheckpointError
-    from compress_methods.loading import is_compressed
-    from compress_methods.sharding import check_sharding
-    from vllm_compress.capacity.hardware import find_hardware
 
     path = Path(args.model)
     if not path.is_dir():
         raise CheckpointError(f"{args.model}: no such directory")
     if not is_compressed(path):
         raise CheckpointError(f"{path}: not compressed by vllm-compress; to plan one give --recipe")
+    files = verify_files(path, args.json) if args.deep else None
     checkpoint = open_compressed(path)
+    require_whole(path)
+    require_finite_values(checkpoint, args.deep)
     ways = args.tensor_parallel_size
     check_sharding(checkpoint, ways)
     compressed = sum(m.nbytes for m in checkpoint.matrices.values())
@@ -122,37 +167,91 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": compressed + dense,
         "bytes_per_device": compressed // ways + dense,
         "formats": sorted({m.format.describe() for m in checkpoint.matrices.values()}),
-        "device": _device(),
-        "kernels": _kernels(checkpoint),
-        "device_memory": args.hardware and find_hardware(args.hardware).memory_bytes,
+        "device": _device(args.hardware),
+        "kernels": _kernels(checkpoint, _device(args.hardware)),
+        "files": files,
     }
-    memory = result["device_memory"]
-    if memory is not None and result["bytes_per_device"] > memory:
+    memory = _require_memory(str(path), compressed // ways + dense, args.hardware)
+    return result | {"device_memory": memory}
+
+
+def _require_memory(model: str, needed: int, hardware: str | None) -> int | None:
+    """Bytes of memory a device has; `CheckpointError` if the weights on it take more."""
+    from compress_methods.errors import CheckpointError
+    from vllm_compress.operations.capacity.hardware import find_hardware
+
+    if hardware is None:
+        return None
+    memory = find_hardware(hardware).memory_bytes
+    if needed > memory:
         raise CheckpointError(
-            f"{path}: {result['bytes_per_device'] / 1e9:.1f} GB of weights per device, "
-            f"{args.hardware} has {memory / 1e9:.1f} GB; raise --tensor-parallel-size"
+            f"{model}: {needed / 1e9:.1f} GB of weights per device, "
+            f"{hardware} has {memory / 1e9:.1f} GB; raise --tensor-parallel-size"
         )
-    return result
+    return memory
 
 
-def _device() -> str:
+def verify_files(path: Path, quiet: bool = False) -> int:
+    """Read every file of a result against the checksums of its report; returns how many."""
+    from compress_methods.checkpoint.integrity import FILES, read_report, require_intact
+    from compress_methods.system.progress import Progress
+
+    files = [path / name for name in read_report(path)[FILES]]
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    with Progress(total, "verifying", quiet=quiet) as progress:
+        require_intact(path, lambda file: progress.step(file.stat().st_size, file.name))
+    return len(files)
+
+
+def _device(hardware: str | None) -> str:
+    """What it is to torch, or what this machine computes on."""
     import torch
 
+    from vllm_compress.operations.capacity.hardware import find_hardware
+
+    if hardware is not None:
+        return "cpu" if find_hardware(hardware).kind == "cpu" else "cuda"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _kernels(checkpoint: Any) -> dict[str, str]:
-    """Kernel of our table that would run each format here; on GPUs vLLM's own come first."""
-    import torch
-
-    from compress_methods.kernels import choose
-
-    device = torch.device(_device())
+def _kernels(checkpoint: Any, device: str) -> dict[str, str]:
+    """Kernel that would run each format there."""
     found: dict[str, str] = {}
     for matrix in checkpoint.matrices.values():
-        kernel = choose(matrix.format, matrix.rows, matrix.cols, device, gather=False)
-        found.setdefault(matrix.format.describe(), kernel.name)
+        fmt = matrix.format
+        if fmt.describe() not in found:
+            found[fmt.describe()] = _kernel(fmt, (matrix.rows, matrix.cols), device)
     return found
+
+
+def _kernel(fmt: Any, shape: tuple[int, int], device: str) -> str:
+    """Of one matrix, and of the format inside a wrapper. On GPUs vLLM's own come first; which of
+    them it is, only vLLM knows, and only there."""
+    from compress_methods.formats.integer import Integer
+    from compress_methods.kernels import choose
+    from vllm_compress.kernels.from_vllm import VllmInt8, VllmMixedPrecision
+
+    for kernel in (VllmMixedPrecision(), VllmInt8()):
+        if device == "cuda" and isinstance(fmt, Integer) and kernel.takes(fmt):
+            return kernel.name
+    name = choose(_stand_in(fmt, shape, device)).name
+    return name if fmt.inner is fmt else f"{name} ({_kernel(fmt.inner, shape, device)})"
+
+
+def _stand_in(fmt: Any, shape: tuple[int, int], device: str) -> Any:
+    """A matrix on a device that need not be here. Which kernel it is depends on shapes and device,
+    not on values."""
+    import torch
+
+    from compress_methods.formats import MAIN_TENSOR, Stored
+
+    class There(Stored):
+        @property
+        def device(self) -> torch.device:
+            return torch.device(device)
+
+    nothing = {MAIN_TENSOR: torch.empty(0)}
+    return There.whole(fmt, nothing, shape)
 
 
 def _lines(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_compress.abtest.comparison import Plan
+    from vllm_compress.operations.abtest.comparison import ComparisonSettings
 
 DESCRIPTION = """\
 Send the same prompts to two vLLM servers, A the standard and B the candidate, and compare what
@@ -21,9 +21,11 @@ prompts: every line of a .txt, or of a .jsonl with `prompt` or chat `messages`, 
 metrics and default margins (--margin NAME=VALUE or NAME=none, as often as needed):
   perplexity=1.02    of the prompts, B / A at most
   kl=0.05            KL(A || B) on the prompts, nats per token at most; from the --logprobs
-                     likeliest tokens of both, a lower bound unless -1
+                     likeliest tokens of both only bounds are known unless -1, and the upper one
+                     has to keep the margin: it takes the other tokens to have lost on average no
+                     more log-probability than the one that lost most at their position
   score=0.02         mean task score, at most so much lower; of every --lm-eval task too
-  errors=0.05        share of prompts without an answer, at most so much higher
+  errors=0.05        share of prompts without an answer at the first try, at most so much higher
   ttft, ttft_p95, tpot, tpot_p95, cost, throughput   B / A, at most (throughput: at least)
   top1, agreement, exact   share of the same likeliest prompt tokens, of the same output tokens
                      before the first other one, of equal outputs: at least
@@ -32,6 +34,10 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
 Outputs are greedy. The first two requests to each server do not count, and no request finds its
 prefix in a cache. Without --rate one request runs at a time, A and B in turn, which of them first
 by chance. With --rate both get every prompt at the same moment: do not run them on one machine.
+
+Undecided? Append prompts to the file and run the same command: it asks the new ones only. Each such
+look at a comparison spends half of the error that is left of 1 - --confidence, so that looking
+again does not make a wrong verdict likelier; the intervals of the first are therefore of 97.5%.
 
 Killed, or a server died: the same command continues. On a finished comparison it judges again, so
 --margin, --scorer and prices may be changed without asking the servers again.
@@ -85,30 +91,36 @@ def add_parser(subparsers: Any) -> None:
         help="also run these tasks of lm-evaluation-harness, such as gsm8k,hellaswag:200 (200 "
         "questions); needs vllm-compress[lm-eval]",
     )
-    add("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default 0.95)")
+    add(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="C",
+        help="of all looks together (default 0.95)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default 0)")
     add("--json", action="store_true", help="print report.json")
     add("--quiet", action="store_true", help="no progress on stderr")
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_compress.abtest.comparison import REPORT_HTML, compare
-    from vllm_compress.abtest.judge import NON_INFERIOR
-    from vllm_compress.abtest.report import text
+    from vllm_compress.operations.abtest.comparison import REPORT_HTML, compare
+    from vllm_compress.operations.abtest.report.document import text
+    from vllm_compress.operations.abtest.scoring.judge import NON_INFERIOR
 
-    plan = _plan(args)
-    result = compare(plan)
+    settings = _settings(args)
+    result = compare(settings)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{text(result)}\nreport: {plan.out / REPORT_HTML}")
+        print(f"{text(result)}\nreport: {settings.out / REPORT_HTML}")
     return 0 if result["verdict"] == NON_INFERIOR else 1
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _settings(args: argparse.Namespace) -> ComparisonSettings:
     from compress_methods.errors import CompressError
-    from vllm_compress.abtest.comparison import Plan
-    from vllm_compress.abtest.replay import Options
+    from vllm_compress.operations.abtest.comparison import ComparisonSettings
+    from vllm_compress.operations.abtest.replay.replay import Options
 
     checks = (
         ("--rate", args.rate, args.rate is None or 0 < args.rate < 1e6, "a number above 0"),
@@ -124,7 +136,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     for option, value, good, expected in checks:
         if not good:
             raise CompressError(f"{option} is {value}, expected {expected}")
-    return Plan(
+    return ComparisonSettings(
         urls=(args.urls[0], args.urls[1]),
         prompts=Path(args.prompts),
         out=Path(args.out),

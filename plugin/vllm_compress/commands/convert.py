@@ -14,38 +14,64 @@ command goes on where it was. Nothing is downloaded unless MODEL is a hub id."""
 EPILOG = """\
 recipes that come along (a path to your own YAML works too):
 {recipes}
---calibration takes .txt, .jsonl (`text`, or chat `messages`) or .parquet. Recipes that need it use
-text sampled from the model itself when none is given; recipes that don't then also report the
-perplexity and KL of text they held out.
+--calibration takes .txt, or .jsonl and .parquet with rows of text, messages, conversations
+(ShareGPT), instruction and output (Alpaca), or prompt and completion; given several times, it mixes
+the files in equal parts. self:chat, self:code and self:long have the model write under prompts of
+that kind, self without. Recipes that need text use what the model writes when none is given;
+recipes that don't report perplexity and KL of text they held out where it is.
 
 examples:
   vllm-compress convert meta-llama/Llama-3.2-1B -o out/int4 --recipe int4-gptq
   vllm-compress convert ./model -o ./model-w4 --recipe my.yaml --calibration chats.jsonl
+  vllm-compress convert ./model -o ./model-w4 --recipe int4-gptq --calibration self:code
 
---json prints the contents of OUT/report.json, whose keys `--help` of inspect explains.
+A recipe with `accept` publishes a result only if its loss is within the bounds, with 95% confidence
+on held-out text; else its `fallback` recipes are tried. If none passes, OUT is left as it was found
+and the exit code is 3.
+
+--json prints the contents of OUT/report.json, whose keys `--help` of inspect explains; with exit
+code 3 {{"gate": {{"tries": [...]}}}}, what was measured.
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    from compress_methods.conversion.names import recipe_summaries
+    from compress_methods.recipe.matching import recipe_summaries
 
-    recipes = "".join(f"  {name:<14}{text}\n" for name, text in recipe_summaries().items())
+    recipes = "".join(f"  {name:<21}{text}\n" for name, text in recipe_summaries().items())
     parser = subparsers.add_parser(
         "convert", description=DESCRIPTION, epilog=EPILOG.format(recipes=recipes)
     )
     add_job_arguments(parser)
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="output directory")
+    add_device_argument(parser)
+    parser.add_argument(
+        "--forward-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model's forward passes on calibration text (default float32)",
+    )
+    parser.add_argument(
+        "--export", metavar="LAYOUT", help="write another tool's layout, if formats allow"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, recipe_required: bool = True) -> None:
-    """What convert and check share."""
+    """Add the arguments that convert and check share."""
     parser.add_argument("model", metavar="MODEL", help="model directory or Hugging Face id")
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id"
+    )
     parser.add_argument(
         "--recipe", metavar="NAME|FILE", required=recipe_required, help="recipe name or YAML file"
     )
-    parser.add_argument("--calibration", metavar="FILE", help="text to calibrate on")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE|self:PRESET",
+        action="append",
+        help="text to calibrate on, instead of the recipe's; several are mixed",
+    )
     parser.add_argument(
         "--tensor-parallel-size",
         type=_positive,
@@ -60,6 +86,16 @@ def add_job_arguments(parser: argparse.ArgumentParser, recipe_required: bool = T
     )
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Where tensors are computed."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="where to compute (default: the first GPU, if there is one)",
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected an integer from 1")
@@ -68,16 +104,29 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from compress_methods import convert
+    from compress_methods.errors import NotAccepted
+    from compress_methods.formats import torch_dtype
+    from compress_methods.system.memory import return_large_blocks
 
-    report = convert(
-        args.model,
-        args.recipe,
-        args.output,
-        calibration=args.calibration,
-        allow_pickle=args.allow_pickle,
-        tensor_parallel_size=args.tensor_parallel_size,
-        quiet=args.quiet,
-    )
+    return_large_blocks()
+    try:
+        report = convert(
+            args.model,
+            args.recipe,
+            args.output,
+            calibration=args.calibration,
+            revision=args.revision,
+            allow_pickle=args.allow_pickle,
+            tensor_parallel_size=args.tensor_parallel_size,
+            device=args.device,
+            dtype=torch_dtype(args.forward_dtype),
+            layout=args.export,
+            quiet=args.quiet,
+        )
+    except NotAccepted as problem:
+        if args.json:
+            print(json.dumps({"gate": {"tries": problem.tries}}, indent=2))
+        raise
     print(json.dumps(report, indent=2) if args.json else _summary(report, Path(args.output)))
     return 0
 
@@ -94,6 +143,9 @@ def _summary(report: dict[str, Any], out: Path) -> str:
             f"held-out text: perplexity {held['base_perplexity']:.3f} -> {held['perplexity']:.3f}, "
             f"KL {held['kl']:.5f} nats/token, same top token {held['top1_agreement']:.1%}"
         )
+    for tried in report.get("gate", {}).get("tries", ()):
+        verdict = "accepted" if tried["accepted"] else "not accepted"
+        lines.append(f"gate: {tried['recipe']}: {verdict}: {tried['said']}")
     lines += _notes(report)
     seconds, peak = report["run"]["seconds"], report["run"]["peak_memory_bytes"]
     lines.append(f"{seconds:.0f} s, peak memory {peak / 1e6:,.0f} MB")
@@ -102,11 +154,24 @@ def _summary(report: dict[str, Any], out: Path) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What someone should look at: modules left dense and rows of nothing but zeros."""
-    unfit = report.get("unfit") or {}
-    lines = [f"left dense: {name}: {why}" for name, why in list(unfit.items())[:MOST_NOTES]]
-    if len(unfit) > MOST_NOTES:
-        lines.append(f"and {len(unfit) - MOST_NOTES} more, all in report.json under unfit")
+    """List what someone should look at: modules left dense, and rows of zeros."""
+    lines = []
+    dense = report.get("dense") or {}
+    if dense:
+        names = sorted(dense, key=lambda name: -dense[name]["bytes"])
+        more = f" and {len(names) - MOST_NOTES} more" if len(names) > MOST_NOTES else ""
+        size = sum(found["bytes"] for found in dense.values()) / 1e6
+        lines.append(
+            f"kept as they are: {sum(found['matrices'] for found in dense.values())} matrices, "
+            f"{size:,.1f} MB: {', '.join(names[:MOST_NOTES])}{more}"
+        )
+    for key, what in (("unfit", "left dense"), ("regrouped", "smaller groups")):
+        found = report.get(key) or {}
+        lines += [f"{what}: {name}: {why}" for name, why in list(found.items())[:MOST_NOTES]]
+        if len(found) > MOST_NOTES:
+            lines.append(f"and {len(found) - MOST_NOTES} more, all in report.json under {key}")
+    calibration = report.get("calibration") or {}
+    lines += [calibration[key] for key in ("note", "advice") if calibration.get(key)]
     empty = {n: m["zero_rows"] for n, m in report["modules"].items() if m.get("zero_rows")}
     if empty:
         first = next(iter(empty))

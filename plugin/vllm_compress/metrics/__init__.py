@@ -1,0 +1,1 @@
+"""Prometheus series of a deployment, beside those of vLLM on its `/metrics`."""

@@ -1,0 +1,1 @@
+"""Everything around a server: capacity planning, A/B tests, gateway, dashboard."""

@@ -1,0 +1,1 @@
+"""Sending the same prompts to both servers and timing the answers."""

@@ -1,0 +1,1 @@
+"""The report of a comparison, as JSON, as a page and as plots."""

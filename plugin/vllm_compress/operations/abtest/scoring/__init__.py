@@ -1,0 +1,1 @@
+"""From answers to scores, from scores to intervals and verdicts."""

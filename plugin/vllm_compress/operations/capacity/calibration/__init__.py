@@ -1,0 +1,1 @@
+"""Fitting the roofline to a server that was measured."""

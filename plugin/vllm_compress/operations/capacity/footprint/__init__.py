@@ -1,0 +1,1 @@
+"""What a model takes: shapes, stored bytes, KV cache."""

@@ -1,0 +1,396 @@
+"""The shape of a model: every matrix, and what its attention keeps per token. No weights, no torch.
+
+From a checkpoint directory's config.json and safetensors headers, or from `configs/models/*.json`:
+the original config.json cut to what matters, and the parameters as transformers builds them on the
+meta device (`listing.py` writes these files; a test builds the models again and compares). A matrix
+stands for all its like: one per layer of `layers`, times `count` (experts).
+
+Layers that keep no KV cache (Mamba, linear attention) are not counted as if they did; what they
+keep of a whole sequence is as large as a few hundred tokens of a layer that does, and left out.
+Fails for: models that keep none at all, and names that do not tell layers apart by number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from compress_methods.checkpoint.compressed import open_compressed, read_json
+from compress_methods.errors import CheckpointError, nearest
+from compress_methods.formats import ITEMSIZE
+from compress_methods.model.architecture import GENERIC
+from compress_methods.system.resources import config_path
+from vllm_compress.metrics.checkpoint_summary import tensor_headers
+from vllm_compress.names import QUANT_METHOD
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+MOST = 10**8
+LISTS = ("layer_types", "no_rope_layers")
+COUNTS = dict.fromkeys(
+    (
+        *("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model"),
+        *("num_attention_heads", "n_head", "n_heads", "num_kv_heads", "n_head_kv"),
+        *("multi_query_group_num", "max_seq_len", "seq_length"),
+        *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+        *("n_positions", "no_rope_layer_interval", "sliding_window_pattern"),
+    ),
+    1,
+) | dict.fromkeys(
+    (
+        *("v_head_dim", "kv_lora_rank", "qk_rope_head_dim", "num_local_experts", "sliding_window"),
+        *("n_routed_experts", "num_experts", "num_experts_per_tok", "attention_chunk_size"),
+    ),
+    0,
+)
+"""Keys of config.json that are whole numbers, and the least each can be."""
+KEEPS_KEYS = re.compile("hybrid|(?!linear).*attention")
+"""Kinds of layers that keep keys and values; others (Mamba, linear attention, convolutions, plain
+feed-forward) keep a state of fixed size or nothing."""
+
+HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""vLLM takes 2,048 where there is none (BLOOM has no positions)."""
+WHOLE = ("full_attention", "attention", "hybrid")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter of a checkpoint: name, shape, bytes per value."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All [rows, cols] = [outputs, inputs] matrices of one name, `*` standing for the layer.
+
+    `kind` is `blocks`, `embedding` or `lm_head` where a recipe may compress it, else empty.
+    `layers` is empty outside the decoder blocks. `count` is how many there are in each layer.
+    """
+
+    module: str
+    rows: int
+    cols: int
+    kind: str
+    layers: tuple[int, ...] = ()
+    count: int = 1
+    itemsize: int = 2
+
+    @property
+    def experts(self) -> bool:
+        return "experts" in self.module.split(".")
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.cols * self.count * max(1, len(self.layers))
+
+    def name(self, layer: int | None) -> str:
+        """Hugging Face's name of the module in a layer; of many experts, the first."""
+        first = self.module if layer is None else self.module.replace("*", str(layer), 1)
+        return first.replace("*", "0")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Layers that keep the same: `window` is None, or how many tokens back they look."""
+
+    layers: int
+    window: int | None = None
+    chunked: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as the planner sees it. Widths are numbers of values."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    vocabulary: int
+    context: int
+    attention: tuple[Attention, ...]
+    matrices: tuple[Matrix, ...]
+    tied: bool = False
+    latent: int | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    widest: int = 0
+    quantized: str | None = None
+    path: Path | None = None
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(matrix.weights * matrix.itemsize for matrix in self.matrices)
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that keep a KV cache."""
+        return sum(part.layers for part in self.attention)
+
+    @property
+    def kv_values(self) -> int:
+        """Values one layer keeps of one token, all heads together."""
+        return self.latent or self.kv_heads * (self.head_dim + self.value_dim)
+
+
+def shipped_shapes() -> list[str]:
+    """Names of the models whose shapes come with the package."""
+    return sorted(path.stem for path in config_path("models").glob("*.json"))
+
+
+def load_shape(model: str) -> ModelShape:
+    """Load the shape of a directory or a shipped name; raises `CheckpointError`."""
+    path = Path(model)
+    if path.is_dir():
+        return _from_directory(path)
+    names = shipped_shapes()
+    if model not in names:
+        raise CheckpointError(
+            f"{model}: neither a directory nor a shape that comes with vllm-compress; "
+            f"{nearest(model, names)}"
+        )
+    block = json.loads(config_path("models", f"{model}.json").read_text(encoding="utf-8"))
+    return read_shape(model, block["config"], expand(block["tensors"]))
+
+
+def expand(rows: Iterable[Any]) -> list[Tensor]:
+    """Tensors of a shipped list: [name with `*`, shape, `first:end:step` of the layers]."""
+    out = []
+    for name, shape, span in rows:
+        layers = range(*map(int, span.split(":"))) if span else [None]
+        names = [name if i is None else name.replace("*", str(i)) for i in layers]
+        out += [Tensor(each, tuple(shape), 2) for each in names]
+    return out
+
+
+def _from_directory(path: Path) -> ModelShape:
+    config_file = path / "config.json"
+    if not config_file.exists():
+        raise CheckpointError(f"{config_file}: no such file; is this a model directory?")
+    config = read_json(config_file)
+    _check_config(config_file, config)
+    quantized = (config.get("quantization_config") or {}).get("quant_method")
+    if quantized == QUANT_METHOD:
+        tensors = _unpacked(path)
+    else:
+        tensors = [
+            Tensor(name, tuple(h["shape"]), ITEM_BYTES.get(h["dtype"], 1))
+            for name, h in tensor_headers(path).items()
+        ]
+    if not quantized:
+        # vLLM serves a float32 checkpoint in 16 bits.
+        tensors = [Tensor(t.name, t.shape, min(t.itemsize, 2)) for t in tensors]
+    return read_shape(path.name, config, tensors, path)
+
+
+def _check_config(file: Path, config: Mapping[str, Any]) -> None:
+    """`CheckpointError` names a key whose value is none to compute with."""
+    for key in ("text_config", "quantization_config"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise CheckpointError(f"{file}: {key} is {config[key]!r:.80}, expected a mapping")
+    for key, value in {**config, **(config.get("text_config") or {})}.items():
+        if key in LISTS and not (value is None or isinstance(value, list)):
+            raise CheckpointError(f"{file}: {key} is {value!r:.80}, expected a list")
+        if key == "layer_types" and not all(isinstance(kind, str) for kind in value or ()):
+            raise CheckpointError(f"{file}: {key} is {value!r:.80}, expected a list of names")
+        if key in COUNTS and value is not None:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not COUNTS[key] <= value <= MOST:
+                raise CheckpointError(
+                    f"{file}: {key} is {value!r:.80}, expected a whole number from {COUNTS[key]}"
+                )
+
+
+def _unpacked(path: Path) -> list[Tensor]:
+    """List what a compressed checkpoint holds, each matrix as one [rows, cols] tensor."""
+    found = open_compressed(path)
+    tensors = [Tensor(f"{m.module}.weight", (m.rows, m.cols), 2) for m in found.matrices.values()]
+    return tensors + [Tensor(e.name, e.shape, ITEMSIZE[e.dtype]) for e in found.dense.values()]
+
+
+def read_shape(
+    name: str, config: Mapping[str, Any], tensors: Iterable[Tensor], path: Path | None = None
+) -> ModelShape:
+    """Read config.json and all parameters; raises `CheckpointError` naming a missing key."""
+    text = {**config, **(config.get("text_config") or {})}
+
+    def get(*keys: str, default: Any = None) -> Any:
+        found = next((text[key] for key in keys if text.get(key) is not None), default)
+        if found is None:
+            raise CheckpointError(f"{name}: config.json has no {keys[0]}; the planner needs it")
+        return found
+
+    layers = get("num_hidden_layers", "n_layer", "n_layers")
+    hidden = get("hidden_size", "n_embd", "d_model", "n_embed")
+    if not any(text.get(key) for key in HEAD_COUNTS):
+        raise CheckpointError(f"{name}: no layer keeps a KV cache; planning needs one")
+    heads = get(*HEAD_COUNTS)
+    head_dim = get("head_dim", default=hidden // heads)
+    latent = text.get("kv_lora_rank")
+    tied = bool(get("tie_word_embeddings", default=_tied_unless_told(text)))
+    matrices = collect(tensors, hidden, tied, str(text.get("model_type")) == "gpt2")
+    experts = get("num_local_experts", "n_routed_experts", "num_experts", default=0)
+    return ModelShape(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_kv_heads(text, heads),
+        head_dim=head_dim,
+        value_dim=text.get("v_head_dim") or head_dim,
+        vocabulary=get("vocab_size"),
+        context=get(*CONTEXTS, default=2048),
+        attention=_attention(name, text, layers),
+        matrices=matrices,
+        tied=tied,
+        latent=latent + text["qk_rope_head_dim"] if latent else None,
+        experts=experts,
+        experts_per_token=get("num_experts_per_tok", default=1 if experts else 0),
+        widest=max((m.rows for m in matrices if m.kind == "blocks"), default=hidden),
+        quantized=(config.get("quantization_config") or {}).get("quant_method"),
+        path=path,
+    )
+
+
+def _tied_unless_told(text: Mapping[str, Any]) -> bool:
+    """transformers leaves the key out where it has the family's default."""
+    return str(text.get("model_type")).startswith(("gemma", "gpt2", "opt"))
+
+
+def _kv_heads(text: Mapping[str, Any], heads: int) -> int:
+    """Key-value heads; multi-query attention has one, whatever else the config says."""
+    model_type = str(text.get("model_type"))
+    grouped = model_type == "falcon" and text.get("new_decoder_architecture")
+    if model_type in ("falcon", "gpt_bigcode") and not grouped:
+        return 1 if text.get("multi_query", True) else heads
+    found = next((text[k] for k in KV_HEADS if text.get(k) is not None), heads)
+    return int(found)
+
+
+def _attention(name: str, text: Mapping[str, Any], layers: int) -> tuple[Attention, ...]:
+    """Groups of the layers that keep keys and values."""
+    listed = text.get("layer_types") or text.get("layers_block_type") or _kinds(text, layers)
+    kinds = [kind for kind in listed if KEEPS_KEYS.fullmatch(kind)]
+    if not kinds:
+        raise CheckpointError(f"{name}: no layer keeps a KV cache; planning needs one")
+    groups: dict[tuple[int | None, bool], int] = defaultdict(int)
+    for kind in kinds:
+        chunked = kind == "chunked_attention"
+        window = None if kind in WHOLE else text.get("sliding_window")
+        groups[text.get("attention_chunk_size") if chunked else window, chunked] += 1
+    return tuple(Attention(n, window, chunked) for (window, chunked), n in groups.items())
+
+
+def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
+    """layer_types of configs written before transformers had the key."""
+    if text.get("attn_layer_period"):
+        period, offset = text["attn_layer_period"], text.get("attn_layer_offset", 0)
+        return ["full_attention" if i % period == offset else "mamba" for i in range(layers)]
+    if text.get("model_type") == "qwen3_next" or text.get("full_attention_interval"):
+        interval = text.get("full_attention_interval", 4)
+        return ["linear" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    if text.get("hybrid_override_pattern"):
+        return ["full_attention" if c == "*" else "mamba" for c in text["hybrid_override_pattern"]]
+    if text.get("attn_layer_indices") is not None:
+        every = ["mamba"] * layers
+        for i in text["attn_layer_indices"]:
+            every[i] = "full_attention"
+        return every
+    if text.get("attention_chunk_size"):
+        interval = text.get("no_rope_layer_interval", 4)
+        rope = text.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]
+        return ["chunked_attention" if r else "full_attention" for r in rope]
+    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
+        return ["full_attention"] * layers
+    pattern = text.get("sliding_window_pattern") or (
+        2 if text.get("model_type") == "gemma2" else None
+    )
+    if pattern is None:
+        return ["sliding_attention"] * layers
+    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+
+
+def collect(
+    tensors: Iterable[Tensor], hidden: int, tied: bool, inputs_first: bool = False
+) -> tuple[Matrix, ...]:
+    """Matrices of all parameters; the decoder blocks are the numbered modules with most values.
+
+    `inputs_first`: linear layers are stored [inputs, outputs], as in GPT-2.
+    """
+    tensors = [t for t in tensors if not (tied and _leaf(t.name) in HEADS)]
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        sizes[_prefix(tensor.name)] += prod(tensor.shape)
+    sizes.pop("", None)
+    blocks = max(sizes, key=lambda key: sizes[key], default=None)
+    alike: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(list)
+    for tensor in tensors:
+        layer = NUMBER.search(tensor.name) if _prefix(tensor.name) == blocks else None
+        key = (NUMBER.sub("*", tensor.name), tensor.shape, tensor.itemsize)
+        alike[key].append(-1 if layer is None else int(layer.group()))
+    out = []
+    for (template, shape, itemsize), found in alike.items():
+        layers = tuple(sorted({layer for layer in found if layer >= 0}))
+        rows, cols, experts = _rows_and_cols(template, shape, hidden)
+        kind = _kind(template, shape, bool(layers))
+        if inputs_first and kind == "blocks":
+            rows, cols = cols, rows
+        count = experts * len(found) // max(1, len(layers))
+        module = template.removesuffix(".weight")
+        out.append(Matrix(module, rows, cols, kind, layers, count, itemsize))
+    return tuple(out)
+
+
+def _rows_and_cols(template: str, shape: tuple[int, ...], hidden: int) -> tuple[int, int, int]:
+    """Outputs, inputs and how many of them; what is no matrix has one column."""
+    if len(shape) == 2:
+        return *shape, 1
+    if len(shape) != 3:
+        return prod(shape), 1, 1
+    # Experts in one tensor: [experts, outputs, inputs], in Llama 4 [experts, inputs, outputs].
+    experts, rows, cols = shape
+    turned = hidden == (cols if _leaf(template) == "down_proj" else rows)
+    return (cols, rows, experts) if turned else (rows, cols, experts)
+
+
+def _kind(template: str, shape: tuple[int, ...], inside: bool) -> str:
+    leaf = _leaf(template)
+    if inside:
+        matrix = len(shape) == 3 or (len(shape) == 2 and template.endswith(".weight"))
+        return "blocks" if matrix and leaf not in GENERIC.routers else ""
+    if len(shape) != 2:
+        return ""
+    if leaf in HEADS:
+        return "lm_head"
+    return "embedding" if leaf in EMBEDDINGS and "vision" not in template else ""
+
+
+def _prefix(name: str) -> str:
+    """Return what stands before the first number: a tensor's list of blocks, or nothing."""
+    match = re.match(r"(.*?)\.\d+\.", name)
+    return match.group(1) if match else ""
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -1,0 +1,127 @@
+"""What a recipe makes of each matrix, in bytes, before anything is converted.
+
+Recipes and formats are read without torch, so a plan asks the declarations that the converter
+writes by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compress_methods.checkpoint.compressed import open_compressed
+from compress_methods.errors import FormatError, RecipeError
+from compress_methods.formats import Format
+from compress_methods.formats.dense import Dense
+from compress_methods.recipe.schema import parse_recipe, read_recipe
+from vllm_compress.names import QUANT_METHOD
+from vllm_compress.operations.capacity.footprint.open_formats import holds, rule_of, spend
+from vllm_compress.operations.capacity.footprint.shapes import Matrix, ModelShape
+
+ORIGINAL, STORED = "original", "as stored"
+DTYPES = {1: "8-bit", 2: "bf16", 4: "fp32"}
+BEYOND = {"stages", "prune_to", "pack_zeros"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices of one name that are stored alike; `format` None: kept as they are."""
+
+    matrix: Matrix
+    format: Format | None = None
+
+    def bytes_of(self, rows: int, cols: int) -> int:
+        """Bytes of [rows, cols] stored so."""
+        if self.format is None:
+            return rows * cols * self.matrix.itemsize
+        return self.format.nbytes(rows, cols)
+
+    @property
+    def nbytes(self) -> int:
+        m = self.matrix
+        return self.bytes_of(m.rows, m.cols) * m.count * max(1, len(m.layers))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A model stored in one way. `label` names the formats of its compressed matrices."""
+
+    name: str
+    label: str
+    shape: ModelShape
+    parts: tuple[Part, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def experts_compressed(self) -> bool:
+        return any(p.matrix.experts and p.matrix.kind and p.format for p in self.parts)
+
+
+def as_it_is(shape: ModelShape) -> Scheme:
+    """Take the model as its files hold it."""
+    if shape.path is not None and shape.quantized == QUANT_METHOD:
+        found = open_compressed(shape.path).matrices
+        formats = {name: matrix.format for name, matrix in found.items()}
+        parts = _assign(shape, lambda module, matrix: formats.get(module))
+        return Scheme(STORED, _label(parts), shape, parts)
+    sizes = {m.itemsize for m in shape.matrices if m.kind == "blocks"}
+    label = shape.quantized or DTYPES.get(max(sizes, default=2), "mixed")
+    parts = tuple(Part(m) for m in shape.matrices)
+    return Scheme(STORED if shape.quantized else ORIGINAL, label, shape, parts)
+
+
+def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
+    """Store the model as a recipe would; `RecipeError` where the two do not fit."""
+    if shape.quantized is not None:
+        raise RecipeError(
+            f"{shape.name}: already quantized ({shape.quantized}), so no recipe applies; "
+            "plan it without --recipe, or plan the original"
+        )
+    block, where, name = read_recipe(recipe)
+    extra = sorted(BEYOND & set(block)) if isinstance(block, dict) else []
+    if extra:
+        raise RecipeError(
+            f"recipe {recipe!r} does more than store matrices in another format "
+            f"({', '.join(extra)}); convert the model, then plan the result"
+        )
+    loaded = parse_recipe(block, where, name)
+
+    def find(module: str, matrix: Matrix) -> Format | None:
+        rule = rule_of(loaded, module, matrix)
+        fmt = None if rule is None else loaded.formats[rule.format]
+        if rule is None or fmt is None or isinstance(fmt, Dense):
+            return None
+        found = rule.choose(fmt, lambda f: holds(f, matrix))
+        return fmt if found is None and rule.on_unfit != "keep" else found
+
+    parts = _assign(shape, spend(loaded, shape, find))
+    if all(part.format is None for part in parts):
+        raise RecipeError(f"recipe {name!r} matches no module of {shape.name}")
+    for part in parts:
+        try:
+            part.bytes_of(part.matrix.rows, part.matrix.cols)
+        except FormatError as problem:
+            raise RecipeError(f"recipe {name!r}: {part.matrix.module}: {problem}") from problem
+    return Scheme(name, _label(parts), shape, parts)
+
+
+def _assign(shape: ModelShape, find: Callable[[str, Matrix], Format | None]) -> tuple[Part, ...]:
+    """Parts of a shape; `find(module name, matrix)` gives a format, or None to keep it."""
+    parts = []
+    for matrix in shape.matrices:
+        alike: dict[Format | None, list[int]] = {}
+        for layer in matrix.layers or (None,):
+            layers = alike.setdefault(find(matrix.name(layer), matrix), [])
+            layers += [] if layer is None else [layer]
+        for fmt, layers in alike.items():
+            parts.append(Part(dataclasses.replace(matrix, layers=tuple(layers)), fmt))
+    return tuple(parts)
+
+
+def _label(parts: tuple[Part, ...]) -> str:
+    found = {part.format.describe() for part in parts if part.format is not None}
+    return ", ".join(sorted(found)) or "bf16"

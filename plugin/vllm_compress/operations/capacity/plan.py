@@ -1,0 +1,183 @@
+"""Every scheme on every machine: the smallest deployment that meets a demand, or why there is none.
+
+For a scheme on a machine, `search` asks each split that fits how many replicas the rate takes.
+Replicas share the requests evenly; a pipeline of p stages counts as p engines, each with its part
+of the KV cache, that see steps of the whole model. Options are ranked by price where prices are
+known, by devices otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from vllm_compress.operations.capacity.calibration.fit import Calibration, step_model
+from vllm_compress.operations.capacity.footprint.memory import Fit, Layout, fit
+from vllm_compress.operations.capacity.footprint.storage import Scheme
+from vllm_compress.operations.capacity.hardware import Hardware
+from vllm_compress.operations.capacity.search import (
+    Candidate,
+    Latencies,
+    Rejected,
+    Search,
+    Trial,
+    capacity_of,
+)
+from vllm_compress.operations.capacity.throughput.demand import Demand
+from vllm_compress.operations.capacity.throughput.performance import kernel_refusal
+
+STAGES = 4
+MOST_DEVICES = 32
+
+
+@dataclass(frozen=True)
+class Option:
+    """A scheme on a machine. Without `layout` nothing fits; `meets` says whether it is an answer.
+
+    `capacity` is the output tokens per second of all replicas when always busy, `misses` the worst
+    ratio of a percentile to its bound, prices are in the currency of the table's.
+    """
+
+    scheme: str
+    label: str
+    hardware: str
+    weight_bytes: int
+    devices_for_weights: int
+    smallest: int | None
+    meets: bool
+    layout: str | None = None
+    devices_per_replica: int = 0
+    replicas: int = 0
+    devices: int = 0
+    basis: str = ""
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    latency: Latencies | None = None
+    tokens_per_second: float = 0.0
+    capacity: float = 0.0
+    price_per_hour: float | None = None
+    price_per_million: float | None = None
+    misses: float = float("inf")
+    closest: str = ""
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What all options have in common."""
+
+    demand: Demand
+    kv_value_bytes: int = 2
+    calibration: Calibration | None = None
+    reference: Scheme | None = None
+    seed: int = 0
+
+    def plan(self, schemes: Sequence[Scheme], machines: Sequence[Hardware]) -> list[Option]:
+        """Every scheme on every machine, best first."""
+        options = [self.option(scheme, machine) for scheme in schemes for machine in machines]
+        return sorted(options, key=_rank)
+
+    def option(self, scheme: Scheme, machine: Hardware) -> Option:
+        """Find the smallest deployment of a scheme on a machine, or why there is none."""
+        if self.calibration is not None:
+            machine = self.calibration.adapt(machine)
+        bare = Option(
+            scheme.name,
+            scheme.label,
+            machine.key,
+            scheme.weight_bytes,
+            ceil(scheme.weight_bytes / machine.memory_bytes),
+            None,
+            False,
+        )
+        refused = kernel_refusal(scheme, machine)
+        if refused is not None:
+            return dataclasses.replace(
+                bare, rejected=(Rejected("any", 1, refused),), closest=refused
+            )
+        rejected: list[Rejected] = []
+        fits = []
+        for layout in layouts(machine):
+            found = fit(scheme, machine, layout, self.demand.context, self.kv_value_bytes)
+            if found.reason is None:
+                fits.append(found)
+            else:
+                rejected.append(Rejected(str(layout), layout.devices, found.reason))
+        if not fits:
+            last = rejected[-1].reason if rejected else ""
+            return dataclasses.replace(bare, rejected=tuple(rejected), closest=last)
+        bare = dataclasses.replace(bare, smallest=min(f.layout.devices for f in fits))
+        return self._choose(bare, scheme, machine, fits, rejected)
+
+    def _choose(
+        self,
+        bare: Option,
+        scheme: Scheme,
+        machine: Hardware,
+        fits: list[Fit],
+        rejected: list[Rejected],
+    ) -> Option:
+        """Choose the split and the replicas that meet the demand with fewest devices."""
+        candidates = []
+        for found in fits:
+            step, basis = step_model(
+                scheme, machine, found.layout, self.kv_value_bytes, self.calibration, self.reference
+            )
+            capacity = capacity_of(step, self.demand, machine, found)
+            candidates.append(Candidate(found, step, basis, capacity))
+        search = Search(self.demand, machine, self.seed)
+        search.run(candidates)
+        rejected = sorted([*rejected, *search.rejected], key=lambda r: r.devices)
+        bare = dataclasses.replace(bare, rejected=tuple(rejected))
+        if search.best is None:
+            ratio, text = search.closest
+            return dataclasses.replace(bare, misses=ratio, closest=text, basis=candidates[-1].basis)
+        return self._answer(bare, machine, search.best)
+
+    def _answer(self, bare: Option, machine: Hardware, trial: Trial) -> Option:
+        """Fill `bare` with all that is known of the chosen trial."""
+        candidate, d = trial.candidate, self.demand
+        found = candidate.found
+        tokens = d.rate * d.output
+        price = machine.price_per_hour
+        hourly = None if price is None else price * trial.devices
+        return dataclasses.replace(
+            bare,
+            meets=True,
+            layout=str(found.layout),
+            devices_per_replica=found.layout.devices,
+            replicas=trial.replicas,
+            devices=trial.devices,
+            basis=candidate.basis,
+            memory={
+                "weights": found.weights,
+                "overhead": found.overhead,
+                "kv_cache": found.kv_bytes,
+                "usable": found.usable,
+                "requests": found.requests(d.prompt + d.output),
+            },
+            latency=trial.latencies,
+            tokens_per_second=tokens,
+            capacity=trial.replicas * candidate.capacity * d.output,
+            price_per_hour=hourly,
+            price_per_million=None if hourly is None else hourly / (tokens * 3600) * 1e6,
+            misses=trial.miss,
+        )
+
+
+def layouts(machine: Hardware) -> list[Layout]:
+    """Splits to look at, fewest devices first. A CPU host is one device."""
+    if machine.kind == "cpu":
+        return [Layout()]
+    ways = [Layout(tp, pp) for tp in range(1, machine.per_host + 1) for pp in range(1, STAGES + 1)]
+    return sorted((w for w in ways if w.devices <= MOST_DEVICES), key=lambda w: (w.devices, w.pp))
+
+
+def _rank(option: Option) -> tuple[Any, ...]:
+    price = option.price_per_hour
+    if not option.meets:
+        return (1, option.misses, option.weight_bytes)
+    assert option.latency is not None
+    return (0, price is None, price or 0.0, option.devices, option.latency.ttft["p95"])

@@ -1,0 +1,135 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vllm_compress.operations.capacity.footprint.memory import gb, rank_kv_values
+from vllm_compress.operations.capacity.footprint.shapes import ModelShape
+from vllm_compress.operations.capacity.plan import Option
+from vllm_compress.operations.capacity.search import Rejected
+from vllm_compress.operations.capacity.throughput.demand import Demand, duration
+from vllm_compress.operations.text_table import align
+
+HEADER = (
+    *("scheme", "hardware", "weights", "by weights", "fits on", "replica", "replicas", "devices"),
+    *("ttft p50 / p95", "tpot p50 / p95", "tokens/s", "at most", "per hour", "per M tokens"),
+)
+LEFT = (0, 1)
+REASONS = 5
+BASIS = {
+    "measured": "measured on this deployment",
+    "scaled": "roofline, corrected by what another deployment measured on this hardware",
+    "roofline": "roofline with assumed efficiencies; calibrate before relying on it",
+}
+
+
+def to_dict(
+    shape: ModelShape,
+    demand: Demand,
+    options: Sequence[Option],
+    kv_value_bytes: int,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """The object of --json; numbers that are not known are null."""
+    return {
+        "model": shape.name,
+        "weights": shape.parameters,
+        "kv_bytes_per_token": shape.kv_layers * rank_kv_values(shape, 1) * kv_value_bytes,
+        "demand": asdict(demand),
+        "options": [_finite(asdict(option)) for option in options],
+        "notes": list(notes),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(
+    shape: ModelShape,
+    demand: Demand,
+    options: Sequence[Option],
+    kv_value_bytes: int,
+    notes: Sequence[str],
+) -> str:
+    """Tables and reasons for a terminal."""
+    lines = [_model(shape, kv_value_bytes), _demand(demand), ""]
+    lines += align([HEADER, *map(_row, options)], LEFT)
+    lines += ["", *(line for option in options for line in _reasons(option))]
+    bases = {option.basis for option in options if option.basis}
+    lines += [f"latencies: {BASIS[basis]}" for basis in BASIS if basis in bases]
+    return "\n".join([*lines, *notes])
+
+
+def _model(shape: ModelShape, kv_value_bytes: int) -> str:
+    token = shape.kv_layers * rank_kv_values(shape, 1) * kv_value_bytes
+    text = f"{shape.name}: {shape.parameters / 1e9:.1f} billion weights, "
+    text += f"{token:,} bytes of KV cache per token"
+    for part in shape.attention:
+        if part.window is not None:
+            text += f", {part.layers} of {shape.layers} layers look back {part.window:,} tokens"
+    return text
+
+
+def _demand(demand: Demand) -> str:
+    rate = f"{demand.rate:g}/s" if demand.rate >= 1 else f"{60 * demand.rate:g}/min"
+    bounds = ", ".join(str(objective) for objective in demand.objectives)
+    lengths = f"{demand.prompt:,} + {demand.output:,} tokens, contexts up to {demand.context:,}"
+    return f"requests: {rate} of {lengths}; {bounds}"
+
+
+def _row(option: Option) -> tuple[str, ...]:
+    head = (
+        f"{option.scheme} ({option.label})",
+        option.hardware,
+        gb(option.weight_bytes),
+        str(option.devices_for_weights),
+        "-" if option.smallest is None else str(option.smallest),
+    )
+    if not option.meets or option.latency is None:
+        return (*head, "none", *[""] * (len(HEADER) - len(head) - 1))
+
+    def pair(values: dict[str, float]) -> str:
+        return f"{duration(values['p50'])} / {duration(values['p95'])}"
+
+    return (
+        *head,
+        str(option.layout),
+        str(option.replicas),
+        str(option.devices),
+        pair(option.latency.ttft),
+        pair(option.latency.tpot),
+        f"{option.tokens_per_second:,.0f}",
+        f"{option.capacity:,.0f}",
+        "-" if option.price_per_hour is None else f"{option.price_per_hour:.2f}",
+        "-" if option.price_per_million is None else f"{option.price_per_million:.2f}",
+    )
+
+
+def _reasons(option: Option) -> list[str]:
+    """Say why it is no smaller than it is, or why it is not at all."""
+    title = f"{option.scheme} on {option.hardware}"
+    if not option.meets:
+        lines = [f"{title}: {option.closest}"] if option.closest else [f"{title}: does not fit"]
+        few = [r for r in option.rejected if r.reason not in option.closest]
+    else:
+        lines = [f"{title}: {count_of(option.devices)}, {option.replicas} x {option.layout}"]
+        few = [r for r in option.rejected if r.devices < option.devices]
+    few = [r for r in few if r.devices >= option.devices_for_weights]
+    return [*lines, *(f"  {_said(r)}" for r in few[:REASONS])]
+
+
+def _said(rejected: Rejected) -> str:
+    return f"not {count_of(rejected.devices)} ({rejected.layout}): {rejected.reason}"
+
+
+def count_of(devices: int) -> str:
+    return f"{devices} device{'s' if devices > 1 else ''}"

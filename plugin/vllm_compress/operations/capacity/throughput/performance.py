@@ -1,0 +1,285 @@
+"""Seconds that one step of vLLM takes: a roofline, or what was measured.
+
+A step runs the decoder blocks on all its tokens (one for each decoding request, more for prompts),
+the output head on those tokens that are sampled, and attention over what is cached:
+
+    step = overhead + max(weights read / bandwidth, operations / compute)   blocks, on n tokens
+                    + max(head read / bandwidth, operations / compute)      head, on s samples
+                    + cached bytes read / bandwidth                         decoding
+                    + operations on (query, key) pairs / compute            prompts
+                    + all-reduces of tensor parallelism
+
+Of k among E experts, n tokens read a share 1 - (1 - k/E)^n. Peaks are those of the hardware table
+times an efficiency; without calibration that is an assumption, named in EFFICIENCY, and results
+are good for comparing options rather than for promises. A pipeline of p stages works on p batches
+at once, so each of them sees the time of the whole model.
+
+`MeasuredStep` is the same with a curve over tokens that was measured on a server (`calibration`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import Protocol
+
+from compress_methods.formats import Format
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.sparse import Sparse
+from vllm_compress.operations.capacity.footprint.memory import (
+    Layout,
+    part_bytes,
+    rank_kv_values,
+    rank_shape,
+)
+from vllm_compress.operations.capacity.footprint.shapes import ModelShape
+from vllm_compress.operations.capacity.footprint.storage import Scheme
+from vllm_compress.operations.capacity.hardware import Hardware
+
+REDUCE_SECONDS = {True: 12e-6, False: 30e-6}
+NVLINK = 100e9
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that are reached, and seconds each step, sequence and request add."""
+
+    bandwidth: float
+    compute: float
+    step: float
+    sequence: float
+    request: float
+
+
+EFFICIENCY = {
+    "gpu": Efficiency(0.8, 0.5, 1.5e-3, 1e-5, 5e-3),
+    "cpu": Efficiency(0.5, 0.3, 4e-3, 3e-4, 1e-2),
+}
+
+
+class Step(Protocol):
+    """What the simulation asks of a deployment."""
+
+    @property
+    def request_seconds(self) -> float:
+        """Spent on a request outside the engine's steps."""
+
+    def effective(self, length: float) -> float:
+        """Tokens that a query attends to after `length`, averaged over layers with windows."""
+
+    def seconds(self, tokens: int, sampled: int, context: float, pairs: float) -> float:
+        """One step: tokens in it, those sampled, cached tokens that decoding requests read, and
+        (query, key) pairs of prompts."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How far back layers look: (layers, window)."""
+
+    layers: tuple[tuple[int, int | None], ...]
+
+    def effective(self, length: float) -> float:
+        if all(window is None for _, window in self.layers):
+            return length
+        total = sum(n for n, _ in self.layers)
+        seen = sum(n * (length if w is None else min(length, w)) for n, w in self.layers)
+        return seen / total
+
+
+def windows_of(shape: ModelShape) -> Windows:
+    """Return a model's windows; a chunk counts as one, at most twice what a token sees."""
+    return Windows(tuple((a.layers, a.window) for a in shape.attention))
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """All sums of one rank, at the peaks: bytes, and seconds of arithmetic per token."""
+
+    windows: Windows
+    bandwidth: float
+    body_bytes: float
+    expert_bytes: float
+    expert_share: float
+    token_seconds: float
+    head_bytes: float
+    head_seconds: float
+    kv_bytes: float
+    pair_seconds: float
+    reduce_seconds: float
+    reduce_token_seconds: float
+    efficiency: Efficiency
+
+    @property
+    def request_seconds(self) -> float:
+        return self.efficiency.request
+
+    def effective(self, length: float) -> float:
+        return self.windows.effective(length)
+
+    def body_seconds(self, tokens: int) -> float:
+        """The decoder blocks without attention."""
+        if not tokens:
+            return 0.0
+        touched = 1 - (1 - self.expert_share) ** tokens if self.expert_bytes else 0.0
+        read = (self.body_bytes + self.expert_bytes * touched) / self.bandwidth
+        work = tokens * self.token_seconds
+        communication = self.reduce_seconds + tokens * self.reduce_token_seconds
+        e = self.efficiency
+        return max(read / e.bandwidth, work / e.compute) + communication
+
+    def head_time(self, sampled: int) -> float:
+        e = self.efficiency
+        read, work = self.head_bytes / self.bandwidth, sampled * self.head_seconds
+        return max(read / e.bandwidth, work / e.compute) if sampled else 0.0
+
+    def seconds(self, tokens: int, sampled: int, context: float, pairs: float) -> float:
+        e = self.efficiency
+        attention = context * self.kv_bytes / self.bandwidth / e.bandwidth
+        attention += pairs * self.pair_seconds / e.compute
+        fixed = e.step + sampled * e.sequence
+        return fixed + self.body_seconds(tokens) + self.head_time(sampled) + attention
+
+
+def roofline(
+    scheme: Scheme,
+    machine: Hardware,
+    layout: Layout,
+    kv_value_bytes: int = 2,
+    efficiency: Efficiency | None = None,
+) -> Roofline:
+    """Sum up a scheme on devices of a kind."""
+    shape, tp = scheme.shape, layout.tp
+    body = experts = token = head = head_time = 0.0
+    share = shape.experts_per_token / shape.experts if shape.experts else 0.0
+    for part in scheme.parts:
+        matrix = part.matrix
+        is_head = matrix.kind == "lm_head" or (matrix.kind == "embedding" and shape.tied)
+        layers = len(matrix.layers)
+        if not layers and not is_head:
+            continue
+        rows, cols = rank_shape(shape, matrix, tp)
+        rate = compute_rate(part.format, machine)
+        work = 2.0 * rows * cols / rate if matrix.kind else 0.0
+        size = part_bytes(shape, part, tp)
+        if is_head:
+            head, head_time = head + size, head_time + work
+        elif matrix.experts and matrix.kind:
+            experts += size * layers
+            token += work * layers * matrix.count * share
+        else:
+            body += size * layers
+            token += work * layers * matrix.count
+    reduces = 2 * shape.layers if tp > 1 else 0
+    moved = 2.0 * (tp - 1) / tp * 2 * shape.hidden / machine.link_bytes_per_s
+    values = rank_kv_values(shape, tp)
+    heads = shape.heads / tp
+    return Roofline(
+        windows=windows_of(shape),
+        bandwidth=machine.bandwidth_bytes_per_s,
+        body_bytes=body,
+        expert_bytes=experts,
+        expert_share=share,
+        token_seconds=token,
+        head_bytes=head,
+        head_seconds=head_time,
+        kv_bytes=shape.kv_layers * values * kv_value_bytes,
+        pair_seconds=2.0
+        * shape.kv_layers
+        * heads
+        * (shape.head_dim + shape.value_dim)
+        / dense_rate(machine),
+        reduce_seconds=reduces * REDUCE_SECONDS[machine.link_bytes_per_s > NVLINK],
+        reduce_token_seconds=reduces * moved,
+        efficiency=efficiency or EFFICIENCY[machine.kind],
+    )
+
+
+def dense_rate(machine: Hardware) -> float:
+    """Operations per second on 16-bit weights."""
+    return machine.rate("bf16", "fp16", "fp32")
+
+
+def compute_rate(fmt: Format | None, machine: Hardware) -> float:
+    """Operations per second on weights of a format (None: kept): that of the activations they meet.
+
+    8-bit activations come with W8A8 everywhere, and on CPUs with our kernels for 4 bits and less.
+    """
+    inner = None if fmt is None else fmt.inner
+    values = inner.values if isinstance(inner, Sparse) else inner
+    eight = isinstance(values, Integer) and (
+        values.activations == "int8" or (machine.kind == "cpu" and values.bits <= 4)
+    )
+    return machine.rate("int8", "bf16", "fp16", "fp32") if eight else dense_rate(machine)
+
+
+def kernel_refusal(scheme: Scheme, machine: Hardware) -> str | None:
+    """Say why a scheme is not planned on a machine: no GPU kernel of vLLM reads it."""
+    if machine.kind == "cpu":
+        return None
+    for part in scheme.parts:
+        fmt = part.format
+        inner = None if fmt is None else fmt.inner
+        if fmt is None or (isinstance(inner, Integer) and inner.bits in (4, 8)):
+            continue
+        return (
+            f"no GPU kernel for {fmt.describe()}: unpacked at every step, slower than the original"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds over a count: straight lines between points, the last of them continued, never
+    downwards. In between it may fall: more tokens can be a matter for a quicker kernel."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, count: float) -> float:
+        xs = [x for x, _ in self.points]
+        i = bisect.bisect_left(xs, count)
+        if i == 0 or len(xs) == 1:
+            return self.points[0][1]
+        i = min(i, len(xs) - 1)
+        (x0, y0), (x1, y1) = self.points[i - 1], self.points[i]
+        slope = (y1 - y0) / (x1 - x0)
+        return y0 + slope * (count - x0) if count <= x1 else y1 + max(0.0, slope) * (count - x1)
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A step as measured: `curve` over tokens, `head` over samples beyond the first."""
+
+    windows: Windows
+    curve: Curve
+    head: Curve
+    per_context: float
+    per_pair: float
+    request_seconds: float
+
+    def effective(self, length: float) -> float:
+        return self.windows.effective(length)
+
+    def seconds(self, tokens: int, sampled: int, context: float, pairs: float) -> float:
+        head = self.head(sampled) if sampled > 1 else 0.0
+        return self.curve(tokens) + head + context * self.per_context + pairs * self.per_pair
+
+
+@dataclass(frozen=True)
+class ScaledStep:
+    """A roofline corrected by how far another one was from what was measured there."""
+
+    model: Roofline
+    reference: Roofline
+    measured: MeasuredStep
+
+    @property
+    def request_seconds(self) -> float:
+        return self.measured.request_seconds
+
+    def effective(self, length: float) -> float:
+        return self.model.effective(length)
+
+    def seconds(self, tokens: int, sampled: int, context: float, pairs: float) -> float:
+        found = self.measured.seconds(tokens, sampled, 0.0, 0.0)
+        ratio = found / self.reference.seconds(tokens, sampled, 0.0, 0.0)
+        return ratio * self.model.seconds(tokens, sampled, context, pairs)
