@@ -2,7 +2,7 @@
 # Makes .venv at the repository root ready to convert, serve and test.
 #
 # Safe to run at any time: a finished environment is left alone until the pinned
-# requirements or pyproject.toml change, an interrupted one is started over.
+# requirements, pyproject.toml or the alias change, an interrupted one is started over.
 #   PYTHON=python3.12             the interpreter to use
 #   VLLM_COMPRESS_DEVICE=cpu|gpu  instead of asking nvidia-smi
 set -euo pipefail
@@ -29,7 +29,16 @@ device() {
 
 # The path counts because a virtual environment doesn't survive being moved.
 fingerprint() {
-  { echo "$root"; cat "$requirements" pyproject.toml; } | sha256sum | cut -d' ' -f1
+  { echo "$root"; cat "$requirements" pyproject.toml deploy/vllm_alias.py; } | sha256sum | cut -d' ' -f1
+}
+
+# Whether .venv holds the other build of vLLM. The alias that install_cpu writes is none.
+holds_other() {
+  local found
+  for found in "$venv"/lib/python3*/site-packages/"$other"-[0-9]*.dist-info; do
+    if [[ -d $found ]] && ! grep -qsx vllm-compress "$found/INSTALLER"; then return 0; fi
+  done
+  return 1
 }
 
 find_python() {
@@ -56,6 +65,7 @@ install_cpu() {
   fi
   say "2/3 vLLM and $(grep -c '==' "$requirements") pinned packages, the longest part"
   pip install --no-deps -r "$requirements"
+  "$venv/bin/python" deploy/vllm_alias.py
 }
 
 install_gpu() {
@@ -81,7 +91,7 @@ wanted=$(fingerprint)
 if [[ -x $venv/bin/vllm-compress && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
   exit 0
 fi
-if compgen -G "$venv/lib/python3*/site-packages/$other-[0-9]*.dist-info" >/dev/null; then
+if holds_other; then
   die ".venv holds the other build of vLLM, this machine wants the $device one; remove .venv and run this again"
 fi
 
