@@ -29,12 +29,10 @@ def novels_8m() -> Path:
 @pytest.fixture(scope="session")
 def validation_text() -> Path:
     """Text of the same kind that novels-8m was not trained on."""
-    shared = Path(os.environ.get("VLLM_COMPRESS_SHARED", REPOSITORY.parent / "shared"))
+    shared = Path(os.environ.get("COMPRESS_SHARED", REPOSITORY.parent / "shared"))
     path = shared / "data" / "novels-validation.txt"
     if not path.is_file():
-        pytest.skip(
-            "needs data/novels-validation.txt in the folder that VLLM_COMPRESS_SHARED names"
-        )
+        pytest.skip("needs data/novels-validation.txt in the folder that COMPRESS_SHARED names")
     return path
 
 

@@ -1,1 +1,1 @@
-"""Every figure of the README comes from here: `make bench`."""
+"""Every figure of the README and of results/README.md comes from here: `make bench`."""

@@ -1,6 +1,6 @@
 """Run the benchmarks named on the command line, or all; print tables, keep JSON.
 
-    python -m tests.benchmarks [quality] [rtn] [gptq] [layers] [activations]
+    python -m tests.benchmarks [quality] [bits] [rtn] [gptq] [layers] [refine] [activations]
         [kernels] [serving] [profile] [planner]
 
 Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
@@ -13,23 +13,12 @@ import json
 import os
 import platform
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.readme import RESULTS
+from tests.benchmarks.readme import RESULTS, ROOMS, SEVERAL, module_of
 
-NAMES = (
-    "quality",
-    "rtn",
-    "gptq",
-    "layers",
-    "activations",
-    "kernels",
-    "serving",
-    "profile",
-    "planner",
-)
+NAMES = tuple(name for name in ROOMS if name not in SEVERAL)
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +44,7 @@ def main(names: list[str]) -> int:
         return 2
     RESULTS.mkdir(exist_ok=True)
     for name in names or NAMES:
-        module = import_module(f"tests.benchmarks.{name}")
+        module = module_of(name)
         results = {"machine": machine(), **module.run()}
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
         if hasattr(module, "plot"):

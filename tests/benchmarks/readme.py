@@ -1,21 +1,52 @@
-"""Puts the tables of the results that are kept into README.md, between `<!-- NAME -->` and
-`<!-- /NAME -->`: `python -m tests.benchmarks.readme`."""
+"""Puts the kept results into the documents: `python -m tests.benchmarks.readme`.
+
+In each of `DOCUMENTS` the text between `<!-- NAME -->` and `<!-- /NAME -->` becomes the table of
+that name: a benchmark's, or one of `VIEWS`, which are short. The README's picture is drawn anew.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.memory import REPOSITORY
+from tests.benchmarks import flow, summaries
+from tests.benchmarks.conversion.memory import REPOSITORY
 
 RESULTS = Path(__file__).parent / "results"
 README = REPOSITORY / "README.md"
+DOCUMENTS = (README, RESULTS / "README.md")
+PICTURE = RESULTS.parent / "flow.svg"
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+ROOMS = {
+    "quality": "loss",
+    "bits": "loss",
+    "rtn": "conversion",
+    "gptq": "conversion",
+    "layers": "conversion",
+    "refine": "conversion",
+    "memory": "conversion",
+    "activations": "loss",
+    "kernels": "speed",
+    "serving": "speed",
+    "profile": "speed",
+    "planner": "speed",
+}
+"""Folder of each benchmark's module."""
 SEVERAL = {"memory": ("rtn", "gptq", "layers")}
 """Benchmarks whose rows are one table."""
+VIEWS: dict[str, Callable[[], str]] = {
+    "methods": lambda: summaries.methods(results_of("quality")),
+    "speed": lambda: summaries.speed(results_of("serving")),
+    "plan": summaries.planned,
+}
+
+
+def module_of(name: str) -> Any:
+    return import_module(f"tests.benchmarks.{ROOMS[name]}.{name}")
 
 
 def results_of(name: str) -> dict[str, Any]:
@@ -24,8 +55,10 @@ def results_of(name: str) -> dict[str, Any]:
 
 
 def table_of(name: str) -> str:
-    """A benchmark's `summary` of its results, or its table where it has none."""
-    module = import_module(f"tests.benchmarks.{name}")
+    """A view, a benchmark's `summary` of its results, or its table where it has none."""
+    if name in VIEWS:
+        return VIEWS[name]()
+    module = module_of(name)
     if name in SEVERAL:
         results = {"rows": [row for part in SEVERAL[name] for row in results_of(part)["rows"]]}
     else:
@@ -39,5 +72,11 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda found: f"{found[1]}{table_of(found[2])}\n{found[3]}", text)
 
 
+def picture() -> str:
+    return flow.picture(results_of("serving"))
+
+
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURE.write_text(picture(), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import Engine
-from tests.e2e.tiny import compress
+from tests.e2e.support.engine import Engine
+from tests.e2e.support.tiny import compress
 
 INT4 = {"w4": {"format": "integer", "bits": 4, "group_size": 128}}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compress_methods.evaluate import load_tokenizer
+from compress_methods.calibration.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def one_matrix(tmp_path: Path) -> Path:
     """A directory with one 4-bit matrix and one norm, as `convert` lays them out."""
     import torch
 
+    from compress_methods.checkpoint.safetensors import write_tensors
     from compress_methods.formats import format_from_dict
-    from compress_methods.safetensors_io import write_tensors
 
     folder = tmp_path / "one-matrix"
     folder.mkdir()

@@ -1,0 +1,31 @@
+"""A conversion holds one block of weights, not the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.conversion.memory import convert_apart, gptq, make_llama
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8}
+
+
+def test_rtn_needs_less_memory_than_the_model_is_large(tmp_path: Path) -> None:
+    size = make_llama(tmp_path / "model", SHAPE, shards=4, vocabulary=4096)
+    measured = convert_apart(tmp_path / "model", "int8", tmp_path / "out", None)
+    assert size > 950e6
+    assert measured["peak_bytes"] < 0.7 * size
+
+
+def test_gptq_needs_no_more_memory_for_more_layers(tmp_path: Path, some_text: Path) -> None:
+    peaks = []
+    for layers in (2, 6):
+        shape = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": layers}
+        model, out = tmp_path / f"model{layers}", tmp_path / f"out{layers}"
+        make_llama(model, shape, shards=1, vocabulary=4096)
+        text = tmp_path / "text.txt"
+        text.write_text(some_text.read_text() * 4)
+        peaks.append(convert_apart(model, gptq(4), out, text)["peak_bytes"])
+    assert peaks[1] < 1.1 * peaks[0]

@@ -1,0 +1,185 @@
+"""vLLM's offline engine in a process of its own, for tests that need log-probabilities of many
+models: vLLM is imported once (which is most of a start) and models are loaded one after another.
+
+    with Engine() as engine:
+        result = engine.run(model_dir, prompts, dtype="float32")
+        result.logprobs[0][5]    # of token 5 of prompt 0, given those before it
+
+A model that does not load is a result too: `error` holds what the user would read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.e2e.support.server import ENVIRONMENT, resident_bytes
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+
+
+@dataclass
+class Result:
+    """`top` are the most likely tokens at the same positions as `logprobs`; `resident` is the
+    memory of the process with the model in it, mapped files apart, in bytes."""
+
+    logprobs: list[list[float]] = field(default_factory=list)
+    top: list[list[int]] = field(default_factory=list)
+    generated: list[list[int]] = field(default_factory=list)
+    error: str = ""
+    resident: int = field(default=0, compare=False)
+
+
+class Engine:
+    """A child process that runs one model at a time; `env` adds to its environment, `flags` are
+    the interpreter's."""
+
+    def __init__(self, env: dict[str, str] | None = None, flags: tuple[str, ...] = ()) -> None:
+        self.flags = flags
+        self.environment = {**os.environ, **ENVIRONMENT, **OFFLINE, **(env or {})}
+        self._log = Path(tempfile.mkstemp(prefix="vllm-engine-", suffix=".log")[1])
+
+    @property
+    def log(self) -> str:
+        """Everything the process and its workers have printed."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def __enter__(self) -> Engine:
+        jobs, self._jobs = os.pipe()
+        self._answers, answers = os.pipe()
+        with self._log.open("wb") as out:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    *self.flags,
+                    "-m",
+                    __name__,
+                    str(jobs),
+                    str(answers),
+                ],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=REPOSITORY,
+                pass_fds=(jobs, answers),
+            )
+        os.close(jobs)
+        os.close(answers)
+        self._reader = os.fdopen(self._answers, encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        os.close(self._jobs)
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.close()
+        self._log.unlink(missing_ok=True)
+
+    def run(
+        self,
+        model: str | Path,
+        prompts: list[list[int]],
+        *,
+        env: dict[str, str] | None = None,
+        tokens: int = 1,
+        **options: Any,
+    ) -> Result:
+        """Load a model, score the prompts and continue them greedily; `options` are `LLM`'s."""
+        job = {"model": str(model), "prompts": prompts, "env": env or {}, "tokens": tokens}
+        line = json.dumps({**job, "options": options}) + "\n"
+        with suppress(BrokenPipeError):  # it died before: no answer comes, and the log says why
+            os.write(self._jobs, line.encode())
+        answer = self._reader.readline()
+        if not answer:
+            tail = "\n".join(self.log.splitlines()[-60:])
+            raise RuntimeError(f"the engine process died:\n{tail}")
+        return Result(**json.loads(answer))
+
+
+def _work(jobs: int, answers: int) -> None:
+    with os.fdopen(jobs) as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
+        for line in lines:
+            out.write(json.dumps(_run(json.loads(line))) + "\n")
+            out.flush()
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    import gc
+
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    kept = dict(os.environ)
+    os.environ.update(job["env"])
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "num_gpu_blocks_override": 64,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "skip_tokenizer_init": True,
+        **job["options"],
+    }
+    llm: Any = None
+    try:
+        llm = LLM(job["model"], **options)
+        scored = _score(llm, job["prompts"], job["tokens"])
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what loading needed for a moment and nobody holds now
+        return {**scored, "resident": resident_bytes(os.getpid())}
+    except Exception as problem:
+        import traceback
+
+        traceback.print_exc()
+        return {"error": f"{type(problem).__name__}: {problem}"}
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _score(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    settings = SamplingParams(
+        temperature=0, max_tokens=tokens, prompt_logprobs=1, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+    logprobs, top = [], []
+    for output in outputs:
+        entries = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[1:]
+        logprobs.append([entry[token].logprob for token, entry in entries])
+        top.append([next(t for t, p in entry.items() if p.rank == 1) for _, entry in entries])
+    return {
+        "logprobs": logprobs,
+        "top": top,
+        "generated": [list(output.outputs[0].token_ids) for output in outputs],
+    }
+
+
+if __name__ == "__main__":
+    _work(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,51 @@
+"""On a GPU formats multiply and look rows up as on the CPU: what vLLM has no kernel for runs so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress_methods.formats import Format, Stored
+from compress_methods.formats.dense import Dense
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.sparse import Sparse
+from compress_methods.kernels import Want, embed, matmul, prepare
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = torch.device("cuda")
+FORMATS = [
+    *(Integer(bits, group) for bits in (2, 3, 4, 8) for group in (-1, 128)),
+    Integer(4, 32, symmetric=False),
+    Integer(8, -1, activations="int8"),
+    Sparse(2, 4, Integer(8, -1)),
+    Sparse(64, 128, Integer(4, 128)),
+    Sparse(64, 128, Dense("bfloat16")),
+    Rotated(Integer(4, 128)),
+    Rotated(Integer(8, -1, activations="int8"), block=512),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_products_and_rows_are_those_of_the_cpu(
+    fmt: Format, tokens: int, dtype: torch.dtype
+) -> None:
+    rows, cols = 320, 1024
+    stored = fmt.pack(fmt.nearest(torch.randn(rows, cols)))
+    values, on_gpu = fmt.unpack(stored), Stored.whole(fmt, stored, (rows, cols)).to(GPU)
+    assert torch.equal(on_gpu.values().cpu(), values)
+    prepared = prepare(on_gpu)
+    assert {t.device.type for t in prepared.tensors} == {"cuda"}
+    x, bias = torch.randn(tokens, cols).to(dtype), torch.randn(rows).to(dtype)
+    out = matmul(x.to(GPU), prepared, bias.to(GPU))
+    assert (out.dtype, out.device.type, out.shape) == (dtype, "cuda", (tokens, rows))
+    inputs = fmt.quantize_activations(x.float())
+    exact = inputs @ values.T + bias.float()
+    size = inputs.abs() @ values.abs().T + bias.float().abs()
+    tolerance = 2**-10 if dtype == torch.float32 else 2**-6  # of TF32, and of 16 bits
+    assert bool(((out.cpu().float() - exact).abs() <= tolerance * size).all())
+    ids = torch.randint(rows, (7,))
+    found = embed(ids.to(GPU), prepare(on_gpu, Want(embed=True)), torch.float32)
+    torch.testing.assert_close(found.cpu(), values[ids], rtol=1e-6, atol=0)

@@ -1,0 +1,2 @@
+"""Inputs that are wrong in thousands of ways; `python -m tests.robustness` writes what came of
+them into tests/README.md."""

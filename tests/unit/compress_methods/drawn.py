@@ -1,0 +1,93 @@
+"""Formats and matrices that hypothesis draws for the tests of formats and kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from compress_methods.formats import Format
+from compress_methods.formats.dense import Dense
+from compress_methods.formats.integer import MID, Integer
+from compress_methods.formats.rotated import BLOCKS as ROTATED_BLOCKS
+from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.sparse import BLOCKS, Sparse
+
+GROUPS = (-1, 32, 64, 128)
+ACTIVATIONS = (None, "int8")
+Drawn = tuple[Format, torch.Tensor]
+
+
+def integers(
+    bits: Sequence[int] = (2, 3, 4, 8),
+    groups: Sequence[int] = GROUPS,
+    symmetric: Sequence[bool] = (True, False),
+    activations: Sequence[str | None] = ACTIVATIONS,
+) -> st.SearchStrategy[Integer]:
+    """Integer formats of these parameters."""
+    choices = map(st.sampled_from, (bits, groups, symmetric, activations))
+    return st.builds(Integer, *choices)
+
+
+@st.composite
+def sparse(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> Sparse:
+    """n of m of drawn values; of integers a half or a quarter, so that groups fit few columns."""
+    kept, m = draw(values), draw(st.sampled_from(BLOCKS))
+    n = draw(st.integers(1, m)) if isinstance(kept, Dense) else m // draw(st.sampled_from((2, 4)))
+    return Sparse(n, m, kept)
+
+
+def mid_integers() -> st.SearchStrategy[Integer]:
+    """Those whose zeros lie between two codes."""
+    return integers(bits=(2, 3, 4), symmetric=(True,)).map(lambda fmt: replace(fmt, levels=MID))
+
+
+def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
+    """Matrices in drawn formats, rotated."""
+    return st.builds(Rotated, base, st.sampled_from(ROTATED_BLOCKS), st.integers(0, 2))
+
+
+def formats() -> st.SearchStrategy[Format]:
+    """Every kind of format there is."""
+    values = st.one_of(*[integers()] * 9, st.just(Dense()))
+    return st.one_of(values, sparse(values), mid_integers(), rotated(integers()))
+
+
+def least_columns(fmt: Format) -> int:
+    """Columns of a matrix that the format can hold come in multiples of this."""
+    if isinstance(fmt, Sparse):
+        unit = least_columns(fmt.values)
+        return math.lcm(8, fmt.m * unit // math.gcd(unit, fmt.n))
+    if isinstance(fmt, Integer):
+        return fmt.block
+    return 1 if fmt.inner is fmt else least_columns(fmt.inner)
+
+
+@st.composite
+def matrices(
+    draw: st.DrawFn, among: st.SearchStrategy[Any] | None = None, row_tile: int = 1
+) -> Drawn:
+    """A format and a matrix it can hold: odd row counts, zero rows, huge and tiny values."""
+    fmt = draw(formats() if among is None else among)
+    rows = row_tile * draw(st.integers(1, 70 // row_tile))
+    unit = least_columns(fmt)
+    cols = unit * draw(st.integers(1, max(1, 384 // unit)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(rows, cols, generator=generator)
+    weight *= 10.0 ** draw(st.integers(-12, 12))
+    if draw(st.booleans()):
+        weight[draw(st.integers(0, rows - 1))] = 0
+    return fmt, weight
+
+
+@st.composite
+def pieces(draw: st.DrawFn, size: int, unit: int, start: int = 0) -> tuple[int, int]:
+    """A range [first, last) of `size` entries from `start` that is not empty, cut at units."""
+    places = [*range(start, start + size, unit), start + size]
+    chosen = st.lists(st.sampled_from(places), min_size=2, max_size=2, unique=True)
+    first, last = sorted(draw(chosen))
+    return first, last

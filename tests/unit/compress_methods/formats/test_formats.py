@@ -1,0 +1,138 @@
+"""Formats against their own declaration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress_methods.errors import FormatError
+from compress_methods.formats import FORMATS, Format, dtype_name, format_from_dict
+from compress_methods.formats.dense import Dense
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.sparse import Sparse
+from tests.unit.compress_methods.drawn import Drawn, formats, matrices, pieces
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices())
+def test_stored_tensors_are_exactly_what_is_declared(drawn: Drawn) -> None:
+    fmt, weight = drawn
+    stored = fmt.pack(fmt.nearest(weight))
+    declared = fmt.tensors(*weight.shape)
+    found = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in stored.items()}
+    assert found == {name: (spec.shape, spec.dtype) for name, spec in declared.items()}
+    assert fmt.nbytes(*weight.shape) == sum(t.numel() * t.element_size() for t in stored.values())
+    for name, spec in declared.items():
+        empty = spec.empty()
+        assert (tuple(empty.shape), empty.dtype) == (stored[name].shape, stored[name].dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices(), st.data())
+def test_a_slice_of_the_stored_form_is_the_slice_of_the_matrix(
+    drawn: Drawn, data: st.DataObject
+) -> None:
+    fmt, weight = drawn
+    shape = (weight.shape[0], weight.shape[1])
+    stored = fmt.pack(fmt.nearest(weight))
+    whole = fmt.unpack(stored)
+    rows, cols = (
+        data.draw(pieces(size, unit))
+        for size, unit in zip(shape, fmt.alignment(*shape), strict=True)
+    )
+    sliced = fmt.slice(stored, shape, rows=rows, cols=cols)
+    expected = fmt.tensors(rows[1] - rows[0], cols[1] - cols[0])
+    assert {n: tuple(t.shape) for n, t in sliced.items()} == {
+        n: s.shape for n, s in expected.items()
+    }
+    found = fmt.unpack(sliced)
+    torch.testing.assert_close(found, whole[slice(*rows), slice(*cols)], rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices())
+def test_what_a_rounder_picks_column_by_column_is_the_nearest(drawn: Drawn) -> None:
+    """Weights that no pass moves are rounded as `nearest` rounds them all at once."""
+    fmt, weight = drawn
+    expected = fmt.pack(fmt.nearest(weight))
+    fmt, weight = fmt.inner, fmt.turn(weight)
+    mask = fmt.select(weight.abs()) if fmt.prunes else None
+    rounder, picked = fmt.rounder(weight, mask=mask), torch.empty_like(weight)
+    for first in range(0, weight.shape[1], rounder.span):
+        columns = torch.arange(first, first + rounder.span)
+        rounder.begin(columns, weight.T[columns], weight.T[columns].square())
+        for column in columns.tolist():
+            picked[:, column] = rounder.pick(column, weight[:, column])
+    solution = rounder.solution()
+    assert all(torch.equal(t, expected[name]) for name, t in fmt.pack(solution).items())
+    torch.testing.assert_close(picked, fmt.matrix(solution), rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(formats())
+def test_the_json_form_is_the_format(fmt: Format) -> None:
+    assert format_from_dict(fmt.to_dict()) == fmt
+
+
+def test_what_a_format_says_of_itself() -> None:
+    """Algorithms ask for these, never for what kind of format it is."""
+    int4, bf16 = Integer(4, 128), Dense()
+    turned = Rotated(int4)
+    kinds = (int4, bf16, Sparse(2, 4, int4), Sparse(2, 4, bf16), turned)
+    assert [fmt.rounds for fmt in kinds] == [True, False, True, False, True]
+    assert [fmt.searches_range for fmt in kinds] == [True, False, True, False, True]
+    assert [fmt.prunes for fmt in kinds] == [False, False, True, True, False]
+    assert [fmt.span for fmt in kinds] == [1, 1, 4, 4, 1]
+    assert [fmt.sparsity for fmt in kinds] == [0, 0, 0.5, 0.5, 0]
+    assert [fmt.inner for fmt in kinds] == [*kinds[:4], int4]
+    plain = Dense("float32")
+    assert [fmt.unrounded() for fmt in kinds] == [plain, plain, *[Sparse(2, 4, plain)] * 2, plain]
+    assert {"integer", "dense", "sparse", "rotated"} <= set(FORMATS)
+
+
+INT8 = {"format": "integer", "bits": 8, "group_size": -1}
+SPARSE8 = {"format": "sparse", "n": 2, "m": 4, "values": INT8}
+TURNED = {"format": "rotated", "base": INT8}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"format": "intger"}, ["unknown format 'intger'", "did you mean 'integer'?"]),
+        ({"format": "integer", "bit": 4}, ["unknown key 'bit'", "did you mean 'bits'?"]),
+        ({"format": "integer", "bits": 5}, ["bits is 5", "2, 3, 4, 8"]),
+        ({"format": "integer", "bits": "4"}, ["bits is '4'", "expected int"]),
+        ({"format": "integer", "bits": True}, ["bits is True"]),
+        ({"format": "integer", "group_size": 100}, ["group_size is 100", "-1, 32, 64, 128"]),
+        ({"format": "integer", "activations": "fp8"}, ["activations is 'fp8'"]),
+        ({"bits": 4}, ["'format'"]),
+        ({"format": "sparse", "n": 5, "m": 4, "values": INT8}, ["n is 5", "1 to 4"]),
+        ({"format": "sparse", "n": 2, "m": 6, "values": INT8}, ["m is 6", "4, 8, 16, 32, 64"]),
+        ({"format": "sparse", "n": 2, "values": INT8}, ["missing key 'm'"]),
+        ({"format": "sparse", "n": 2, "m": 4, "values": "int8"}, ["format.values: expected a map"]),
+        (
+            {"format": "sparse", "n": 2, "m": 4, "values": {"format": "integer", "bit": 8}},
+            ["format.values: unknown key 'bit'", "did you mean 'bits'?"],
+        ),
+        (
+            {"format": "sparse", "n": 2, "m": 4, "values": {"format": "integer", "bits": 9}},
+            ["format.values: bits is 9"],
+        ),
+        ({"format": "sparse", "n": 2, "m": 4, "values": SPARSE8}, ["values is sparse itself"]),
+        ({"format": "sparse", "n": 2, "m": 4, "values": TURNED}, ["values is rotated"]),
+        ({"format": "rotated"}, ["missing key 'base'"]),
+        ({**TURNED, "block": 96}, ["block is 96", "32, 64, 128, 256, 512"]),
+        ({**TURNED, "base": {"format": "dense"}}, ["base is dense", "one that rounds"]),
+        ({**TURNED, "base": SPARSE8}, ["base is sparse", "one that rounds"]),
+        ({**TURNED, "base": TURNED}, ["base is rotated itself"]),
+        ({**TURNED, "base": {"format": "integer", "bit": 8}}, ["format.base: unknown key 'bit'"]),
+    ],
+)
+def test_bad_parameters_name_the_key(spec: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(FormatError) as caught:
+        format_from_dict(spec)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)

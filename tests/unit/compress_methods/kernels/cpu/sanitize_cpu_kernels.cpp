@@ -1,0 +1,114 @@
+// Runs every decoder, group size, zero-point kind, dtype and mode on buffers of exact size, for the
+// sanitizers to watch. Prints how many products and look-ups it made.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "matrix.h"
+
+extern "C" {
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t,
+                           void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t middle = begin + (end - begin) / 2;
+  if (middle > begin) body(begin, middle, context);
+  if (end > middle) body(middle, end, context);
+  return 0;
+}
+void vc_linear(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*, void*,
+               int32_t);
+void vc_rotated(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*, void*,
+                int32_t, const float*, int64_t);
+void vc_embed(const Matrix*, const int64_t*, int64_t, int64_t, float*);
+}
+
+template <class T>
+std::vector<T> filled(int64_t size, int seed) {
+  std::vector<T> out(size);
+  uint32_t state = seed + 1;
+  for (auto& value : out) value = static_cast<T>((state = state * 1664525u + 1013904223u) >> 24);
+  return out;
+}
+
+constexpr int64_t kRows = 19, kCols = 352, kLines = 3;
+constexpr int64_t kBlocks = (kRows + kRowsTogether - 1) / kRowsTogether;
+int products = 0, rotated = 0, look_ups = 0;
+
+void use(const Matrix& m) {
+  const auto bias = filled<float>(kRows, 4);
+  for (const int64_t tokens : {1, 7, 13, 33}) {
+    for (const int dtype : {0, 2}) {
+      for (const int mode : {0, 1, 2}) {
+        // Bytes 0 to 255 as fp32 values, or as pairs of bytes of an fp16 value below infinity.
+        auto x = filled<float>(dtype == 0 ? tokens * kCols : tokens * kCols / 2, 5);
+        if (dtype == 2) {
+          auto* p = reinterpret_cast<uint8_t*>(x.data());
+          for (int64_t i = 0; i < 2 * tokens * kCols; ++i) p[i] = (i * 37) % 100;
+        }
+        std::vector<uint8_t> out(tokens * kRows * (dtype == 0 ? 4 : 2));
+        vc_linear(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode);
+        ++products;
+        if (mode == 2) continue;
+        const int64_t block = tokens == 1 ? 32 : tokens == 7 ? 512 : 128;
+        const std::vector<float> signs(2 * block, -1.0f);
+        vc_rotated(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode,
+                   signs.data(), block);
+        ++rotated;
+      }
+    }
+  }
+  const std::vector<int64_t> ids = {0, 18, 7};
+  std::vector<float> out(ids.size() * kCols);
+  vc_embed(&m, ids.data(), ids.size(), kCols, out.data());
+  ++look_ups;
+}
+
+void use_dense(int bits, int group) {
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
+  const int64_t bytes = 16 * bits * kRowsTogether;
+  const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
+  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const auto zeros = filled<uint8_t>(kBlocks * kRowsTogether * groups, 3);
+  for (const int mid : {0, 1}) {
+    for (const uint8_t* zero : {zeros.data(), static_cast<const uint8_t*>(nullptr)}) {
+      if (mid && (zero || bits == 8)) continue;
+      use({weights.data(), scales.data(), zero, kRows, kLines, bytes, groups, bits, group, 0, mid,
+           Dtype::kFloat32});
+    }
+  }
+}
+
+// Masks keep the first, the last or scattered ones of each line's places, `kept` of 128.
+void use_sparse(int bits, int group, int kept) {
+  const int64_t groups = group == 0 ? 1 : (kLines * 128 + group - 1) / group;
+  const int64_t values = kept * kRowsTogether, places = 128 * kRowsTogether;
+  const int64_t stored = bits == 4 ? (values + 31) / 32 * 16 : values * bits / 8;
+  const int64_t bytes = stored + places / 8, lines = kBlocks * kLines;
+  auto weights = filled<uint8_t>(lines * bytes, bits);
+  for (int64_t line = 0; line < lines; ++line) {
+    uint8_t* p = weights.data() + line * bytes;
+    for (int64_t i = 0; bits == 16 && i < stored; ++i) p[i] %= 64;  // no infinities
+    std::fill(p + stored, p + bytes, static_cast<uint8_t>(0));
+    for (int64_t i = 0; i < values; ++i) {
+      const int64_t place = line % 3 == 0 ? i : line % 3 == 1 ? places - 1 - i : i * 37 % places;
+      p[stored + place / 8] |= 1 << place % 8;
+    }
+  }
+  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  use({weights.data(), bits == 16 ? nullptr : scales.data(), nullptr, kRows, kLines, bytes, groups,
+       bits, group, 1, 0, bits == 16 ? Dtype::kBfloat16 : Dtype::kFloat32});
+}
+
+int main() {
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const int group : {0, 32, 64, 128}) use_dense(bits, group);
+  }
+  for (const int bits : {4, 8, 16}) {
+    for (const int kept : {1, 5, 64, 96, 127, 128}) {
+      use_sparse(bits, 0, kept);
+      if (bits < 16) use_sparse(bits, 64, kept), use_sparse(bits, 256, kept);
+    }
+  }
+  std::printf("products %d rotated %d look-ups %d\n", products, rotated, look_ups);
+}

@@ -1,0 +1,109 @@
+"""Every kernel of the table, by its name, against the values of the format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress_methods import kernels
+from compress_methods.formats import Format, Stored
+from compress_methods.formats.dense import Dense
+from compress_methods.formats.rotated import INPUTS, Rotated
+from compress_methods.kernels import Want
+from compress_methods.kernels.cpu.sparse import takes
+from compress_methods.kernels.dispatch import SIDE_BY_SIDE, ZEROS
+from tests.unit.compress_methods.drawn import (
+    Drawn,
+    formats,
+    integers,
+    matrices,
+    mid_integers,
+    rotated,
+    sparse,
+)
+from tests.unit.compress_methods.kernels.arithmetic import per_token, quantized
+
+EXAMPLES = 100
+OURS = st.one_of(integers(), mid_integers(), sparse(integers(symmetric=(True,))).filter(takes))
+CASES: dict[str, st.SearchStrategy[Drawn]] = {
+    "torch_int4": matrices(integers((4,), (32, 64, 128), activations=(None,)), row_tile=16),
+    "torch_int8": matrices(integers((8,), (-1,), (True,)), row_tile=16),
+    "cpu": matrices(OURS),
+    "cpu_exact": matrices(st.one_of(OURS, sparse(st.just(Dense())))),
+    "rotated": matrices(rotated(integers())),
+    "reference": matrices(formats()),
+}
+LOOK_UP = [name for name in CASES if name not in ("torch_int4", "rotated")]
+
+
+def test_no_kernel_of_the_table_is_left_out() -> None:
+    """vLLM's are entered by the plugin, and have tests of their own."""
+    names = {name for name in kernels.KERNELS if not name.startswith("vllm_")}
+    assert names - {SIDE_BY_SIDE, ZEROS} == set(CASES)
+
+
+def stored_as(drawn: Drawn) -> Stored:
+    fmt, weight = drawn
+    return Stored.whole(fmt, fmt.pack(fmt.nearest(weight)), (weight.shape[0], weight.shape[1]))
+
+
+def treated(fmt: Format, x: torch.Tensor) -> torch.Tensor:
+    """What kernel `cpu` makes of its input, which a rotated format has turned."""
+    codes = quantized(fmt.turn_inputs(x.float()), per_token(fmt.inner)).float()
+    return fmt.turned_back(codes, -1, INPUTS) if isinstance(fmt, Rotated) else codes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_the_values(name: str) -> None:
+    ran: list[str] = []
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(CASES[name], st.integers(1, 40), st.sampled_from((torch.bfloat16, torch.float32)))
+    def check(drawn: Drawn, tokens: int, dtype: torch.dtype) -> None:
+        fmt, weight = drawn
+        rows, cols = weight.shape
+        stored = stored_as(drawn)
+        wide = torch.randn(tokens, 2 * cols, generator=torch.Generator().manual_seed(tokens))
+        x, bias = wide.to(dtype)[:, ::2], torch.randn(rows).to(dtype)
+        prepared = kernels.prepare(stored, Want(kernel=name))
+        assert prepared.kernel == name
+        out = kernels.matmul(x, prepared, bias)
+        assert out.dtype == dtype
+        assert out.shape == (tokens, rows)
+        values = fmt.unpack(stored.tensors)
+        inputs: Any = fmt.quantize_activations(x.float())
+        if "cpu" in (name, *(part.kernel for part in prepared.parts)):
+            inputs = treated(fmt, x)
+        exact = inputs @ values.T + bias.float()
+        # bfloat16 keeps 8 bits: inputs, scales' zeros and outputs are each rounded once.
+        scale = x.float().abs() @ values.abs().T + bias.float().abs()
+        if name == "rotated":  # outputs are made of all those of their block
+            scale = scale.amax(1, keepdim=True)
+        tolerance = 2**-18 if name == "reference" and dtype == torch.float32 else 2**-6
+        assert bool(((out.float() - exact).abs() <= tolerance * scale + 1e-30).all())
+        ran.append(prepared.kernel)
+
+    check()
+    assert len(ran) >= EXAMPLES
+    assert set(ran) == {name}
+
+
+@pytest.mark.parametrize("name", LOOK_UP)
+def test_lookup_gives_rows_of_the_matrix(name: str) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(CASES[name], st.data())
+    def check(drawn: Drawn, data: st.DataObject) -> None:
+        fmt, weight = drawn
+        stored = stored_as(drawn)
+        rows = st.integers(0, len(weight) - 1)
+        ids = torch.tensor(data.draw(st.lists(rows, min_size=1, max_size=9)))
+        prepared = kernels.prepare(stored, Want(embed=True, kernel=name))
+        assert prepared.kernel == name
+        found = kernels.embed(ids, prepared, torch.float32)
+        torch.testing.assert_close(found, fmt.unpack(stored.tensors)[ids], rtol=1e-6, atol=0)
+
+    check()

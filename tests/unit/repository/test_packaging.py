@@ -1,0 +1,155 @@
+"""The wheel is complete, the layers stay apart, and files stay short enough to read."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+METHODS = REPOSITORY / "quant_methods" / "compress_methods"
+PLUGIN = REPOSITORY / "plugin" / "vllm_compress"
+CONFIGS = REPOSITORY / "configs"
+LEFTOVERS = {".pyc", ".so", ".o"}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.suffix not in LEFTOVERS
+    )
+
+
+def run_elsewhere(code: str, cwd: Path, *python_path: Path) -> str:
+    """What `code` prints in a fresh interpreter that knows the repository only by `python_path`."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, python_path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the repository and unpacked by pip into a folder of its own."""
+    built = tmp_path_factory.mktemp("wheel")
+    target = tmp_path_factory.mktemp("site")
+    for command in (
+        ["hatchling", "build", "-t", "wheel", "-d", str(built)],
+        ["pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)],
+    ):
+        wheels = [str(path) for path in built.glob("*.whl")]
+        subprocess.run(
+            [sys.executable, "-m", *command, *wheels], cwd=REPOSITORY, check=True, timeout=120
+        )
+    return target
+
+
+def test_wheel_carries_every_file_of_both_packages_and_the_configs(installed: Path) -> None:
+    sources = {
+        METHODS: installed / "compress_methods",
+        PLUGIN: installed / "vllm_compress",
+        CONFIGS: installed / "compress_methods" / "configs",
+    }
+    missing = [
+        str(path.relative_to(REPOSITORY))
+        for source, target in sources.items()
+        for path in files(source)
+        if not (target / path.relative_to(source)).is_file()
+    ]
+    assert not missing
+
+
+def test_installed_package_reads_its_own_configs(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from compress_methods.system.resources import config_path\n"
+        "print(config_path('hardware.yaml'), *config_path('recipes').glob('*'), sep='\\n')"
+    )
+    paths = [Path(line) for line in run_elsewhere(code, tmp_path, installed).splitlines()]
+    assert all(path.is_file() and path.is_relative_to(installed) for path in paths)
+    recipes = {path.name for path in (CONFIGS / "recipes").iterdir()}
+    assert {path.name for path in paths} == {"hardware.yaml"} | recipes
+
+
+def test_checkout_reads_the_configs_of_the_repository() -> None:
+    module = "compress_methods.system.resources"
+    code = f"from {module} import config_path; print(config_path('hardware.yaml'))"
+    found = run_elsewhere(code, Path("/"), METHODS.parent).strip()
+    assert Path(found) == CONFIGS / "hardware.yaml"
+
+
+def test_wheel_announces_the_plugin_to_vllm(installed: Path) -> None:
+    (entry_points,) = installed.glob("vllm_compress-*.dist-info/entry_points.txt")
+    text = entry_points.read_text()
+    assert "[vllm.general_plugins]\nvllm_compress = vllm_compress:register\n" in text
+    assert "[vllm.stat_logger_plugins]\nvllm_compress = vllm_compress.metrics.stat_logger:" in text
+    assert "[console_scripts]\nvllm-compress = vllm_compress.cli:main\n" in text
+
+
+def test_hardware_table_is_complete() -> None:
+    table = yaml.safe_load((CONFIGS / "hardware.yaml").read_text())
+    assert table["version"] == 1
+    for key, machine in table["hardware"].items():
+        assert machine["kind"] in {"gpu", "cpu"}, key
+        assert isinstance(machine["memory_bytes"], int), key
+        assert isinstance(machine["bandwidth_bytes_per_s"], int), key
+        assert all(figure > 0 for figure in machine["teraops"].values()), key
+        assert set(machine["teraops"]) <= {"fp32", "bf16", "fp16", "int8", "fp8"}, key
+        assert machine["price_per_hour"] is None, key
+        assert machine["per_host"] >= 1, key
+        assert machine["checked"], key
+        assert machine["name"], key
+        assert machine["source"], key
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The top-level packages a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def test_compress_methods_needs_neither_vllm_nor_the_plugin() -> None:
+    offenders = [
+        str(path.relative_to(REPOSITORY))
+        for path in METHODS.rglob("*.py")
+        if {"vllm", "vllm_compress"} & set(imports(path))
+    ]
+    assert not offenders
+
+
+def test_importing_the_plugin_loads_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    code = "import sys, vllm_compress; print(*({'torch', 'vllm'} & set(sys.modules)))"
+    loaded = run_elsewhere(code, tmp_path, PLUGIN.parent, METHODS.parent)
+    assert loaded.split() == []
+
+
+def test_files_have_at_most_500_lines() -> None:
+    sources = [*files(METHODS), *files(PLUGIN), *files(CONFIGS)]
+    sources += (REPOSITORY / "tests").rglob("*.py")
+    lengths = {
+        str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in sources
+    }
+    assert not {name: length for name, length in lengths.items() if length > 500}
+
+
+def test_functions_have_at_most_60_lines_or_say_why_not() -> None:
+    """The reason stands as `# long: …` anywhere in the function."""
+    offenders = []
+    for path in [*METHODS.rglob("*.py"), *PLUGIN.rglob("*.py")]:
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            length = node.end_lineno - node.lineno + 1
+            if length > 60 and "# long: " not in ast.get_source_segment(source, node):
+                offenders.append(
+                    f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}: {length}"
+                )
+    assert not offenders

@@ -1,0 +1,85 @@
+"""Our kernel enters vLLM's table where a quantized checkpoint is served, and nowhere else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.e2e.support.foreign import pack_words
+
+pytest.importorskip("vllm")
+
+TABLE = """
+import sys, vllm_compress
+vllm_compress.register()
+vllm_compress.register()
+if "vllm.model_executor.kernels.linear" in sys.modules:
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+    from vllm.platforms import PlatformEnum
+    print(*(kernel.__name__ for kernel in _POSSIBLE_KERNELS[PlatformEnum.CPU]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offered", [True, False])
+def test_only_a_process_with_an_offer_loads_vllms_table(
+    offered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_COMPRESS_FOREIGN", raising=False)
+    if offered:
+        monkeypatch.setenv("VLLM_COMPRESS_FOREIGN", "1")
+    done = subprocess.run([sys.executable, "-c", TABLE], capture_output=True, text=True, check=True)
+    kernels = done.stdout.split()
+    if offered:
+        assert kernels[0] == "CompressLinearKernel"
+        assert kernels.count("CompressLinearKernel") == 1
+    else:
+        assert kernels == []
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_words_unpack_to_the_codes_that_were_packed(bits: int) -> None:
+    from vllm_compress.kernels.third_party_kernel import unpack
+
+    codes = torch.randint(0, 2**bits, (5, 64), dtype=torch.uint8)
+    assert torch.equal(unpack(pack_words(codes, bits, 1), bits), codes)
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"), [(-1, -1), (32, 32), (96, 32), (128, 128), (256, 128), (64, 64)]
+)
+def test_groups_become_the_largest_of_ours_that_divides_them(group: int, expected: int) -> None:
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+        MPLinearLayerConfig,
+    )
+    from vllm.scalar_type import scalar_types
+
+    from vllm_compress.kernels.third_party_kernel import format_of
+
+    config = MPLinearLayerConfig(
+        (768, 64), (768, 64), scalar_types.uint4b8, torch.bfloat16, group, False
+    )
+    assert format_of(config, torch.float16).group_size == expected
+
+
+def test_what_no_format_holds_is_left_to_vllm() -> None:
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+        MPLinearLayerConfig,
+    )
+    from vllm.scalar_type import scalar_types
+
+    from vllm_compress.kernels.third_party_kernel import CompressLinearKernel
+
+    for kind, group, cols, reason in (
+        (scalar_types.uint4b8, 16, 128, "group_size"),
+        (scalar_types.uint3b4, 128, 128, "weights are"),
+        (scalar_types.uint4b8, 128, 192, "does not divide"),
+    ):
+        shape = (cols, 64)
+        config = MPLinearLayerConfig(shape, shape, kind, torch.bfloat16, group, False)
+        able, why = CompressLinearKernel.can_implement(config)
+        assert not able
+        assert reason in str(why)
