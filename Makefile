@@ -25,10 +25,11 @@ test: setup tools ## all tests, those that start vLLM servers too
 test-fast: setup ## the tests that take seconds
 	@$(PYTHON) -m pytest tests -m "not slow"
 
-check: setup ## lint, formatting, types
+check: setup ## lint, formatting, types, layers of imports
 	@echo "ruff check"  && $(PYTHON) -m ruff check .
 	@echo "ruff format" && $(PYTHON) -m ruff format --check .
 	@echo "mypy"        && $(PYTHON) -m mypy
+	@echo "imports"     && .venv/bin/lint-imports --no-logo
 
 bench: setup ## measure quality, memory and serving on this machine
 	@$(PYTHON) -m tests.benchmarks
