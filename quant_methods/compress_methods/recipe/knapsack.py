@@ -128,4 +128,4 @@ def _improve(errors: Table, sizes: Sizes, budget: int, start: list[int], price: 
     while state[3] is not None:
         found.append(state[2])
         state = state[3]
-    return found[::-1]
+    return min(start, found[::-1], key=lambda chosen: total(errors, chosen))

@@ -7,7 +7,7 @@ import time
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compress_methods.recipe.knapsack import exact, greedy, total
@@ -17,6 +17,7 @@ tables = st.lists(st.lists(choice, min_size=1, max_size=4), min_size=1, max_size
 
 
 @given(tables, st.floats(0, 1.2))
+@example([[(0.0, 1), (0.0, 6)], [(0.0, 9), (0.5, 1)], [(0.0, 14), (1.0, 1)]], 0.3125)
 def test_exact_is_what_trying_everything_finds(
     table: list[list[tuple[float, int]]], share: float
 ) -> None:
