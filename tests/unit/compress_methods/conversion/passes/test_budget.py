@@ -21,6 +21,7 @@ from compress_methods.search.prune_to import find_levels
 from tests.robustness.result import contents
 
 SMALL = {"samples": 4, "length": 64, "held_out": 2}
+ONE_PASS = {"algorithm": "gptq", "sweeps": 0}
 
 
 def recipe(budget: Any, formats: Any = ("w2", "w3", "w4"), **more: Any) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def held_bytes(out: Path) -> int:
 @pytest.fixture(scope="module")
 def three_bits(novels_8m: Path, some_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("budget") / "out"
-    wanted = recipe({"bits": 3.1}, algorithm="gptq")
+    wanted = recipe({"bits": 3.1}, algorithm=ONE_PASS)
     return out, convert(novels_8m, wanted, out, calibration=some_text, quiet=True)
 
 
@@ -74,15 +75,15 @@ def test_groups_get_formats_of_their_own_in_no_more_bits_than_there_are(three_bi
 
 def test_a_plan_knows_the_most_that_can_come_out(three_bits: Any, novels_8m: Path) -> None:
     _, report = three_bits
-    planned = open_job(novels_8m, recipe({"bits": 3.1}, algorithm="gptq")).plan
+    planned = open_job(novels_8m, recipe({"bits": 3.1}, algorithm=ONE_PASS)).plan
     assert 0.99 * planned.compressed_bytes < report["bytes_after"] <= planned.compressed_bytes
     everything = open_job(novels_8m, recipe({"bits": 16})).plan
     assert everything.compressed_bytes == open_job(novels_8m, "int4-rtn").plan.compressed_bytes
 
 
 def test_what_is_carried_counts_in_memory_and_on_disk(novels_8m: Path) -> None:
-    wanted = recipe({"bits": 3.1}, algorithm="gptq")
-    single = {**wanted, "modules": [{"match": "blocks", "format": "w3", "algorithm": "gptq"}]}
+    wanted = recipe({"bits": 3.1}, algorithm=ONE_PASS)
+    single = {**wanted, "modules": [{"match": "blocks", "format": "w3", "algorithm": ONE_PASS}]}
     del single["budget"]
     found = []
     for each in (wanted, single):
@@ -104,7 +105,7 @@ def test_what_is_measured_beats_a_choice_at_random(
         {
             "match": name.replace(f"layers.{layer}.", f"layers.{7 - layer}."),
             "format": f"w{bits}",
-            "algorithm": "gptq",
+            "algorithm": ONE_PASS,
         }
         for name, bits in stored(out).items()
         for layer in [int(name.split(".")[2])]
@@ -132,7 +133,7 @@ def test_a_stopped_survey_goes_on_with_what_it_carried(
         return measure(self, part)
 
     monkeypatch.setattr(AllocatedPacking, "survey", stopped)
-    wanted, out = recipe({"bits": 3.1}, algorithm="gptq"), tmp_path / "out"
+    wanted, out = recipe({"bits": 3.1}, algorithm=ONE_PASS), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(novels_8m, wanted, out, calibration=some_text, quiet=True)
     convert(novels_8m, wanted, out, calibration=some_text, quiet=True)
