@@ -14,14 +14,14 @@ from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.errors import FormatError, RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
-from compress_methods.recipe.schema import parse_recipe, read_recipe
+from compress_methods.recipe.schema import Recipe
+from compress_methods.recipe.stages import load_staged
 from vllm_compress.names import QUANT_METHOD
 from vllm_compress.operations.capacity.footprint.open_formats import holds, rule_of, spend
 from vllm_compress.operations.capacity.footprint.shapes import Matrix, ModelShape
 
 ORIGINAL, STORED = "original", "as stored"
 DTYPES = {1: "8-bit", 2: "bf16", 4: "fp32"}
-BEYOND = {"stages", "prune_to", "pack_zeros"}
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,7 @@ def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
             f"{shape.name}: already quantized ({shape.quantized}), so no recipe applies; "
             "plan it without --recipe, or plan the original"
         )
-    block, where, name = read_recipe(recipe)
-    extra = sorted(BEYOND & set(block)) if isinstance(block, dict) else []
-    if extra:
-        raise RecipeError(
-            f"recipe {recipe!r} does more than store matrices in another format "
-            f"({', '.join(extra)}); convert the model, then plan the result"
-        )
-    loaded = parse_recipe(block, where, name)
+    loaded = _packing(shape, recipe)
 
     def find(module: str, matrix: Matrix) -> Format | None:
         rule = rule_of(loaded, module, matrix)
@@ -100,13 +93,30 @@ def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
 
     parts = _assign(shape, spend(loaded, shape, find))
     if all(part.format is None for part in parts):
-        raise RecipeError(f"recipe {name!r} matches no module of {shape.name}")
+        raise RecipeError(f"recipe {loaded.name!r} matches no module of {shape.name}")
     for part in parts:
         try:
             part.bytes_of(part.matrix.rows, part.matrix.cols)
         except FormatError as problem:
-            raise RecipeError(f"recipe {name!r}: {part.matrix.module}: {problem}") from problem
-    return Scheme(name, _label(parts), shape, parts)
+            raise RecipeError(
+                f"recipe {loaded.name!r}: {part.matrix.module}: {problem}"
+            ) from problem
+    return Scheme(loaded.name, _label(parts), shape, parts)
+
+
+def _packing(shape: ModelShape, recipe: str) -> Recipe:
+    """The part of a recipe that stores matrices; `RecipeError` where others change shapes. Of one
+    with a gate, what it tries first."""
+    staged = load_staged(recipe)
+    unknown = [t.name for t in staged.transforms if t.reshapes and not (t.turns and not shape.tied)]
+    unknown += ["prune_to"] if staged.prune_to is not None else []
+    unknown += ["pack_zeros"] if staged.packing is not None and staged.packing.pack_zeros else []
+    if unknown or staged.packing is None:
+        raise RecipeError(
+            f"recipe {recipe!r} does more than store matrices in another format "
+            f"({', '.join(unknown) or 'stages'}); convert the model, then plan the result"
+        )
+    return staged.packing
 
 
 def _assign(shape: ModelShape, find: Callable[[str, Matrix], Format | None]) -> tuple[Part, ...]:

@@ -91,6 +91,28 @@ def test_what_shapes_or_weights_decide_has_to_be_converted_first(
         apply_recipe(load_shape("llama-3.2-1b"), recipe)
 
 
+@pytest.mark.parametrize("recipe", ["int8-smooth", "int8-rotation"])
+def test_what_only_scales_or_turns_matrices_weighs_what_its_packing_does(recipe: str) -> None:
+    shape = load_shape("llama-3.1-8b")
+    found, plain = apply_recipe(shape, recipe), apply_recipe(shape, "int8-dynamic")
+    assert (found.name, found.weight_bytes) == (recipe, plain.weight_bytes)
+    assert found.label == plain.label
+
+
+def test_a_rotation_parts_a_tied_head_from_its_embedding() -> None:
+    with pytest.raises(RecipeError, match=r"format \(rotation\); convert the model"):
+        apply_recipe(load_shape("llama-3.2-1b"), "int8-rotation")
+
+
+def test_of_a_gate_the_first_recipe_is_planned(tmp_path: Path) -> None:
+    recipe = tmp_path / "gated.yaml"
+    text = config_path("recipes", "int4-gptq.yaml").read_text()
+    gate = "accept: {kl: 0.01}\nfallback: [int8]\n"
+    recipe.write_text(text.replace("held_out: 8", "held_out: 32") + gate)
+    shape = load_shape("llama-3.1-8b")
+    assert apply_recipe(shape, str(recipe)).parts == apply_recipe(shape, "int4-gptq").parts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_recipes_make_of_headers_what_a_conversion_plans(kind: str, tmp_path: Path) -> None:
