@@ -124,11 +124,15 @@ def _work(jobs: int, answers: int) -> None:
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     import gc
 
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     kept = dict(os.environ)
     os.environ.update(job["env"])
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models import registry
+
+    # vLLM asks each class what it can do in a process of its own, lest a GPU be initialized: the
+    # import of vLLM again, for every architecture.
+    registry._run_in_subprocess = lambda ask: ask()
     options = {
         "enforce_eager": True,
         "max_model_len": 512,
