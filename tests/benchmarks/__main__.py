@@ -1,7 +1,7 @@
-"""Run the benchmarks named on the command line, or all; print tables, keep JSON.
+"""Run the benchmarks named on the command line, or all but `peers`; print tables, keep JSON.
 
     python -m tests.benchmarks [quality] [bits] [rtn] [gptq] [layers] [refine] [activations]
-        [kernels] [serving] [profile] [planner]
+        [kernels] [serving] [profile] [planner] [peers]
 
 Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
 to tests/benchmarks/results/NAME.json, with the machine they were measured on, and NAME.png.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.readme import RESULTS, ROOMS, SEVERAL, module_of
+from tests.benchmarks.readme import FROM_AN_INDEX, RESULTS, ROOMS, SEVERAL, module_of
 
 NAMES = tuple(name for name in ROOMS if name not in SEVERAL)
 
@@ -43,7 +43,7 @@ def main(names: list[str]) -> int:
         print(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     RESULTS.mkdir(exist_ok=True)
-    for name in names or NAMES:
+    for name in names or [name for name in NAMES if name not in FROM_AN_INDEX]:
         module = module_of(name)
         results = {"machine": machine(), **module.run()}
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -24,6 +24,7 @@ BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 ROOMS = {
     "quality": "loss",
     "bits": "loss",
+    "peers": "loss",
     "rtn": "conversion",
     "gptq": "conversion",
     "layers": "conversion",
@@ -36,6 +37,8 @@ ROOMS = {
     "planner": "speed",
 }
 """Folder of each benchmark's module."""
+FROM_AN_INDEX = ("peers",)
+"""Benchmarks that install other tools, so are only run when named."""
 SEVERAL = {"memory": ("rtn", "gptq", "layers")}
 """Benchmarks whose rows are one table."""
 VIEWS: dict[str, Callable[[], str]] = {
