@@ -1,7 +1,7 @@
 """Run the benchmarks named on the command line, or all but `peers`; print tables, keep JSON.
 
-    python -m tests.benchmarks [quality] [bits] [rtn] [gptq] [layers] [refine] [activations]
-        [kernels] [serving] [profile] [planner] [peers]
+    python -m tests.benchmarks [quality] [parts] [bits] [rtn] [gptq] [layers] [refine]
+        [activations] [kernels] [serving] [profile] [planner] [peers]
 
 Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
 to tests/benchmarks/results/NAME.json, with the machine they were measured on, and NAME.png.

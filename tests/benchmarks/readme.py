@@ -23,6 +23,7 @@ PICTURE = RESULTS.parent / "flow.svg"
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 ROOMS = {
     "quality": "loss",
+    "parts": "loss",
     "bits": "loss",
     "peers": "loss",
     "rtn": "conversion",

@@ -1,8 +1,7 @@
 """What each recipe costs in quality: novels-8m, on a novel it has not seen.
 
-All shipped recipes, and below them in brackets algorithms side by side, so that what each part wins
-is visible. All are calibrated on the same text, sampled from the model itself. It takes up to
-an hour and, when stopped, goes on where it was.
+All shipped recipes, and in brackets some on a model with outliers. All are calibrated on the same
+text, sampled from the model itself. When stopped, it goes on where it was.
 Needs the validation text (folder `shared` beside the repository, or COMPRESS_SHARED).
 """
 
@@ -14,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,20 @@ MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
 RECIPES = (
     *("int8", "int8-dynamic", "int8-smooth", "int8-rotation"),
     *("int4-rtn", "int4-awq", "int4-gptq", "int4-rotated", "int3-gptq", "int2-gptq"),
-    *("sparse50-int8", "sparse50-int4-joint", "sparse24", "auto-3.5"),
+    *("sparse50-int8", "sparse50-int4-joint", "sparse24", "auto-3.5", "depth25", "width25-int4"),
 )
-TWO_PASSES = "(50% sparse, 4 bits, sparsegpt, then gptq)"
-PLAIN_BITS = (4, 3, 2)
 OUTLIERS = {
     f"(with outliers, {name})": name
     for name in ("int8-dynamic", "int8-smooth", "int8-rotation", "int4-gptq")
 }
 TOKENS = 20_000
+Case = tuple[str, Any]
+"""A row's name and its recipe; None for two passes over one model, see `sparse_cases`."""
 PARTS = ("algorithms", "conversion", "formats", "transforms")
 SOURCES = (
     *(f"quant_methods/compress_methods/{part}/**/*.py" for part in PARTS),
     "configs/recipes/*.yaml",
-    "tests/benchmarks/loss/quality.py",
-    "tests/benchmarks/loss/outliers.py",
+    "tests/benchmarks/loss/*.py",
     "tests/benchmarks/speed/sparse_cases.py",
 )
 
@@ -54,52 +53,12 @@ def validation_text() -> Path:
     return path
 
 
-def plain_name(bits: int, algorithm: str) -> str:
-    return f"({bits} bits, {algorithm}, no clipping)"
-
-
-def plain(bits: int, algorithm: str) -> dict[str, Any]:
-    """Group 128, symmetric, no clipping search: the algorithms side by side."""
-    return {
-        "formats": {"w": {"format": "integer", "bits": bits, "group_size": 128}},
-        "modules": [{"match": "blocks", "format": "w", "algorithm": algorithm}],
-    }
-
-
-def pruned() -> list[tuple[str, Any]]:
-    """Layers and widths dropped: shipped recipes, and width alone with what refitting wins."""
-
-    def width(share: float, **more: Any) -> dict[str, Any]:
-        stage = {"transform": "width", "ffn": share, "multiple": 64, **more}
-        return {"stages": [stage]}
-
-    heads = {"attention": 0.5, "tensor_parallel": 2}
-    return [
-        ("depth25", "depth25"),
-        ("width25-int4", "width25-int4"),
-        ("(1 of 8 layers dropped)", {"stages": [{"transform": "depth", "drop": 1}]}),
-        ("(25% of the channels dropped)", width(0.25)),
-        ("(50% of the channels dropped)", width(0.5)),
-        ("(50% of the channels dropped, not refitted)", width(0.5, compensate=False)),
-        ("(50% of the channels and heads dropped)", width(0.5, **heads)),
-    ]
-
-
 def unfinished() -> Path:
     """Where rows are kept until all are there; another file as soon as code behind them differs."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in REPOSITORY.glob(pattern)):
         digest.update(path.read_bytes())
     return Path(tempfile.gettempdir()) / f"vllm-compress-quality-{digest.hexdigest()[:16]}.jsonl"
-
-
-def cases() -> dict[str, Any]:
-    """Recipes by row; those of `TWO_PASSES` and `OUTLIERS` are for models of their own."""
-    found: dict[str, Any] = {name: name for name in RECIPES}
-    for bits in PLAIN_BITS:
-        found |= {plain_name(bits, name): plain(bits, name) for name in ("gptq", "rtn")}
-    found |= {**OUTLIERS, **dict(sparse_cases.cases()), **dict(pruned())}
-    return {**found, TWO_PASSES: None}
 
 
 def one_thread() -> None:
@@ -110,6 +69,7 @@ def one_thread() -> None:
     from compress_methods.conversion import job as pipeline
 
     torch.set_num_threads(1)
+    sparse_cases.with_unstructured()
     sampled: dict[Any, Any] = {}
 
     def sample_once(source: Any, tokenizer: Any, settings: Any, *rest: Any) -> Any:
@@ -120,15 +80,15 @@ def one_thread() -> None:
     pipeline.sample_from_model = sample_once
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """One row."""
     from compress_methods import convert
     from compress_methods.evaluation.offline import evaluate
 
-    recipe = cases()[name]
+    name, recipe = case
     with tempfile.TemporaryDirectory() as folder:
         model, out = MODEL, Path(folder) / "out"
-        if name == TWO_PASSES:
+        if recipe is None:
             model, recipe = sparse_cases.two_passes(MODEL, Path(folder))
         if name in OUTLIERS:
             model = outliers.inject(MODEL, Path(folder) / "outliers")
@@ -147,19 +107,21 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def run() -> dict[str, Any]:
+def measure_all(cases: Sequence[Case]) -> dict[str, Any]:
     """All rows, several at a time; stopped, it goes on with those not kept yet."""
     validation_text()
     kept = unfinished()
     lines = kept.read_text().splitlines() if kept.exists() else []
     rows = {row["recipe"]: row for row in map(json.loads, lines)}
-    names = list(cases())
-    missing = [name for name in names if name not in rows]
+    missing = [case for case in cases if case[0] not in rows]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, one_thread) as pool:
-        rows |= zip(missing, pool.map(measure, missing), strict=True)
-    kept.unlink(missing_ok=True)
-    return {"model": MODEL.name, "rows": [rows[name] for name in names]}
+        rows |= {row["recipe"]: row for row in pool.map(measure, missing)}
+    return {"model": MODEL.name, "rows": [rows[name] for name, _ in cases]}
+
+
+def run() -> dict[str, Any]:
+    return measure_all([*((name, name) for name in RECIPES), *OUTLIERS.items()])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -176,16 +138,4 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['bytes'] / 1e6:.2f} MB | {row['perplexity']:.2f} "
             f"| {row['kl']:.5f} | {row['top1_agreement']:.1%} |"
         )
-    by_name = {row["recipe"]: row for row in results["rows"]}
-    ratios = []
-    for bits in PLAIN_BITS:
-        gptq, rtn = (by_name[plain_name(bits, name)]["kl"] for name in ("gptq", "rtn"))
-        ratios.append(f"{bits} bits {gptq / rtn:.3f}")
-    tokens = results["rows"][0]["tokens"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"KL of GPTQ / KL of RTN, both without clipping: {', '.join(ratios)} ({tokens} tokens)",
-        ]
-    )
+    return "\n".join(lines)

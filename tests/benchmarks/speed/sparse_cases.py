@@ -65,15 +65,15 @@ def with_unstructured() -> None:
 def cases() -> list[tuple[str, Any]]:
     """Name and recipe of the rows that need no second pass."""
     with_unstructured()
-    found = [(f"(50% sparse, {name})", sparse(FIFTY, name)) for name in ALGORITHMS]
-    found += [(f"(2:4, {name})", sparse(TWO_FOUR, name)) for name in ALGORITHMS]
-    found += [(f"(70% sparse, {name})", sparse(SEVENTY, name)) for name in ALGORITHMS]
+    found = [(f"50% sparse, {name}", sparse(FIFTY, name)) for name in ALGORITHMS]
+    found += [(f"2:4, {name}", sparse(TWO_FOUR, name)) for name in ALGORITHMS]
+    found += [(f"70% sparse, {name}", sparse(SEVENTY, name)) for name in ALGORITHMS]
     for name in ("wanda", "alps"):
         free = sparse(FIFTY, name, kind="unstructured")
-        found.append((f"(50% of each row, {name})", free))
+        found.append((f"50% of each row, {name}", free))
         divided = sparse(FIFTY, name, allocate="output_error")
-        found.append((f"(50% sparse, {name}, split)", divided))
-    found.append(("(50% sparse, 4 bits, sparsegpt)", sparse(FIFTY, "sparsegpt", INT4)))
+        found.append((f"50% sparse, {name}, split", divided))
+    found.append(("50% sparse, 4 bits, sparsegpt", sparse(FIFTY, "sparsegpt", INT4)))
     return found
 
 
