@@ -9,13 +9,13 @@ from typing import Any
 
 WHAT_FOR = {
     "int8": "no visible loss at half the memory; no calibration",
-    "int8-dynamic": "offline batches, many requests at once: activations are int8 too",
+    "int8-dynamic": "many requests at once; `int8-smooth` where inputs have outliers",
     "int4-gptq": "interactive use, where reading weights takes the time; the usual choice",
-    "int4-rtn": "the same without calibration, as fast as the disk allows",
+    "int4-rotated": "less loss in the same bytes, for a few percent more time",
+    "auto-3.5": "where 4 bits do not fit and 3 lose too much: each layer gets what it needs",
     "int3-gptq": "models that do not fit in 4 bits",
     "int2-gptq": "experiments, and very large models; measure before use",
     "sparse50-int8": "models that are sparse already or will be trained on: half the weights kept",
-    "sparse50-int4-joint": "the same in 4 bits, chosen together with the rounding",
     "width25-int4": "smaller than 4 bits alone: a quarter of the width dropped, then int4",
     "depth25": "large models that must be faster in everything: a quarter of the layers dropped",
 }
