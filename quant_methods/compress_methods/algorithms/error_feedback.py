@@ -136,7 +136,8 @@ class ErrorFeedback(Algorithm):
     `damping`: fraction of mean(diag H) added to it; `clip`: search the clipping range of each group
     of values, weighted by diag H; `target`: `outputs` of the original or its `weights`;
     `correction`: the part of what is missing that is made up for, None for as much as the text can
-    tell; `sweeps`: of coordinate descent after the pass.
+    tell; `sweeps`: of coordinate descent after the pass; `loss_groups`: of rows whose Hessian is
+    weighted by the loss, 0 for one plain Hessian.
     """
 
     damping: float = 0.01
@@ -144,6 +145,7 @@ class ErrorFeedback(Algorithm):
     target: str = "outputs"
     correction: float | None = None
     sweeps: int = 3
+    loss_groups: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
@@ -154,6 +156,8 @@ class ErrorFeedback(Algorithm):
             raise RecipeError(f"correction is {self.correction}, expected a number from 0 to 1")
         if not 0 <= self.sweeps <= MOST_SWEEPS:
             raise RecipeError(f"sweeps is {self.sweeps}, expected a number up to {MOST_SWEEPS}")
+        if self.loss_groups < 0:
+            raise RecipeError(f"loss_groups is {self.loss_groups}, expected 0 or more")
 
     def needs(self, fmt: Format) -> tuple[type[Statistic], ...]:
         return (Hessian, Drift) if self.corrects(fmt) else (Hessian,)

@@ -239,7 +239,8 @@ def _fill(
         if key not in shared:
             shared = {key: job.algorithm.prepare(mine, held)}
         if group.open:
-            tensors = solve_in_slabs(job.algorithm, held, weight.float(), shared[key])
+            rows = [(weight.float(), shared[key])]
+            tensors = solve_in_slabs(job.algorithm, held, weight.shape, rows)
             values = held.unpack(tensors)
             if not job.slot.index:
                 module = part.planned.skeleton.module(job.slot.module)
