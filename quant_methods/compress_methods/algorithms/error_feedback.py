@@ -173,7 +173,7 @@ class ErrorFeedback(Algorithm):
         missing = self.factor(prepared).divide(drift.missing(weight))
         part = self.correction
         if part is None:
-            tokens = drift.tokens / weight.shape[1]
+            tokens = drift.tokens * drift.effective / weight.shape[1]
             part = tokens / (tokens + HALF_CORRECTED)
         return missing.mul_(part).add_(weight)
 

@@ -30,6 +30,8 @@ class Statistic(ABC):
 
     def __init__(self, cols: int, device: torch.device) -> None:
         self.tokens = 0
+        self.effective = 1.0
+        """How many tokens that count the same would tell as much, as a share of `tokens`."""
 
     @abstractmethod
     def add_batch(self, x: Tensor) -> None:
@@ -192,6 +194,10 @@ class RowGroups(Comparison):
         super().__init__(cols, device)
         self.roots = weights.sqrt().to(device)
         self.parts = [cls(cols, device) for _ in range(weights.shape[1])]
+        # Kish's effective sample size.
+        shares = weights.mean(0).square() / weights.square().mean(0)
+        for part, share in zip(self.parts, shares.tolist(), strict=True):
+            part.effective = share
 
     def _fed(self, count: int) -> Iterator[tuple[Statistic, Tensor]]:
         """The statistic of each group, and the roots [count, 1] that the next tokens have in it."""

@@ -11,23 +11,32 @@ import torch
 from torch import Tensor
 
 from compress_methods import convert
+from compress_methods.algorithms.alps import ALPS
+from compress_methods.algorithms.error_feedback import ErrorFeedback
 from compress_methods.algorithms.gptq import GPTQ
+from compress_methods.algorithms.sparsegpt import SparseGPT
+from compress_methods.algorithms.statistics import Hessian, RowGroups, by_rows, relative_error
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.checkpoint.integrity import read_checked
-from compress_methods.conversion.driver import Running, Sweep
+from compress_methods.conversion.driver import Running, Sweep, Target
 from compress_methods.conversion.job import open_job
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.passes import packing, weighing
-from compress_methods.conversion.passes.packing import Packing
+from compress_methods.conversion.passes.packing import Packing, solve_in_slabs
 from compress_methods.conversion.passes.weighing import asked_of, groups_of, probe
 from compress_methods.conversion.planning.plan import Job
+from compress_methods.conversion.resources import estimate, estimate_disk
 from compress_methods.errors import CalibrationError, RecipeError
+from compress_methods.formats import Format
+from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.sparse import Sparse
 from compress_methods.model.slot import Slot
 from tests.e2e.support.tiny import make_model
 from tests.e2e.support.zoo import ZOO
 from tests.robustness.result import TEXT, contents, tiny_model
+from tests.unit.compress_methods.algorithms.test_algorithms import correlated
 
 SAMPLES, LENGTH = 6, 32
 W4 = {"format": "integer", "bits": 4, "group_size": 32}
@@ -82,8 +91,6 @@ def weighed(model: Path, asked: dict[str, Any], tokens: Tensor, out: Path) -> di
 
 
 def _target(planned: Any) -> Any:
-    from compress_methods.conversion.driver import Target
-
     layers = range(len(planned.skeleton.blocks))
     return Target(planned, planned.source.entries, layers)
 
@@ -162,7 +169,7 @@ def test_killed_at_every_file_it_ends_with_the_same_bytes(
 
     monkeypatch.setattr(weighing, "write_checked", counted)
     kills = 0
-    for files in (1, 2, 3):  # so many at a time: every run goes on where the last one was
+    for files in (1, 3):  # so many at a time: every run goes on where the last one was
         out = tmp_path / f"out-{files}"
         while True:
             left[0] = files
@@ -202,7 +209,7 @@ def test_what_is_damaged_meanwhile_is_made_again(
     assert all(torch.equal(found[name], undisturbed[name]) for name in undisturbed)
 
 
-SPARSE = {"format": "sparse", "n": 16, "m": 32, "values": {**W4, "group_size": -1}}
+SPARSE = {"format": "sparse", "n": 16, "m": 32, "values": {"format": "dense"}}
 CASES = [
     ({"algorithm": "gptq"}, W4),
     ({"algorithm": "gptq", "target": "weights"}, W4),
@@ -240,6 +247,44 @@ def test_where_every_token_counts_the_same_nothing_changes(
         assert ones != other
 
 
+FORMATS: list[tuple[ErrorFeedback, Format]] = [
+    (GPTQ(), Integer(3, 32)),
+    (GPTQ(), Rotated(Integer(3, 32), block=32)),
+    (SparseGPT(), Sparse(16, 32, Integer(4, -1))),
+    (ALPS(), Sparse(16, 32, Dense("float32"))),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "fmt"), FORMATS, ids=str)
+def test_every_group_of_rows_is_solved_for_the_tokens_that_matter_to_it(
+    algorithm: ErrorFeedback, fmt: Format
+) -> None:
+    """Half of the tokens do not matter to the first rows, the others not to the last."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    x = torch.cat([correlated(400, 64), 3 * correlated(400, 64, seed=1)])
+    weights = torch.zeros(800, 2)
+    weights[:400, 0] = weights[400:, 1] = 2.0
+    weighed, plain = RowGroups(Hessian, weights, 64, x.device), Hessian(64, x.device)
+    for statistic in (weighed, plain):
+        statistic.add_batch(x)
+        statistic.tokens += len(x)
+    groups = by_rows({Hessian: weighed})
+    halves = list(weight.chunk(2))
+    prepared = [algorithm.ready(seen, fmt) for seen in groups]
+    pairs = list(zip(halves, prepared, strict=True))
+    found = fmt.unpack(solve_in_slabs(algorithm, fmt, weight.shape, pairs))
+    for rows, pair in zip(found.chunk(2), pairs, strict=True):
+        alone = fmt.unpack(fmt.pack(algorithm.fill(*pair, fmt)))
+        torch.testing.assert_close(rows, alone)
+    whole = [(weight, algorithm.ready({Hessian: plain}, fmt))]
+    other = fmt.unpack(solve_in_slabs(algorithm, fmt, weight.shape, whole))
+    for half, seen in enumerate(groups):
+        rows = slice(32 * half, 32 * half + 32)
+        mine, theirs = (relative_error(weight[rows], v[rows], seen) for v in (found, other))
+        assert mine < 0.95 * theirs
+
+
 def test_a_conversion_killed_anywhere_has_the_same_bytes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +306,24 @@ def test_a_conversion_killed_anywhere_has_the_same_bytes(
     converted(tiny, recipe(), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
     assert open_compressed(tmp_path / "out")
+
+
+def test_the_disk_that_is_asked_for_is_what_it_takes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, taken = weighing.write_checked, [0]
+
+    def counted(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        write(path, tensors)
+        taken.append(sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.safetensors")))
+
+    monkeypatch.setattr(weighing, "write_checked", counted)
+    weighed(tiny, recipe(), some_tokens(), tmp_path / "out")
+    plans = [open_job(tiny, recipe(loss_groups=groups)) for groups in (4, 0)]
+    guided, plain = (estimate_disk(each.plan, each.skeleton, True) for each in plans)
+    assert 0.6 < max(taken) / (guided - plain) < 1.05
+    needed = [estimate(each.plan, each.skeleton, True).memory for each in plans]
+    assert needed[0] > needed[1]
 
 
 def test_groups_are_as_many_as_the_rows_can_be_cut_into() -> None:
