@@ -154,7 +154,9 @@ class _Weighing:
                 self._save(GRADIENTS, self.count, self._head())
                 pulled = self.count
             for index in range(pulled - 1, self.lowest - 1, -1):
-                self._save(GRADIENTS, index, self._backward(index))
+                gradients = self._backward(index)
+                if index > self.lowest:
+                    self._save(GRADIENTS, index, gradients)
                 self._path(STATES, index + 1).unlink(missing_ok=True)
                 self._path(GRADIENTS, index + 1).unlink()
 
@@ -273,7 +275,9 @@ class _Weighing:
 
     def _furthest(self, kind: str) -> int | None:
         """The place that the pass has come to: states go up, gradients down."""
-        found = [int(path.stem.partition("-")[2]) for path in self.folder.glob(f"{kind}-*")]
+        found = [
+            int(path.stem.partition("-")[2]) for path in self.folder.glob(f"{kind}-*.safetensors")
+        ]
         return (min if kind == GRADIENTS else max)(found, default=None)
 
 

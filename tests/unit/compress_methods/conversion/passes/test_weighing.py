@@ -139,6 +139,21 @@ def test_the_weights_are_those_of_autograd_on_the_whole_model(
         assert weights.std() > 0.01
 
 
+@pytest.mark.parametrize("name", ["gpt2", "falcon-new", "olmo2"])
+def test_the_weights_of_other_families_are_autograds_too(tmp_path: Path, name: str) -> None:
+    """Transposed matrices, parallel branches and norms of outputs."""
+    kind, config = ZOO[name]
+    model, asked = make_model(kind, tmp_path / "model", **config), recipe()
+    tokens = some_tokens() % 500
+    groups: dict[str, int] = {}
+    for shard in open_job(model, asked).plan.shards:
+        groups |= asked_of(shard)
+    found, expected = weighed(model, asked, tokens, tmp_path / "out"), whole(model, tokens, groups)
+    assert found.keys() == expected.keys()
+    for module, weights in expected.items():
+        torch.testing.assert_close(found[module], weights, rtol=1e-2, atol=1e-3)
+
+
 def test_the_probes_have_the_second_derivative_of_the_kl_as_their_covariance() -> None:
     logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)) * 2
     many = logits.expand(1, 200_000, 5)
