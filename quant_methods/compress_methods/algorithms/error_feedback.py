@@ -22,6 +22,11 @@ matrix makes up for what those before it have lost, which at 4 and 3 bits is a t
 Of few tokens the least squares are mostly noise: with t tokens per column t / (t + 8) of the
 correction is applied, half at 8, all but a sixteenth at 128.
 
+`loss_groups: G` gives each of G groups of neighbouring rows an H of its own, in which tokens count
+by what the rows' outputs do to the model's predictions (GuidedQuant, Kim et al., 2025,
+arXiv:2505.07004; see `conversion/passes/weighing.py`): G times the memory and time of H, and no H
+that matrices share, such as q, k and v. The correction is of as much as the tokens that count tell.
+
 Needs calibration tokens, ideally several times the columns. Fails where H is far from full rank and
 `damping` small: the error moves into directions calibration never saw.
 """

@@ -7,8 +7,10 @@ Hessian of its own:
 
   H_g = mean over t of  w_tg x_t x_t^T,   w_tg = mean over rows i of g of E[(dL/dy_ti)^2]
 
-each w_g divided by its mean. A plain Hessian is w = 1. Algorithms know nothing of it: statistics
-are fed inputs scaled by the roots (`algorithms.statistics.RowGroups`).
+A plain Hessian is w = 1. Algorithms know nothing of it: statistics are fed inputs scaled by the
+roots (`algorithms.statistics.RowGroups`). Here w is the power `POWER` of that mean, divided by its
+mean over the text: one token may have hundreds of times the square of most, and a Hessian of few
+tokens is that of their noise.
 
 Here L is the KL to the model's own predictions, whose second derivative by the logits is
 diag(p) - p p^T at every position; E is over gradients u = r z - p (r . z) at the logits, r being
@@ -22,6 +24,17 @@ block staying in the work folder. Then, from the head backwards, each block runs
 gradients, which are averaged over the rows of every group and forgotten. In memory: one block, a
 few sequences' activations, `DRAWS` + 1 times the states. On disk: the states once per block. What
 was done is kept: a pass that was killed goes on with the block it was at, to the same bytes.
+
+Measured on novels-8m, block 2 or 5 alone in integers with groups of 128, `gptq` with clipping and
+`target: weights`, 16,384 tokens, KL to the original on held-out text, sum of both:
+
+           plain    G = 1, power 1 / 0.5    G = 4, power 1 / 0.5
+  2 bits   .01438   .01342 / .01338         .01331 / .01309
+  3 bits   .00382   not measured            .00357 / .00349
+
+(G = 1 there is the mean over four groups' weights.) Weights of power 1 tell as much as 20 to 58% of
+the tokens in the matrices of the MLP and o, as 2 to 33% in q, k and v. Tokens drawn from p won
+nothing: the whole model in 4 bits, G = 1, one draw: .00332, plain .00326.
 
 Fails where: a matrix does not see every token (experts), or shares a parameter with others.
 """
@@ -48,6 +61,7 @@ from compress_methods.system.progress import Progress
 
 DRAWS = 1
 """Gradients per position."""
+POWER = 0.5
 STATES, GRADIENTS = "states", "gradients"
 
 
@@ -332,8 +346,9 @@ class _Record:
         """[tokens, groups] by module, every group's mean 1."""
         found = {}
         for name, sums in self.sums.items():
-            mean = sums.mean(0)
-            found[name] = torch.where(mean > 0, sums / mean, torch.ones_like(sums))
+            powers = sums.pow(POWER)
+            mean = powers.mean(0)
+            found[name] = torch.where(mean > 0, powers / mean, torch.ones_like(sums))
         return found
 
 
