@@ -63,6 +63,12 @@ class Algorithm(ABC):
         """How the matrices of a block are trained together once each is solved; None: not."""
         return None
 
+    @property
+    def loss_groups(self) -> int:
+        """Groups of rows of a matrix that each get their own statistics, in which tokens count by
+        what they do to the loss; 0: all rows share those in which every token counts the same."""
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """The mapping that a recipe gives it by."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -22,6 +22,11 @@ matrix makes up for what those before it have lost, which at 4 and 3 bits is a t
 Of few tokens the least squares are mostly noise: with t tokens per column t / (t + 8) of the
 correction is applied, half at 8, all but a sixteenth at 128.
 
+`loss_groups: G` gives each of G groups of neighbouring rows an H of its own, in which tokens count
+by what the rows' outputs do to the model's predictions (GuidedQuant, Kim et al., 2025,
+arXiv:2505.07004; see `conversion/passes/weighing.py`): G times the memory and time of H, and no H
+that matrices share, such as q, k and v. The correction is of as much as the tokens that count tell.
+
 Needs calibration tokens, ideally several times the columns. Fails where H is far from full rank and
 `damping` small: the error moves into directions calibration never saw.
 """
@@ -136,7 +141,8 @@ class ErrorFeedback(Algorithm):
     `damping`: fraction of mean(diag H) added to it; `clip`: search the clipping range of each group
     of values, weighted by diag H; `target`: `outputs` of the original or its `weights`;
     `correction`: the part of what is missing that is made up for, None for as much as the text can
-    tell; `sweeps`: of coordinate descent after the pass.
+    tell; `sweeps`: of coordinate descent after the pass; `loss_groups`: of rows whose Hessian is
+    weighted by the loss, 0 for one plain Hessian.
     """
 
     damping: float = 0.01
@@ -144,6 +150,7 @@ class ErrorFeedback(Algorithm):
     target: str = "outputs"
     correction: float | None = None
     sweeps: int = 3
+    loss_groups: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
@@ -154,6 +161,8 @@ class ErrorFeedback(Algorithm):
             raise RecipeError(f"correction is {self.correction}, expected a number from 0 to 1")
         if not 0 <= self.sweeps <= MOST_SWEEPS:
             raise RecipeError(f"sweeps is {self.sweeps}, expected a number up to {MOST_SWEEPS}")
+        if self.loss_groups < 0:
+            raise RecipeError(f"loss_groups is {self.loss_groups}, expected 0 or more")
 
     def needs(self, fmt: Format) -> tuple[type[Statistic], ...]:
         return (Hessian, Drift) if self.corrects(fmt) else (Hessian,)
@@ -169,7 +178,7 @@ class ErrorFeedback(Algorithm):
         missing = self.factor(prepared).divide(drift.missing(weight))
         part = self.correction
         if part is None:
-            tokens = drift.tokens / weight.shape[1]
+            tokens = drift.tokens * drift.effective / weight.shape[1]
             part = tokens / (tokens + HALF_CORRECTED)
         return missing.mul_(part).add_(weight)
 

@@ -94,6 +94,10 @@ class Refine(Algorithm):
         return Refinement(self.iterations, self.batch, self.rate, self.left_out, self.precision)
 
     @property
+    def loss_groups(self) -> int:
+        return self.first.loss_groups
+
+    @property
     def row_independent(self) -> bool:  # type: ignore[override]
         return self.first.row_independent
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.errors import CalibrationError
@@ -29,6 +30,8 @@ class Statistic(ABC):
 
     def __init__(self, cols: int, device: torch.device) -> None:
         self.tokens = 0
+        self.effective = 1.0
+        """How many tokens that count the same would tell as much, as a share of `tokens`."""
 
     @abstractmethod
     def add_batch(self, x: Tensor) -> None:
@@ -175,6 +178,68 @@ def _both_ends(moments: Tensor, fmt: Format) -> Tensor:
     return fmt.turn_inputs(fmt.turn_inputs(moments).T).T.contiguous()
 
 
+class RowGroups(Comparison):
+    """One `cls` for each group of neighbouring rows of a matrix, all groups of the same size.
+
+    In the one of a group tokens count by `weights` [tokens, groups], whose means are 1: what is
+    gathered are products of inputs, so inputs are scaled by the roots. Batches must come in the
+    order of the weights, every token once.
+    """
+
+    correlates: ClassVar[bool] = True
+
+    def __init__(
+        self, cls: type[Statistic], weights: Tensor, cols: int, device: torch.device
+    ) -> None:
+        super().__init__(cols, device)
+        self.roots = weights.sqrt().to(device)
+        self.parts = [cls(cols, device) for _ in range(weights.shape[1])]
+        # Kish's effective sample size.
+        shares = weights.mean(0).square() / weights.square().mean(0)
+        for part, share in zip(self.parts, shares.tolist(), strict=True):
+            part.effective = share
+
+    def _fed(self, count: int) -> Iterator[tuple[Statistic, Tensor]]:
+        """The statistic of each group, and the roots [count, 1] that the next tokens have in it."""
+        roots = self.roots[self.tokens : self.tokens + count]
+        if len(roots) < count:
+            raise CalibrationError(f"{len(self.roots)} tokens have weights, but more came")
+        for part, root in zip(self.parts, roots.split(1, dim=1), strict=True):
+            part.tokens += count
+            yield part, root
+
+    def add_batch(self, x: Tensor) -> None:
+        for part, root in self._fed(len(x)):
+            part.add_batch(x * root)
+
+    def add_pair(self, original: Tensor, x: Tensor, gap: Tensor | None) -> None:
+        """As `Comparison.add_pair`; each group gets its own rows of the gap."""
+        count = len(self.parts)
+        gaps = [None] * count if gap is None else list(gap.chunk(count, dim=1))
+        for (part, root), mine in zip(self._fed(len(x)), gaps, strict=True):
+            assert isinstance(part, Comparison)
+            part.add_pair(original * root, x * root, None if mine is None else mine * root)
+
+    def result(self) -> Tensor:
+        """What each group's amounts to, along a first axis."""
+        return torch.stack([part.result() for part in self.parts])
+
+    def moved(self, matrix: Tensor) -> Tensor | None:
+        pieces = matrix.chunk(len(self.parts))
+        found = [part.moved(rows) for part, rows in zip(self.parts, pieces, strict=True)]
+        known = [moved for moved in found if moved is not None]
+        return torch.cat(known) if len(known) == len(found) else None
+
+
+def by_rows(seen: Seen) -> list[Seen]:
+    """What was seen for each group of neighbouring rows; one for all where they share it."""
+    grouped = [s for s in seen.values() if isinstance(s, RowGroups)]
+    if not grouped:
+        return [seen]
+    every = zip(*(statistic.parts for statistic in grouped), strict=True)
+    return [dict(zip(seen, parts, strict=True)) for parts in every]
+
+
 class TurnedSeen(Mapping[type[Statistic], Statistic]):
     """Statistics of one input in the basis of `fmt.inner`, each turned when it is asked for."""
 
@@ -196,9 +261,15 @@ class TurnedSeen(Mapping[type[Statistic], Statistic]):
 
 class Gatherer:
     """Feeds statistics from hooks: for each module the classes it needs, one instance per distinct
-    input. `seen` holds what was gathered, by module, of those that ran."""
+    input. `seen` holds what was gathered, by module, of those that ran. Modules with `weights`
+    [tokens, groups] get their own, in groups of rows."""
 
-    def __init__(self, needs: Mapping[str, tuple[type[Statistic], ...]]) -> None:
+    def __init__(
+        self,
+        needs: Mapping[str, tuple[type[Statistic], ...]],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.weights = weights or {}
         alone = {
             name: tuple(cls for cls in classes if not issubclass(cls, Comparison))
             for name, classes in needs.items()
@@ -222,6 +293,11 @@ class Gatherer:
 
     def _enter(self, name: str, x: Tensor) -> None:
         """Share what another module gathers of the same tensor, and gather the rest."""
+        if name in self.weights:
+            make = partial(RowGroups, weights=self.weights[name], cols=x.shape[-1], device=x.device)
+            self.seen[name] = {cls: make(cls) for cls in self.needs[name]}
+            self._feeds[name] = list(self.seen[name].values())
+            return
         found = next((entry for entry in self._inputs if entry[0] is x), None)
         if found is None:
             found = (x, name, {})

@@ -29,6 +29,7 @@ from compress_methods.conversion.held_out import Written, compare_held_out, embe
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.part import BlockPart, Facts, Planned, StreamedPart
 from compress_methods.conversion.passes import carried
+from compress_methods.conversion.passes.weighing import asked_of, weigh
 from compress_methods.conversion.planning.plan import HEAD_BLOCK, Shard
 from compress_methods.conversion.recovery import forget_damaged
 from compress_methods.errors import RecipeError
@@ -106,6 +107,7 @@ class Sweep:
         self._survey()
         shards, finished = self.planned.plan.shards, journal.finished
         forget_damaged(journal, shards, self.tokens is not None, self.running.quiet)
+        self._weigh([shard for shard in shards if shard.name not in finished])
         sizes = {shard.name: self._size(shard) for shard in shards}
         done = sum(size for name, size in sizes.items() if name in finished)
         quiet = self.running.quiet
@@ -155,7 +157,7 @@ class Sweep:
         if self.runner is None or index is None:
             return StreamedPart(self.planned, shard, index, self.running.device, self.progress)
         part = self._block(shard, index)
-        self.runner_.load(self._parameters(part.prefix))
+        self.runner_.load(self.planned.parameters(part.prefix))
         if index != HEAD_BLOCK:
             if HELD_BASE in self.states:
                 self.runner_.run(index, self.states[HELD_BASE])
@@ -174,12 +176,6 @@ class Sweep:
             teacher=TEACHER,
             work=self.journal.work,
         )
-
-    def _parameters(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors of a module as the source holds them, by their names in the model."""
-        names = self.planned.skeleton.parameter_names()
-        read = self.planned.source.read
-        return {name: read(name) for name in names if name.startswith(f"{prefix}.")}
 
     def _share(self, part: BlockPart) -> None:
         """Matrices that are stored as another layer's get that one's values."""
@@ -325,6 +321,15 @@ class Sweep:
             halves = (sums[i::2] for i in (0, 1) if sums[i::2])
             self.held_out_halves = [summarize(half).to_dict() for half in halves]
 
+    def _weigh(self, shards: Sequence[Shard]) -> None:
+        """Let the loss say how much tokens count, where an algorithm asks for it."""
+        if self.tokens is None or not any(map(asked_of, shards)):
+            return
+        tokens = self.tokens[: self.planned.plan.recipe.calibration.samples]
+        label, quiet = self.label + ", weighing tokens", self.running.quiet
+        work = self.journal.work
+        weigh(self.planned, self._make_runner(), tokens, work, shards, label, quiet)
+
     # Looking ahead
 
     def _survey(self) -> None:
@@ -368,7 +373,7 @@ class Sweep:
             for index in range(first, count):
                 shard = Shard(f"survey-{index}", index, (), ())
                 part = self._block(shard, index)
-                self.runner.load(self._parameters(part.prefix))
+                self.runner.load(self.planned.parameters(part.prefix))
                 taken: dict[str, Tensor] = {}
                 for number, visitor in enumerate(ahead):
                     row = torch.tensor(visitor.survey(part), dtype=torch.float64)

@@ -38,6 +38,11 @@ class Planned:
     source: Source
     plan: Plan
 
+    def parameters(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of a module as the source holds them, by their names in the model."""
+        names = self.skeleton.parameter_names()
+        return {name: self.source.read(name) for name in names if name.startswith(f"{prefix}.")}
+
 
 class StreamedPart:
     """A shard whose tensors stay in the checkpoint. `index`: of the block in the source."""
@@ -214,9 +219,15 @@ class BlockPart(StreamedPart):
         if held.shape == tensor.shape and held is not tensor:
             held.copy_(tensor)
 
-    def statistics(self, needs: Mapping[str, tuple[type[Statistic], ...]]) -> Mapping[str, Seen]:
-        """Those of one model: nothing of what compares it with the original."""
-        gatherer = Gatherer({name: asked for name, asked in needs.items() if self.runs(name)})
+    def statistics(
+        self,
+        needs: Mapping[str, tuple[type[Statistic], ...]],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Mapping[str, Seen]:
+        """Those of one model: nothing of what compares it with the original. `weights` of tokens
+        as `Gatherer` takes them."""
+        mine = {name: asked for name, asked in needs.items() if self.runs(name)}
+        gatherer = Gatherer(mine, weights)
         if not gatherer.needs:
             return {}
         states = self.states[self._calibration]

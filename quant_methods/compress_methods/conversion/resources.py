@@ -22,6 +22,7 @@ from compress_methods.calibration.self_generated import (
 )
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.passes.allocation import CARRIED_BYTES, SEQUENCES, find_groups
+from compress_methods.conversion.passes.weighing import DRAWS, groups_of
 from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.stages import Stage
 from compress_methods.errors import OutputError
@@ -65,9 +66,9 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool, sampled: bool = F
         # Codes, momentum and gradient of a block that is trained.
         memory += 3 * FLOAT * _most_refined(plan)
         flops = _flops_per_second()
-        surveying = _surveying(plan, skeleton)
-        memory += surveying[0]
-        seconds += (_forward_flops(plan, skeleton) + surveying[1]) / flops
+        surveying, weighing = _surveying(plan, skeleton), _weighing(plan, skeleton)
+        memory += surveying[0] + weighing.memory
+        seconds += (_forward_flops(plan, skeleton) + surveying[1] + weighing.flops) / flops
         if sampled:
             sampling = _sampling(plan, skeleton, flops)
             memory, seconds = max(memory, sampling[0]), seconds + sampling[1]
@@ -102,10 +103,11 @@ def _forward_flops(plan: Plan, skeleton: Skeleton) -> float:
             total += 2.0 * forwards * tokens * slot.rows * slot.cols
     for job in plan.jobs:
         if Hessian in job.algorithm.needs(job.format):
-            parent = job.slot.module.rpartition(".")[0]
+            groups = groups_of(job)
+            parent = job.slot.module if groups else job.slot.module.rpartition(".")[0]
             if (parent, job.slot.cols) not in inputs:
                 inputs.add((parent, job.slot.cols))
-                total += 2.0 * tokens * job.slot.cols**2
+                total += 2.0 * tokens * job.slot.cols**2 * max(1, groups)
             total += 2.0 * job.slot.rows * job.slot.cols**2
         if (refinement := job.algorithm.refinement) is not None:
             seen = refinement.iterations * refinement.batch * settings.length
@@ -138,6 +140,40 @@ def _surveying(plan: Plan, skeleton: Skeleton) -> tuple[int, float]:
     hidden = skeleton.model.get_input_embeddings().weight.shape[1]
     one = sum(group.open for group in groups) * settings.length * hidden * FLOAT
     return max(one, min(one * tokens // settings.length, CARRIED_BYTES)), total
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """What weighing tokens, and more Hessians by it, takes besides; flops of the pass alone."""
+
+    disk: int = 0
+    memory: int = 0
+    flops: float = 0.0
+
+
+def _weighing(plan: Plan, skeleton: Skeleton) -> _Weighing:
+    """Of `passes/weighing.py`: the states at every block, the gradients that go backwards."""
+    groups = {job.slot.module: found for job in plan.jobs if (found := groups_of(job))}
+    if not groups:
+        return _Weighing()
+    settings = plan.recipe.calibration
+    tokens = settings.samples * settings.length
+    rows, hidden = skeleton.module(skeleton.embedding).weight.shape
+    states, blocks = tokens * hidden * FLOAT, len(skeleton.blocks)
+    weights = sum(p.numel() for block in skeleton.blocks for p in block.parameters())
+    more = [
+        FLOAT * (groups[job.slot.module] - 1) * job.slot.cols**2
+        for job in plan.jobs
+        if job.slot.module in groups
+    ]
+    # Compared matrices are solved one by one; else all of a block have their Hessians at once.
+    held = 2 * max(more) if plan.needs_original else sum(more) // blocks
+    logits = 4 * FLOAT * settings.length * rows
+    return _Weighing(
+        disk=(blocks + 2 + 2 * DRAWS) * states + FLOAT * tokens * sum(groups.values()),
+        memory=held + max(DRAWS * states, logits),
+        flops=2.0 * tokens * (weights * (2 + DRAWS) + rows * hidden * (1 + DRAWS)),
+    )
 
 
 def _flops_per_second() -> float:
@@ -178,7 +214,7 @@ def estimate_disk(plan: Plan, skeleton: Skeleton, calibrated: bool) -> int:
     states = _states_bytes(plan, skeleton) + _surveying(plan, skeleton)[0]
     # What a trained block goes on from: codes, momentum, which are settled; replaced when whole.
     training = 2 * (2 * FLOAT + 1) * _most_refined(plan)
-    return plan.compressed_bytes + 2 * states + training
+    return plan.compressed_bytes + 2 * states + training + _weighing(plan, skeleton).disk
 
 
 def stages_disk(stages: Sequence[Planned], calibrated: bool) -> int:

@@ -230,7 +230,12 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """[sequences, length, vocabulary] float32 of states after the last block."""
-        return self._after(states).logits.float().cpu()
+        return self.after(states).float().cpu()
+
+    def after(self, states: Tensor) -> Tensor:
+        """The same on the device, in the dtype that is computed in; differentiable."""
+        found: Tensor = self._after(states).logits
+        return found
 
     def _after(self, states: Tensor) -> Any:
         blocks = list(self.skeleton.blocks)

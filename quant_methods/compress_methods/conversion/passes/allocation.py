@@ -21,6 +21,8 @@ of every group one choice (of four the second smallest) is `carried` on through 
 a few sequences, to the KL of the model's predictions. Its ratio to the drift there turns the drifts
 of the group's other choices into KL. KLs are taken to add up.
 
+Statistics are plain ones: an algorithm's `loss_groups` count in the conversion alone.
+
 The pass takes as long as several conversions, one per choice; carrying adds, for every group of the
 model, a few sequences through the blocks behind it. Fails where errors of layers do not add up to
 what the model loses (far beyond a KL of .1): measure the result.
@@ -239,7 +241,8 @@ def _fill(
         if key not in shared:
             shared = {key: job.algorithm.prepare(mine, held)}
         if group.open:
-            tensors = solve_in_slabs(job.algorithm, held, weight.float(), shared[key])
+            rows = [(weight.float(), shared[key])]
+            tensors = solve_in_slabs(job.algorithm, held, weight.shape, rows)
             values = held.unpack(tensors)
             if not job.slot.index:
                 module = part.planned.skeleton.module(job.slot.module)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_methods.algorithms import Seen, Statistic
-from compress_methods.algorithms.statistics import Comparison
+from compress_methods.algorithms.statistics import Comparison, RowGroups
 from compress_methods.conversion.part import BlockPart
 from compress_methods.conversion.planning.plan import HEAD_BLOCK
 from compress_methods.model.stream import Watched, find_places, watch
@@ -24,18 +24,19 @@ Needs = Mapping[str, tuple[type[Statistic], ...]]
 
 
 class Comparer:
-    """Gathers statistics of a part beside the part as it was when this was made."""
+    """Gathers statistics of a part beside the part as it was when this was made; of modules with
+    `weights` [tokens, groups] in groups of rows."""
 
-    def __init__(self, part: BlockPart) -> None:
-        self.part = part
+    def __init__(self, part: BlockPart, weights: Mapping[str, Tensor] | None = None) -> None:
+        self.part, self.weights = part, weights or {}
         self.is_head = part.index == HEAD_BLOCK
         self.original = part.module if self.is_head else copy.deepcopy(part.module)
         self.places: dict[str, str] = {}
 
     @torch.no_grad()
     def look(self, modules: Sequence[str]) -> list[list[str]]:
-        """Find where `modules` add to the stream; returns them by inputs they share, in the order
-        they run in."""
+        """Find where `modules` add to the stream; returns them by statistics they share, in the
+        order they run in."""
         if self.is_head:
             return [list(modules)]
         names = [self._short(module) for module in modules]
@@ -52,7 +53,14 @@ class Comparer:
             missing -= seen.inputs.keys()
             if not missing:  # an expert may have to wait for its first token
                 break
-        return [[f"{self.part.prefix}.{name}" for name in names] for names in groups]
+        found = [[f"{self.part.prefix}.{name}" for name in names] for names in groups]
+        return [names for group in found for names in self._shared(group)]
+
+    def _shared(self, modules: Sequence[str]) -> list[list[str]]:
+        """Those that read one input, apart where each weights it in its own way."""
+        alone = [[name] for name in modules if name in self.weights]
+        rest = [name for name in modules if name not in self.weights]
+        return [rest, *alone] if rest else alone
 
     @torch.no_grad()
     def statistics(self, needs: Needs) -> dict[str, Seen]:
@@ -73,9 +81,9 @@ class Comparer:
             x = _rows(here.inputs[names[0]])
             for cls in sorted(classes, key=lambda cls: cls.__name__):
                 if cls not in made:
-                    made[cls] = cls(x.shape[1], x.device)
+                    made[cls] = self._make(cls, next(iter(needs)), x)
                 statistic = made[cls]
-                if isinstance(statistic, Comparison):
+                if issubclass(cls, Comparison):
                     if len(x) == len(now.flatten(0, 1)):
                         _compare(statistic, names[0], there, here)
                 else:
@@ -83,6 +91,11 @@ class Comparer:
                     statistic.tokens += len(x)
         made = {cls: s for cls, s in made.items() if s.tokens}
         return {n: {cls: made[cls] for cls in asked if cls in made} for n, asked in needs.items()}
+
+    def _make(self, cls: type[Statistic], module: str, x: Tensor) -> Statistic:
+        if module in self.weights:
+            return RowGroups(cls, self.weights[module], x.shape[1], x.device)
+        return cls(x.shape[1], x.device)
 
     def _watch(
         self, block: nn.Module, states: Tensor, names: Sequence[str], places: Mapping[str, str]
@@ -116,7 +129,7 @@ def _by_input(inputs: Mapping[str, Tensor]) -> list[list[str]]:
     return [names for _, names in groups]
 
 
-def _compare(statistic: Comparison, name: str, there: Watched, here: Watched) -> None:
+def _compare(statistic: Statistic, name: str, there: Watched, here: Watched) -> None:
     """Add both models' inputs of a module, where both have seen the same tokens."""
     if name not in there.inputs:
         return
@@ -126,6 +139,7 @@ def _compare(statistic: Comparison, name: str, there: Watched, here: Watched) ->
     gap = None
     if name in here.beside:
         gap = _rows(there.beside[name]) - _rows(here.beside[name])
+    assert isinstance(statistic, Comparison)
     statistic.add_pair(original, x, gap)
     statistic.tokens += len(x)
 

@@ -7,7 +7,7 @@ what follows is calibrated on what the result computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from compress_methods.algorithms import Algorithm, Seen
-from compress_methods.algorithms.statistics import compares, relative_error
+from compress_methods.algorithms.statistics import by_rows, compares, relative_error
 from compress_methods.checkpoint.loading import quantize_inputs
 from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
 from compress_methods.conversion.passes.comparing import Comparer, Needs
 from compress_methods.conversion.passes.refining import SAVED, Solved, refine_block
+from compress_methods.conversion.passes.weighing import groups_of, loss_weights
 from compress_methods.conversion.planning.plan import Job
 from compress_methods.errors import CalibrationError
 from compress_methods.formats import Format
@@ -51,16 +52,19 @@ def pack_loaded(part: BlockPart) -> None:
     """
     jobs = part.shard.jobs
     needs = {job.slot.module: job.algorithm.needs(job.format) for job in jobs}
+    weights = loss_weights(part)
     if part.before() is None or not any(map(compares, needs.values())):
-        solved = _pack_seen(part, jobs, part.statistics(needs))
+        solved = _pack_seen(part, jobs, part.statistics(needs, weights))
     else:
-        solved = _pack_compared(part, jobs, needs)
+        solved = _pack_compared(part, jobs, needs, weights)
     _refine(part, solved)
 
 
-def _pack_compared(part: BlockPart, jobs: Sequence[Job], needs: Needs) -> list[Solved]:
+def _pack_compared(
+    part: BlockPart, jobs: Sequence[Job], needs: Needs, weights: Mapping[str, Tensor]
+) -> list[Solved]:
     """Solve matrices in the order they run in, the original beside them."""
-    comparer = Comparer(part)
+    comparer = Comparer(part, weights)
     waiting = {job.slot.module: job for job in jobs}
     asked = [name for name in needs if needs[name] and part.runs(name)]
     solved: list[Solved] = []
@@ -80,14 +84,8 @@ def _pack_seen(part: BlockPart, jobs: Sequence[Job], seen: Mapping[str, Seen]) -
         mine = seen.get(slot.module, {})
         if job.algorithm.needs(job.format) and slot.module not in seen:
             raise CalibrationError(f"{slot.module}: never ran during calibration; leave it out")
-        key = (*map(id, mine.values()), job.algorithm, job.format)
-        if key not in shared:
-            shared.clear()
-            shared[key] = job.algorithm.ready(mine, job.format)
         weight = part.weight(slot)
-        original = weight.float()
-        aim = job.algorithm.target_of(original, shared[key], mine, job.format)
-        tensors, facts = _solve(part, job, original, aim, shared[key], mine)
+        tensors, aim, facts = _solve_seen(part, job, weight.float(), mine, shared)
         if job.algorithm.refinement is not None:
             relaxed = job.format.relax(job.format.solution(tensors), aim)
             solved.append(Solved(job, tensors, relaxed))
@@ -97,6 +95,32 @@ def _pack_seen(part: BlockPart, jobs: Sequence[Job], seen: Mapping[str, Seen]) -
         if slot.module != part.planned.skeleton.head and not slot.index:
             quantize_inputs(part.planned.skeleton.module(slot.module), job.format)
     return solved
+
+
+def _solve_seen(
+    part: BlockPart, job: Job, weight: Tensor, seen: Seen, shared: dict[tuple[Any, ...], Any]
+) -> tuple[dict[str, Tensor], Tensor, Facts]:
+    """Packed tensors of a matrix, and what they were to come close to. What is prepared of the last
+    statistics stays in `shared`."""
+    algorithm, fmt = job.algorithm, job.format
+    groups = by_rows(seen)
+    aims: list[Tensor] = []
+
+    def aimed() -> Iterator[tuple[Tensor, Any]]:
+        for rows, mine in zip(weight.chunk(len(groups)), groups, strict=True):
+            key = (*map(id, mine.values()), algorithm, fmt)
+            if key not in shared:
+                shared.clear()
+                shared[key] = algorithm.ready(mine, fmt)
+            aims.append(algorithm.target_of(rows, shared[key], mine, fmt))
+            yield aims[-1], shared[key]
+
+    tensors = solve_in_slabs(algorithm, fmt, weight.shape, aimed())
+    aim = aims[0] if len(aims) == 1 else torch.cat(aims)
+    values = fmt.unpack(tensors)
+    output = relative_error(aim, values, seen) if seen else None
+    facts = _facts(part, job, relative_error(weight, values), output, count_zeros(values))
+    return tensors, aim, facts
 
 
 def _refine(part: BlockPart, solved: Sequence[Solved]) -> None:
@@ -122,7 +146,10 @@ def pack_streamed(part: StreamedPart, job: Job) -> None:
     sliceable = job.algorithm.row_independent and all(s.rows_axis for s in specs.values())
     if not (slot.is_plain and sliceable):
         weight = part.weight(slot)
-        part.store(job, *_solve(part, job, weight, weight, prepared))
+        tensors = solve_in_slabs(job.algorithm, fmt, weight.shape, [(weight, prepared)])
+        values = fmt.unpack(tensors)
+        error = relative_error(weight, values)
+        part.store(job, tensors, _facts(part, job, error, None, count_zeros(values)))
         return
     stored = {name: spec.empty() for name, spec in specs.items()}
     error, energy, zeros = 0.0, 0.0, [0, 0]
@@ -138,41 +165,28 @@ def pack_streamed(part: StreamedPart, job: Job) -> None:
     part.store(job, stored, _facts(part, job, error / max(energy, 1e-30), None, zeros))
 
 
-def _solve(
-    part: StreamedPart,
-    job: Job,
-    weight: Tensor,
-    aim: Tensor,
-    prepared: Any,
-    seen: Seen | None = None,
-) -> tuple[dict[str, Tensor], Facts]:
-    """Packed tensors of a matrix that is in memory, large ones solved in several slabs of rows."""
-    fmt = job.format
-    tensors = solve_in_slabs(job.algorithm, fmt, aim, prepared)
-    values = fmt.unpack(tensors)
-    output = relative_error(aim, values, seen) if seen else None
-    facts = _facts(part, job, relative_error(weight, values), output, count_zeros(values))
-    return tensors, facts
-
-
 def solve_in_slabs(
-    algorithm: Algorithm, fmt: Format, weight: Tensor, prepared: Any
+    algorithm: Algorithm, fmt: Format, shape: Sequence[int], groups: Iterable[tuple[Tensor, Any]]
 ) -> dict[str, Tensor]:
-    """`fmt`'s tensors of `weight` [rows, cols], as many rows at a time as memory allows."""
-    rows, cols = weight.shape
+    """`fmt`'s tensors of a matrix of that shape, as many rows at a time as memory allows. `groups`:
+    neighbouring rows [n, cols] in order, each with what is prepared for them."""
+    rows, cols = shape
     aligned = fmt.alignment(rows, cols)[0]
     step = rows
     if algorithm.row_independent:
         step = max(aligned, SOLVE_ELEMENTS // cols // aligned * aligned)
     specs = fmt.tensors(rows, cols)
-    if step >= rows or not all(spec.rows_axis for spec in specs.values()):
-        return fmt.pack(algorithm.fill(weight.contiguous(), prepared, fmt))
-    stored = {n: s.empty().to(weight.device) for n, s in specs.items()}
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        slab = weight[first:last].contiguous()
-        packed = fmt.pack(algorithm.fill(slab, prepared, fmt))
-        _place(fmt, packed, stored, (rows, cols), (first, last))
+    whole = step >= rows or not all(spec.rows_axis for spec in specs.values())
+    stored: dict[str, Tensor] = {}
+    first = 0
+    for weight, prepared in groups:
+        if whole and len(weight) == rows:
+            return fmt.pack(algorithm.fill(weight.contiguous(), prepared, fmt))
+        stored = stored or {n: s.empty().to(weight.device) for n, s in specs.items()}
+        for slab in weight.split(step):
+            packed = fmt.pack(algorithm.fill(slab.contiguous(), prepared, fmt))
+            _place(fmt, packed, stored, (rows, cols), (first, first + len(slab)))
+            first += len(slab)
     return stored
 
 
@@ -198,9 +212,11 @@ def _facts(
     """What the report says of a matrix; `zeros` as `count_zeros` gives them."""
     slot = job.slot
     specs = job.format.tensors(slot.rows, slot.cols)
+    groups = groups_of(job)
     return {
         "format": job.format.describe(),
         "algorithm": job.algorithm.name,
+        **({"loss_groups": groups} if groups else {}),
         "shape": [slot.rows, slot.cols],
         "bytes_before": part.planned.source.nbytes_of(slot),
         "bytes_after": sum(spec.nbytes for spec in specs.values()),

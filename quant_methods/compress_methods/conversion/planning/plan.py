@@ -246,6 +246,11 @@ def _jobs(
                 f"{slot.module}: algorithm {rule.algorithm.name!r} trains the matrices of a "
                 "decoder block together; use another one for what lies outside the blocks"
             )
+        if rule.algorithm.loss_groups and slot.index:
+            raise RecipeError(
+                f"{slot.module}: loss_groups needs the outputs of a layer, but this is one matrix "
+                f"of several in {slot.parameter}; set loss_groups: 0 for it"
+            )
         found = find_formats(rule, slot, recipe, ways, skeleton, layout)
         if not found.formats:
             unfit.append(Unfit(slot, rule.format, found.why, rule.on_unfit == "keep"))

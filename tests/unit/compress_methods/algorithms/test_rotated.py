@@ -92,10 +92,10 @@ def test_slabs_of_rows_are_cut_between_blocks(monkeypatch: pytest.MonkeyPatch) -
     seen = gathered(heavy(300, 128))
     algorithm = GPTQ()
     prepared = algorithm.ready(seen, fmt)
-    whole = solve_in_slabs(algorithm, fmt, weight, prepared)
+    whole = solve_in_slabs(algorithm, fmt, weight.shape, [(weight, prepared)])
     for elements in (1, 300 * 128):
         monkeypatch.setattr("compress_methods.conversion.passes.packing.SOLVE_ELEMENTS", elements)
-        slabs = solve_in_slabs(algorithm, fmt, weight, prepared)
+        slabs = solve_in_slabs(algorithm, fmt, weight.shape, [(weight, prepared)])
         same = (fmt.unpack(slabs) - fmt.unpack(whole)).abs() < 1e-5
         assert float(same.float().mean()) > 0.95  # codes on an edge may fall either way
 

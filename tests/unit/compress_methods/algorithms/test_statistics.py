@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from compress_methods.algorithms.statistics import (
+    Drift,
     Gatherer,
     Hessian,
     InputNorms,
+    RowGroups,
     Statistic,
+    by_rows,
     relative_error,
 )
+from compress_methods.errors import CalibrationError
 
 CPU = torch.device("cpu")
 
@@ -76,9 +80,11 @@ class Attention(nn.Module):
         return self.o(q * k + v)
 
 
-def run(needs: dict[str, Any], *batches: Tensor) -> Gatherer:
+def run(
+    needs: dict[str, Any], *batches: Tensor, weights: dict[str, Tensor] | None = None
+) -> Gatherer:
     torch.manual_seed(0)
-    model, gatherer = Attention(), Gatherer(needs)
+    model, gatherer = Attention(), Gatherer(needs, weights)
     for name in gatherer.needs:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(
@@ -149,3 +155,58 @@ def test_of_several_statistics_the_one_of_most_correlations_measures(first: type
         made[cls].tokens += len(x)
     expected = relative_error(weight, values, {Hessian: made[Hessian]})
     assert relative_error(weight, values, made) == expected
+
+
+def in_groups(cls: type[Statistic], weights: Tensor, *pieces: tuple[Tensor, ...]) -> RowGroups:
+    """What is gathered of pieces (x) or (original, x, gap)."""
+    made = RowGroups(cls, weights, pieces[0][0].shape[1], CPU)
+    for piece in pieces:
+        if len(piece) == 1:
+            made.add_batch(*piece)
+        else:
+            made.add_pair(*piece)
+        made.tokens += len(piece[0])
+    return made
+
+
+def test_in_every_group_of_rows_tokens_count_by_its_own_weights() -> None:
+    x, original, gap = numbers(40, 6), numbers(40, 6, seed=1), numbers(40, 4, seed=2)
+    weights = numbers(40, 2, seed=3).square()
+    pieces = [
+        (original[at : at + 10], x[at : at + 10], gap[at : at + 10]) for at in (0, 10, 20, 30)
+    ]
+    hessians = in_groups(Hessian, weights, *((piece[1],) for piece in pieces))
+    drifts = in_groups(Drift, weights, *pieces)
+    weight, seen = numbers(4, 6, seed=4), {Hessian: hessians, Drift: drifts}
+    found = by_rows(seen)
+    assert len(found) == 2
+    for group, mine in enumerate(found):
+        rows, weighed = slice(2 * group, 2 * group + 2), weights[:, group, None] * x
+        torch.testing.assert_close(Hessian.of(mine), weighed.T @ x / 40)
+        drift = mine[Drift]
+        assert isinstance(drift, Drift)
+        assert drift.tokens == mine[Hessian].tokens == 40
+        missing = (original - x) @ weight[rows].T + gap[:, rows]
+        torch.testing.assert_close(drift.missing(weight[rows]), missing.T @ weighed / 40)
+    assert by_rows({Hessian: found[0][Hessian]}) == [{Hessian: found[0][Hessian]}]
+    values = numbers(4, 6, seed=5)
+    lost = ((x @ (weight - values).T).square() * weights.repeat_interleave(2, 1)).sum()
+    energy = ((x @ weight.T).square() * weights.repeat_interleave(2, 1)).sum()
+    assert relative_error(weight, values, seen) == pytest.approx(float(lost / energy), rel=1e-4)
+
+
+def test_more_tokens_than_have_weights_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="3 tokens have weights, but more came"):
+        in_groups(Hessian, torch.ones(3, 1), (numbers(2, 6),), (numbers(2, 6),))
+
+
+def test_modules_with_weights_share_nothing() -> None:
+    needs = dict.fromkeys(("q", "k", "v"), (Hessian,))
+    weights = {name: numbers(8, 2, seed=i).square() for i, name in enumerate(("k", "v"))}
+    batches = numbers(1, 5, 6), numbers(1, 3, 6, seed=1)
+    seen = run(needs, *batches, weights=weights).seen
+    x = torch.cat([batch[0] for batch in batches])
+    torch.testing.assert_close(Hessian.of(seen["q"]), x.T @ x / 8)
+    for name, mine in weights.items():
+        expected = torch.stack([x.T @ (w[:, None] * x) / 8 for w in mine.T])
+        torch.testing.assert_close(Hessian.of(seen[name]), expected)
