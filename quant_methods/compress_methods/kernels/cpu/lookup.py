@@ -1,9 +1,10 @@
 """How our CPU product reads format `lookup`: codes as those of integers, and 16 bytes a table.
 
-A table has its entries as signed bytes, again and again; with AVX-512 as those plus 128, as the codes of 8 bits are
-there. A shuffle inside a register then makes such codes of codes of a few bits, in either mode
-exactly. All 16 rows that AVX-512 takes together share a table, or each has its own, which takes
-several shuffles instead of one. Tables of more rows are repeated for every 16, fixed ones too.
+A table has its entries as signed bytes, again and again; with AVX-512 as those plus 128, as the
+codes of 8 bits are there. A shuffle inside a register then makes such codes of codes of a few bits,
+in either mode exactly. All 16 rows that AVX-512 takes together share a table, or each has its own,
+which takes several shuffles instead of one. Tables of more rows are repeated for every 16, fixed
+ones too.
 """
 
 from __future__ import annotations
