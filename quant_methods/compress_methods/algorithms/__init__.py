@@ -3,6 +3,7 @@
 from compress_methods.algorithms import (  # noqa: F401  (registers them)
     alps,
     gptq,
+    kmeans,
     magnitude,
     refine,
     rtn,

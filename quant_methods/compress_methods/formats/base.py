@@ -220,6 +220,11 @@ class Format(ABC):
         return False
 
     @property
+    def learns_values(self) -> bool:
+        """Whether the values that codes stand for are fitted to the weights, not only scaled."""
+        return False
+
+    @property
     def holds_zero(self) -> bool:
         """Whether 0 is among the values."""
         return True

@@ -39,6 +39,7 @@ from compress_methods.formats.codes import PLANES, pack_codes, unpack_codes
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.range_search import search_scales
 from compress_methods.formats.relaxed import Relaxed, stored_as
+from compress_methods.formats.rounder import entries_at
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -253,18 +254,11 @@ class AffineGrid:
         self._zeros = None if zeros is None else zeros.T.float().contiguous()
 
     def pick(self, column: int | Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        scales = self._at(self._scales, column)
-        zeros = None if self._zeros is None else self._at(self._zeros, column)
+        size = self.fmt.group_size
+        scales = entries_at(self._scales, column, size)
+        zeros = None if self._zeros is None else entries_at(self._zeros, column, size)
         codes = self.fmt.encode(weights, scales, zeros)
         return codes.to(torch.uint8), self.fmt.decode(codes, scales, zeros)
-
-    def _at(self, by_group: Tensor, column: int | Tensor) -> Tensor:
-        """The entries [rows] of [groups, rows] that hold each row's column."""
-        size = self.fmt.group_size
-        if isinstance(column, int):
-            return by_group[0 if size < 0 else column // size]
-        groups = torch.zeros_like(column) if size < 0 else column // size
-        return by_group.gather(0, groups.clamp_(0, len(by_group) - 1)[None])[0]
 
     def solution(self, codes: Tensor) -> IntegerSolution:
         return IntegerSolution(codes, self.scales, self.zeros)

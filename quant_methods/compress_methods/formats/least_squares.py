@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compress_methods.formats.table_search import whole_table
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -73,3 +74,56 @@ def _error(scales: Tensor, gram: Tensor, target: Tensor) -> Tensor:
     """The squared error of every row, less that of no values at all."""
     quadratic = torch.einsum("rg,rgh,rh->r", scales, gram, scales)
     return quadratic - 2 * torch.linalg.vecdot(scales, target)
+
+
+def refit_tables(
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    table_rows: int,
+    weight: Tensor,
+    hessian: Tensor,
+    basis: Tensor | None = None,
+) -> Tensor:
+    """Tables int8 [tables, k] whose products scale * table[code] come close to `weight`.
+
+    codes and scales [rows, cols]; `table` are those there are, each for `table_rows` rows. With
+    `basis` [k, n] tables are sums of its columns. Takes k matrix products with `hessian`.
+    """
+    rows, cols = weight.shape
+    count = table.shape[1]
+    step = max(1, SLAB_ELEMENTS // (cols * count * table_rows)) * table_rows
+    parts = []
+    for first in range(0, rows, step):
+        there = slice(first, first + step)
+        which = torch.arange(count, device=codes.device)
+        # [rows, k, cols]: what an entry of the table is multiplied by
+        design = scales[there, None] * (codes[there, None] == which[:, None])
+        moved = (design.flatten(0, 1) @ hessian).view_as(design)
+        grams = _by_table(moved @ design.mT, table_rows)
+        targets = _by_table((moved @ weight[there, :, None])[..., 0], table_rows)
+        at = slice(first // table_rows, (first + step) // table_rows)
+        parts.append(_refit_slab(table[at], grams, targets, basis))
+    return torch.cat(parts)
+
+
+def _by_table(x: Tensor, table_rows: int) -> Tensor:
+    """Sums over the rows that share a table."""
+    missing = -len(x) % table_rows
+    padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return padded.unflatten(0, (-1, table_rows)).sum(1)
+
+
+def _refit_slab(table: Tensor, gram: Tensor, target: Tensor, basis: Tensor | None) -> Tensor:
+    inner, pull = gram, target
+    if basis is not None:
+        inner, pull = basis.T @ gram @ basis, target @ basis
+    diagonal = inner.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    damped = inner + torch.diag_embed(ridge.expand_as(diagonal))
+    solved, wrong = torch.linalg.solve_ex(damped, pull[..., None])
+    found = whole_table(solved[..., 0].nan_to_num(), basis)
+    if basis is None:  # an entry that no value has stays
+        found = torch.where(diagonal == 0, table, found)
+    better = _error(found.float(), gram, target) < _error(table.float(), gram, target)
+    return torch.where(((wrong == 0) & better)[:, None], found, table)

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from compress_methods.formats.integer import Integer
 
 COARSE_STEPS = 9
 LEAST = 0.4
@@ -28,10 +26,23 @@ FINE = (-0.05, -0.025, 0.025, 0.05)
 SLAB_ELEMENTS = 2**19
 
 
+class Ranged(Protocol):
+    """What is asked of a format, as `Integer` has it."""
+
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def holds_zero(self) -> bool: ...
+    def extent(self, weight: Tensor) -> tuple[Tensor, Tensor]: ...
+    def scales_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor: ...
+    def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor: ...
+
+
 def search_scales(
-    fmt: Integer, weight: Tensor, importance: Tensor | None = None
+    fmt: Ranged, weight: Tensor, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros as `Integer.fit` gives, each group shrunk by its best factor.
+    """Scales and zeros as `scales_of` gives, each group shrunk by its best factor.
 
     weight [rows, cols]; importance [cols], [rows, cols] or None.
     """
@@ -44,9 +55,7 @@ def search_scales(
     return scales, None if fmt.symmetric else torch.cat([z for _, z in parts if z is not None])
 
 
-def _search(
-    fmt: Integer, weight: Tensor, importance: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _search(fmt: Ranged, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     low, high = fmt.extent(weight)
     grouped = weight.reshape(*low.shape, -1)
     weights = None if importance is None else importance.reshape(-1, *grouped.shape[1:])

@@ -114,6 +114,10 @@ class Rotated(Format):
         return self.base.searches_range
 
     @property
+    def learns_values(self) -> bool:
+        return self.base.learns_values
+
+    @property
     def holds_zero(self) -> bool:
         return self.base.holds_zero
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress_methods.lazy import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,6 +27,17 @@ class Grid(Protocol):
 
     def solution(self, codes: Tensor) -> Any:
         """The format's solution of codes [rows, cols]."""
+
+
+def entries_at(by_group: Tensor, column: int | Tensor, group_size: int) -> Tensor:
+    """The entries [rows] of [groups, rows] that belong to a column, or to each row's column.
+
+    `group_size` columns have an entry, all of them where it is negative.
+    """
+    if isinstance(column, int):
+        return by_group[0 if group_size < 0 else column // group_size]
+    groups = torch.zeros_like(column) if group_size < 0 else column // group_size
+    return by_group.gather(0, groups.clamp_(0, len(by_group) - 1)[None])[0]
 
 
 class Rounder(Protocol):

@@ -39,6 +39,8 @@ BUSY = 256
 ROTATE_BYTES = 400 * 2**20
 SECONDS = 0.3
 READ_BYTES = 2**28
+ROWS_DRAWN = 256
+"""Of a matrix of ours, which repeats them: filling all of it would take minutes."""
 PEAK_ROUNDS = 20_000_000
 Product = Callable[[int, Tensor], Any]
 Made = tuple[int, int, Product]
@@ -142,7 +144,8 @@ def ours(kernel: str, **fmt: Any) -> Callable[[int, int], Made]:
         from compress_methods.kernels import Want, matmul, prepare
 
         form = format_from_dict({"format": "integer", **fmt})
-        tensors = form.pack(form.nearest(torch.randn(rows, cols)))
+        some = form.pack(form.nearest(torch.randn(ROWS_DRAWN, cols)))
+        tensors = {name: tensor.repeat(rows // ROWS_DRAWN, 1) for name, tensor in some.items()}
         stored = Stored.whole(form, tensors, (rows, cols))
         size = form.nbytes(rows, cols)
         want = Want(kernel=kernel)
@@ -163,6 +166,13 @@ def rotated(**base: Any) -> dict[str, Any]:
     return {"format": "rotated", "base": {"format": "integer", **base}}
 
 
+def lookup(name: str, table_rows: int = 16) -> dict[str, Any]:
+    """A fixed table, or learned ones of as many bits as the name ends in."""
+    kind = {"table": name} if name == "nf4" else {"table": "learned", "table_rows": table_rows}
+    return {"format": "lookup", "bits": int(name[-1]), **kind}
+
+
+TABLES = ("lookup2", "lookup3", "nf4")
 CASES: dict[str, Callable[[int, int], Made | None]] = {
     "bf16, torch": bfloat16,
     BASE: vllm_bfloat16,
@@ -171,6 +181,7 @@ CASES: dict[str, Callable[[int, int], Made | None]] = {
     "int4, torch": ours("torch_int4", bits=4, group_size=128),
     "int8, torch": ours("torch_int8", bits=8, group_size=-1),
     **{f"int{b} g128, cpu": ours("cpu", bits=b, group_size=128) for b in (2, 3, 4)},
+    **{f"{name} g128, cpu": ours("cpu", **lookup(name)) for name in TABLES},
     "int4 g128 rotated, cpu": ours("rotated", **rotated(bits=4, group_size=128)),
     "int8 row, cpu": ours("cpu", bits=8, group_size=-1),
     "int8-dynamic, cpu": ours("cpu", bits=8, group_size=-1, activations="int8"),
@@ -182,6 +193,8 @@ MORE: dict[str, Callable[[int, int], Made | None]] = {
     "2:4 of int8, cpu": ours("cpu", **half(4, bits=8, group_size=-1)),
     **{f"int{b} g128, cpu_exact": ours("cpu_exact", bits=b, group_size=128) for b in (2, 3, 4)},
     "int8 row, cpu_exact": ours("cpu_exact", bits=8, group_size=-1),
+    **{f"{name} g128, cpu_exact": ours("cpu_exact", **lookup(name)) for name in TABLES},
+    "lookup4 g128 by row, cpu": ours("cpu", **lookup("lookup4", table_rows=1)),
     "half of int8, cpu_exact": ours("cpu_exact", **half(128, bits=8, group_size=-1)),
     "half of bf16, cpu_exact": ours("cpu_exact", **half(128, format="dense")),
 }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import MID, Integer
+from compress_methods.formats.lookup import BITS, FITTED, FIXED, FIXED_BITS, TABLE_ROWS, Lookup
 from compress_methods.formats.rotated import BLOCKS as ROTATED_BLOCKS
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import BLOCKS, Sparse
@@ -46,6 +47,16 @@ def mid_integers() -> st.SearchStrategy[Integer]:
     return integers(bits=(2, 3, 4), symmetric=(True,)).map(lambda fmt: replace(fmt, levels=MID))
 
 
+@st.composite
+def lookups(
+    draw: st.DrawFn, bits: Sequence[int] = BITS, table_rows: Sequence[int] = TABLE_ROWS
+) -> Lookup:
+    """Tables of every kind."""
+    table = draw(st.sampled_from((*FITTED, *FIXED)))
+    size = FIXED_BITS if table in FIXED else draw(st.sampled_from(bits))
+    return Lookup(size, draw(st.sampled_from(GROUPS)), table, draw(st.sampled_from(table_rows)))
+
+
 def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
     """Matrices in drawn formats, rotated."""
     return st.builds(Rotated, base, st.sampled_from(ROTATED_BLOCKS), st.integers(0, 2))
@@ -54,7 +65,8 @@ def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
 def formats() -> st.SearchStrategy[Format]:
     """Every kind of format there is."""
     values = st.one_of(*[integers()] * 9, st.just(Dense()))
-    return st.one_of(values, sparse(values), mid_integers(), rotated(integers()))
+    turned = rotated(st.one_of(integers(), lookups()))
+    return st.one_of(values, sparse(values), mid_integers(), lookups(), turned)
 
 
 def least_columns(fmt: Format) -> int:
@@ -62,7 +74,7 @@ def least_columns(fmt: Format) -> int:
     if isinstance(fmt, Sparse):
         unit = least_columns(fmt.values)
         return math.lcm(8, fmt.m * unit // math.gcd(unit, fmt.n))
-    if isinstance(fmt, Integer):
+    if isinstance(fmt, Integer | Lookup):
         return fmt.block
     return 1 if fmt.inner is fmt else least_columns(fmt.inner)
 

@@ -1,5 +1,5 @@
-"""Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, and with
-sparse ones of integers or 16-bit floats (`sparse.py`).
+"""Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, with those
+of tables (`lookup.py`), and with sparse ones of integers or 16-bit floats (`sparse.py`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
 format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
@@ -29,8 +29,10 @@ from compress_methods.formats import Format, Stored
 from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import SCALES, ZEROS, Integer
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
+from compress_methods.kernels.cpu import lookup as cpu_lookup
 from compress_methods.kernels.cpu import sparse as cpu_sparse
 from compress_methods.kernels.cpu.library import (
     DTYPES,
@@ -72,7 +74,7 @@ class CpuGemm(Kernel):
 
     def _knows(self, fmt: Format) -> bool:
         if not isinstance(fmt, Sparse):
-            return isinstance(fmt, Integer)
+            return isinstance(fmt, Integer | Lookup)
         exact = isinstance(fmt.values, Dense)
         return cpu_sparse.takes(fmt) and (not exact or self.mode == Mode.EXACT)
 
@@ -80,6 +82,8 @@ class CpuGemm(Kernel):
         """Whether it may be chosen by itself: not where it would cost quality that shows."""
         if isinstance(fmt, Sparse):
             return fmt.n < fmt.m
+        if isinstance(fmt, Lookup):
+            return True
         return isinstance(fmt, Integer) and (fmt.bits <= MOST_BITS or fmt.activations == "int8")
 
     def prepare(self, stored: Stored, want: Want) -> Prepared:
@@ -88,21 +92,17 @@ class CpuGemm(Kernel):
         if isinstance(fmt, Sparse):
             tensors = cpu_sparse.prepare(stored, together)
             return Prepared(self.name, rows, cols, tensors, fmt)
-        assert isinstance(fmt, Integer)
+        assert isinstance(fmt, Integer | Lookup)
         groups = stored.tensors[SCALES].shape[1]
         if fmt.group_size > 0:
             groups = (cols + -cols % LINE) // fmt.group_size
         out = [_lines(stored, together)]
-        terms = [stored.tensors[SCALES]]
-        if not fmt.symmetric:
-            terms.append(fmt.unpack_zeros(stored.tensors[ZEROS], rows))
-        elif _kind(fmt) == Kind.MID:
-            halves = terms[0].float() / 2
-            terms[0] = halves if terms[0].dtype == torch.float16 else halves.to(terms[0].dtype)
-        for term in terms:
+        for term in _terms(stored):
             missing = (0, groups - term.shape[1], 0, -rows % together)
             padded = torch.nn.functional.pad(term, missing, value=1)
             out.append(side_by_side(padded, together).clone())
+        if isinstance(fmt, Lookup):
+            out.append(cpu_lookup.tables(stored, together))
         return Prepared(self.name, rows, cols, out, fmt)
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
@@ -154,20 +154,35 @@ def _packed(prepared: Prepared) -> Packed:
     fmt = prepared.format
     if isinstance(fmt, Sparse):
         return cpu_sparse.packed(fmt, prepared)
-    assert isinstance(fmt, Integer)
+    assert isinstance(fmt, Integer | Lookup)
     weights, scales, *zeros = prepared.tensors
     settings = (prepared.rows, fmt.bits, max(0, fmt.group_size), prepared.cols)
     return Packed(weights, scales, zeros[0] if zeros else None, *settings, _kind(fmt))
 
 
-def _kind(fmt: Integer) -> Kind:
+def _terms(stored: Stored) -> list[Tensor]:
+    """What groups have: scales, halved where codes count twice, and zeros where stored."""
+    fmt, scales = stored.format, stored.tensors[SCALES]
+    if not isinstance(fmt, Integer):
+        return [scales]
+    if not fmt.symmetric:
+        return [scales, fmt.unpack_zeros(stored.tensors[ZEROS], stored.size[0])]
+    if fmt.holds_zero:
+        return [scales]
+    halves = scales.float() / 2
+    return [halves if scales.dtype == torch.float16 else halves.to(scales.dtype)]
+
+
+def _kind(fmt: Integer | Lookup) -> Kind:
+    if isinstance(fmt, Lookup):
+        return Kind.LOOKUP
     return Kind.WHOLE if fmt.holds_zero else Kind.MID
 
 
 def _lines(stored: Stored, together: int) -> Tensor:
     """Weights as the library reads them, a slab of rows at a time."""
     fmt, (rows, cols) = stored.format, stored.size
-    assert isinstance(fmt, Integer)
+    assert isinstance(fmt, Integer | Lookup)
     lines, blocks = -(-cols // LINE), -(-rows // together)
     size = together * LINE * fmt.bits // 8
     out = empty_bytes(blocks, lines, size)

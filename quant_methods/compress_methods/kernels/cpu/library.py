@@ -35,6 +35,7 @@ class Kind(IntEnum):
     WHOLE = 0
     SPARSE = 1
     MID = 2
+    LOOKUP = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Packed:
     `DTYPES`; `zeros` uint8 like them, or None where every zero is 2^(bits - 1); `group` columns per
     group, 0 for rows. `kind` sparse: a line is its kept values, then its mask; 16 bits are then
     floats of the dtype of `scales`, which is empty. `kind` mid: every zero is 2^(bits - 1) - 1/2,
-    and `scales` are half of what they are.
+    and `scales` are half of what they are. `kind` look-up: in place of zeros, tables uint8 [n, 16]
+    of which every row, or every 16 rows, have one.
     """
 
     weights: Tensor

@@ -8,11 +8,14 @@ import torch
 from compress_methods.algorithms import ALGORITHMS
 from compress_methods.algorithms.error_feedback import activity_order, factorize
 from compress_methods.algorithms.gptq import GPTQ
+from compress_methods.algorithms.kmeans import KMeans
 from compress_methods.algorithms.rtn import RoundToNearest
-from compress_methods.algorithms.statistics import Hessian, Seen, relative_error
+from compress_methods.algorithms.statistics import Hessian, InputNorms, Seen, relative_error
 from compress_methods.errors import RecipeError
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
+from compress_methods.formats.rotated import Rotated
 
 
 def correlated(tokens: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -126,9 +129,32 @@ def test_clipping_search_never_raises_the_squared_error() -> None:
         assert relative_error(weight, clipped) < relative_error(weight, plain)
 
 
+def test_kmeans_lies_between_rounding_and_gptq() -> None:
+    """By the outputs of correlated inputs, in a rotated basis too."""
+    weight, x = (
+        torch.randn(32, 128, generator=torch.Generator().manual_seed(0)),
+        correlated(600, 128),
+    )
+    norms = InputNorms(128, x.device)
+    norms.add_batch(x)
+    seen = {**gathered(x), InputNorms: norms}
+    for fmt in (Lookup(3, 64), Rotated(Lookup(2, 32, table_rows=1))):
+        found = []
+        for algorithm in (RoundToNearest(), KMeans(), GPTQ()):
+            algorithm.check_format(fmt)
+            needed = {cls: seen[cls] for cls in algorithm.needs(fmt) if cls in seen}
+            solution = algorithm.fill(weight, algorithm.ready(needed, fmt), fmt)
+            found.append(relative_error(weight, fmt.matrix(solution), gathered(x)))
+        rounded, clustered, fed_back = found
+        assert fed_back < 0.6 * clustered
+        assert clustered < (0.95 if fmt.inner is fmt else 1.05) * rounded
+
+
 def test_an_algorithm_refuses_a_format_it_cannot_fill() -> None:
     with pytest.raises(RecipeError, match=r"gptq.*dense"):
         GPTQ().check_format(Dense())
+    with pytest.raises(RecipeError, match=r"kmeans.*lookup.*learned values"):
+        KMeans().check_format(Lookup(table="nf4"))
     with pytest.raises(RecipeError, match="damping is 2"):
         GPTQ(damping=2)
     assert {"rtn", "gptq"} <= set(ALGORITHMS)

@@ -13,7 +13,8 @@ from compress_methods.algorithms.coordinate_descent import descend
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.least_squares import Unscaled, refit_scales
+from compress_methods.formats.least_squares import Unscaled, refit_scales, refit_tables
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from tests.unit.compress_methods.algorithms.test_algorithms import correlated, gathered
 
@@ -23,7 +24,9 @@ FORMATS: list[Format] = [
     Integer(4, -1, symmetric=False),
     Sparse(16, 32, Integer(4, 32)),
     Sparse(2, 4, Integer(3, -1)),
+    Lookup(3, 64, table_rows=1),
 ]
+SHARED: list[Format] = [Lookup(2, 32), Lookup(3, -1, "binary"), Lookup(4, 64, "nf4")]
 COLS, ROWS = 192, 24
 
 
@@ -50,6 +53,20 @@ def test_every_row_comes_closer(fmt: Format, seed: int) -> None:
     assert float(after.sum()) < 0.8 * float(before.sum())
     stored = fmt.pack(solution)
     torch.testing.assert_close(fmt.unpack(stored), fmt.matrix(solution))
+
+
+@pytest.mark.parametrize("fmt", SHARED, ids=str)
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000))
+def test_rows_that_share_a_table_come_closer_together(fmt: Format, seed: int) -> None:
+    weight, hessian = problem(seed)
+    start = fmt.nearest(weight)
+    before = errors(weight, fmt.matrix(start), hessian)
+    solution = descend(weight, hessian, 1e-6, fmt, start, 3)
+    after = errors(weight, fmt.matrix(solution), hessian)
+    for old, new in zip(before.split(16), after.split(16), strict=True):
+        assert float(new.sum()) <= float(old.sum()) * (1 + 1e-4)
+    assert float(after.sum()) < 0.8 * float(before.sum())
 
 
 def test_no_single_code_is_better_than_the_one_found() -> None:
@@ -81,6 +98,31 @@ def test_scales_are_those_of_least_squares() -> None:
         design = torch.block_diag(*by_group).double() @ root
         expected = torch.linalg.lstsq(design.T, root.T @ weight[row].double()).solution
         torch.testing.assert_close(scales[row].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("basis", [None, torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])])
+def test_tables_are_those_of_least_squares(basis: Tensor | None) -> None:
+    """Rounded to whole numbers; an entry that no value has stays as it is."""
+    weight, hessian = problem()
+    weight = 40 * weight
+    codes = torch.randint(0, 4, (ROWS, COLS)).to(torch.uint8)
+    if basis is None:
+        codes[:16] %= 3
+    scales = torch.rand(ROWS, COLS) + 0.5
+    start = torch.full((2, 4), 99, dtype=torch.int8)
+    found = refit_tables(codes, scales, start, 16, weight, hessian, basis)
+    root = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(COLS))
+    for table, rows in enumerate((slice(0, 16), slice(16, ROWS))):
+        chosen = torch.nn.functional.one_hot(codes[rows].long(), 4) * scales[rows, :, None]
+        design = torch.einsum("rck,cd->rdk", chosen.double(), root).flatten(0, 1)
+        aim = (weight[rows].double() @ root).flatten()
+        if basis is None:
+            expected = torch.linalg.lstsq(design[:, : 3 + table], aim).solution
+            assert table or int(found[0, 3]) == 99
+        else:
+            expected = basis.double() @ torch.linalg.lstsq(design @ basis.double(), aim).solution
+        worst = 0.51 * (1 if basis is None else 2)
+        assert float((found[table, : len(expected)] - expected).abs().max()) < worst
 
 
 def test_scales_that_would_not_help_stay() -> None:

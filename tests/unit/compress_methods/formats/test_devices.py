@@ -10,6 +10,7 @@ from compress_methods.algorithms import Hessian, InputNorms, Statistic
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
 
@@ -21,6 +22,9 @@ FORMATS = [
     Integer(2, 32, symmetric=False, scale_dtype="float16"),
     Integer(8, -1, activations="int8"),
     Dense("float16"),
+    Lookup(3, 128),
+    Lookup(2, 32, "binary", table_rows=1),
+    Lookup(4, -1, "nf4"),
     Rotated(Integer(4, 128)),
     Rotated(Integer(8, -1, activations="int8"), block=32),
 ]

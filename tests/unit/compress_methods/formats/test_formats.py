@@ -11,6 +11,7 @@ from compress_methods.errors import FormatError
 from compress_methods.formats import FORMATS, Format, dtype_name, format_from_dict
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
 from tests.unit.compress_methods.drawn import Drawn, formats, matrices, pieces
@@ -90,7 +91,10 @@ def test_what_a_format_says_of_itself() -> None:
     assert [fmt.inner for fmt in kinds] == [*kinds[:4], int4]
     plain = Dense("float32")
     assert [fmt.unrounded() for fmt in kinds] == [plain, plain, *[Sparse(2, 4, plain)] * 2, plain]
-    assert {"integer", "dense", "sparse", "rotated"} <= set(FORMATS)
+    tables = (Lookup(3), Lookup(table="nf4"), Rotated(Lookup(2, table="binary")))
+    assert [fmt.learns_values for fmt in (*kinds, *tables)] == [*[False] * 5, True, False, True]
+    assert [fmt.holds_zero for fmt in tables] == [False, True, False]
+    assert {"integer", "dense", "lookup", "sparse", "rotated"} <= set(FORMATS)
 
 
 INT8 = {"format": "integer", "bits": 8, "group_size": -1}
@@ -109,6 +113,10 @@ TURNED = {"format": "rotated", "base": INT8}
         ({"format": "integer", "group_size": 100}, ["group_size is 100", "-1, 32, 64, 128"]),
         ({"format": "integer", "activations": "fp8"}, ["activations is 'fp8'"]),
         ({"bits": 4}, ["'format'"]),
+        ({"format": "lookup", "bits": 8}, ["bits is 8", "2, 3, 4"]),
+        ({"format": "lookup", "table": "nf3"}, ["table is 'nf3'", "learned, binary, nf4, fp4"]),
+        ({"format": "lookup", "bits": 3, "table": "fp4"}, ["bits is 3", "expected 4 for fp4"]),
+        ({"format": "lookup", "table_rows": 8}, ["table_rows is 8", "1, 16, 32, 64, 128"]),
         ({"format": "sparse", "n": 5, "m": 4, "values": INT8}, ["n is 5", "1 to 4"]),
         ({"format": "sparse", "n": 2, "m": 6, "values": INT8}, ["m is 6", "4, 8, 16, 32, 64"]),
         ({"format": "sparse", "n": 2, "values": INT8}, ["missing key 'm'"]),

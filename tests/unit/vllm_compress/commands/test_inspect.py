@@ -101,6 +101,19 @@ def test_layers_alike_are_one_line(compressed: Path, capsys: pytest.CaptureFixtu
     assert all(f"model.layers.{layer}.proj " in text for layer in range(LAYERS))
 
 
+def test_tables_are_among_the_bytes_of_their_module(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fmt = format_from_dict({"format": "lookup", "bits": 3, "group_size": 32})
+    tensors = fmt.pack(fmt.nearest(torch.randn(40, 64)))
+    write_tensors(tmp_path / "model.safetensors", {f"a.{k}": v for k, v in tensors.items()})
+    spec = CompressionSpec({"t": fmt}, [Rule("a", "t", (40, 64))], base_model="small")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": spec.to_dict()}))
+    (found,) = as_json(tmp_path, capsys)["modules"].values()
+    assert found["format"] == "lookup3 g32, table per 16 rows"
+    assert found["bytes"] == 40 * 64 * 3 // 8 + 2 * 40 * 2 + 3 * 8
+
+
 def test_a_plain_model_is_all_dense(novels_8m: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(novels_8m, capsys)
     assert found["bytes"] == sum(e.nbytes for e in read_entries(novels_8m).values())

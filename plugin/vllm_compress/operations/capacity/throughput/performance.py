@@ -25,6 +25,7 @@ from typing import Protocol
 
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
@@ -206,9 +207,9 @@ def compute_rate(fmt: Format | None, machine: Hardware) -> float:
     """
     inner = None if fmt is None else fmt.inner
     values = inner.values if isinstance(inner, Sparse) else inner
-    eight = isinstance(values, Integer) and (
-        values.activations == "int8" or (machine.kind == "cpu" and values.bits <= 4)
-    )
+    few = isinstance(values, Lookup) or (isinstance(values, Integer) and values.bits <= 4)
+    asked = isinstance(values, Integer) and values.activations == "int8"
+    eight = asked or (few and machine.kind == "cpu")
     return machine.rate("int8", "bf16", "fp16", "fp32") if eight else dense_rate(machine)
 
 

@@ -27,4 +27,4 @@ struct Request {
   Mode how;
 };
 
-using LookUp = void (*)(const Matrix&, int64_t row, int64_t cols, float* out);
+using RowLookUp = void (*)(const Matrix&, int64_t row, int64_t cols, float* out);

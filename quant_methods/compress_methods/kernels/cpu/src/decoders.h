@@ -2,7 +2,7 @@
 //
 // A line is the packing block of format `integer`: inside it, a plane of p bits keeps codes
 // i, i + 16p, i + 32p, ... in byte i, lowest bits first. Which columns, and of how many rows, these
-// are is the layout's affair. A new format is one more decoder.
+// are is the layout's affair. A new format is one more decoder, or a table between code and number.
 #pragma once
 
 #include <cstring>
@@ -68,6 +68,31 @@ struct Mid {  // twice the codes: scales are halves, and zeros whole
 #pragma GCC unroll 4
     for (auto& codes : line.v) codes = vec::twice(codes);
   }
+};
+
+// Codes of a table, which every row has of its own or all rows of a vector share.
+template <int bits, bool shared>
+struct LookUp {
+  using Line = Codes;
+  using Dense = Decoder<8>;
+  static constexpr bool kSigned = true;
+};
+
+// Reads line after line of a code; `table` is that of the rows, if it has one.
+template <class Code>
+struct Reader {
+  VC_INLINE explicit Reader(const uint8_t*) {}
+  VC_INLINE void read(const uint8_t* p, int64_t bytes, typename Code::Line& line) const {
+    Code::decode(p, bytes, line);
+  }
+};
+
+template <int bits, bool shared>
+struct Reader<LookUp<bits, shared>> {
+  vec::Table<bits, shared> table;
+
+  VC_INLINE explicit Reader(const uint8_t* from) : table(from) {}
+  VC_INLINE void read(const uint8_t* p, int64_t, Codes& line) const { table.read(p, line.v); }
 };
 
 struct Floats {  // what lines are decoded to

@@ -21,7 +21,7 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 }
 
 // What `kind` says of a matrix.
-enum Kind : int64_t { kWhole, kSparse, kMid };
+enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp };
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
@@ -45,7 +45,7 @@ inline void check_terms(const Matrix& m, const Tensor& terms, const char* name) 
 inline void check_bits(const Matrix& m) {
   const int32_t bits = m.bits;
   const bool dense = bits == 2 || bits == 3 || bits == 4 || bits == 8;
-  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && !(m.mid && bits == 8),
+  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && !((m.mid || m.tables) && bits == 8),
                   "weights of ", bits, " bits", m.sparse ? " in a sparse matrix" : "");
   const int64_t most = kRowsTogether * kLine * bits / 8;
   if (m.sparse) {  // some values, then a bit for each place
@@ -54,6 +54,18 @@ inline void check_bits(const Matrix& m) {
   } else {
     STD_TORCH_CHECK(m.bytes == most, "lines of ", m.bytes, " bytes, not ", most);
   }
+}
+
+// As many as rows (with those that fill a block), or as 16 of them.
+inline void take_tables(Matrix& m, const std::optional<Tensor>& tables) {
+  STD_TORCH_CHECK(tables, "a matrix of kind ", static_cast<int64_t>(kLookUp), " has no tables");
+  check_tensor(*tables, "tables", 2, true);
+  const int64_t count = tables->size(0), shared = divided_up(m.rows, kTableRows);
+  const int64_t own = divided_up(m.rows, kRowsTogether) * kRowsTogether;
+  STD_TORCH_CHECK(tables->size(1) == kTable && (count == shared || count == own), count,
+                  " tables of ", tables->size(1), " bytes for ", m.rows, " rows");
+  m.tables = static_cast<const uint8_t*>(tables->const_data_ptr());
+  m.table_rows = count == shared ? kTableRows : 1;
 }
 
 inline void check_groups(const Matrix& m) {
@@ -65,6 +77,7 @@ inline void check_groups(const Matrix& m) {
                   " columns");
 }
 
+// `zeros` are the tables of a matrix that has those.
 inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
                         const Tensor& weights, const Tensor& scales,
                         const std::optional<Tensor>& zeros, int64_t cols) {
@@ -76,7 +89,7 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   m.scales = nullptr, m.zeros = nullptr;
   m.rows = rows, m.lines = weights.size(1), m.bytes = weights.size(2), m.groups = 1;
   m.bits = static_cast<int32_t>(bits), m.group = static_cast<int32_t>(group);
-  STD_TORCH_CHECK(kind >= kWhole && kind <= kMid, "a matrix of kind ", kind);
+  STD_TORCH_CHECK(kind >= kWhole && kind <= kLookUp, "a matrix of kind ", kind);
   const bool sparse = kind == kSparse;
   m.sparse = sparse, m.mid = kind == kMid;
   m.scale_dtype = dtype_of(scales, "scales");
@@ -84,6 +97,7 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
                   " columns, the matrix ", m.lines, " lines of ", kLine);
   STD_TORCH_CHECK(weights.size(0) == divided_up(rows, kRowsTogether), rows, " rows in ",
                   weights.size(0), " blocks of ", kRowsTogether);
+  if (kind == kLookUp) take_tables(m, zeros);
   check_bits(m);
   if (sparse && bits == 16) {  // values are what they are
     STD_TORCH_CHECK(group == 0 && !zeros && m.scale_dtype != Dtype::kFloat32 && !scales.numel(),
@@ -94,7 +108,7 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   m.scales = scales.const_data_ptr(), m.groups = scales.size(1);
   check_groups(m);
   check_terms(m, scales, "scales");
-  if (!zeros) return m;
+  if (!zeros || m.tables) return m;
   STD_TORCH_CHECK(kind == kWhole, "a sparse matrix, or one without 0, has no zeros");
   check_tensor(*zeros, "zeros", dimensions, true);
   check_terms(m, *zeros, "zeros");

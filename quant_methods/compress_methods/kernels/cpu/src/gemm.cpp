@@ -7,6 +7,7 @@
 //   value = scale * (code - zero)
 //   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
 //
+// With a table, value = scale * table[code], whose entries are the codes of 8 bits.
 // A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
 
 #include "rotation.h"
@@ -18,12 +19,23 @@
 
 namespace {
 
+// Where a vector holds several rows, tables of their own are another look-up.
+template <int bits>
+Functions of_tables(const Matrix& m) {
+#ifdef VC_BLOCKS
+  if (m.table_rows == 1) return functions<LookUp<bits, false>>(m);
+#endif
+  return functions<LookUp<bits, true>>(m);
+}
+
 Functions functions_of(const Matrix& m) {
   if (m.sparse && m.bits == 16) {
     return m.scale_dtype == Dtype::kBfloat16 ? functions<SparseFloats<true>>(m)
                                              : functions<SparseFloats<false>>(m);
   }
   if (m.sparse) return m.bits == 4 ? functions<Sparse<4>>(m) : functions<Sparse<8>>(m);
+  if (m.tables && m.bits == 2) return of_tables<2>(m);
+  if (m.tables) return m.bits == 3 ? of_tables<3>(m) : of_tables<4>(m);
   if (m.mid && m.bits == 2) return functions<Mid<2>>(m);
   if (m.mid) return m.bits == 3 ? functions<Mid<3>>(m) : functions<Mid<4>>(m);
   if (m.bits == 2) return functions<Decoder<2>>(m);
@@ -70,7 +82,7 @@ void vc_rotated(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t to
 void vc_embed(const Matrix* matrix, const int64_t* ids, int64_t count, int64_t cols, float* out) {
   const Matrix& m = *matrix;
   if (!count || !cols) return;
-  const LookUp body = functions_of(m).look_up;
+  const RowLookUp body = functions_of(m).look_up;
   parallel(count, std::max<int64_t>(1, kWork / 16 / (m.lines * kLine)), [&](int64_t a, int64_t b) {
     for (int64_t i = a; i < b; ++i) body(m, ids[i], cols, out + i * cols);
   });

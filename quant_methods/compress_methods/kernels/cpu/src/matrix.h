@@ -14,6 +14,8 @@ VC_INLINE void fetch_ahead(const uint8_t* p) {
   vec::prefetch_far(p + kFar);
 }
 
+constexpr int64_t kTable = 16, kTableRows = 16;  // bytes of a table, rows that may share one
+
 #ifdef VC_BLOCKS
 constexpr int64_t kRowsTogether = 16;
 #else
@@ -31,6 +33,14 @@ struct Matrix {
   int32_t sparse;       // whether lines are: kept values, then a mask; zeros are null then
   int32_t mid;          // whether codes count twice and zeros lie between two; zeros are null then
   Dtype scale_dtype;    // if there are 16 bits, of the values
+  // [rows / table_rows, 16] bytes that codes stand for, or null; one table for a row, or for 16.
+  // Those of fewer bits repeat until there are 16.
+  // Row by row they are signed, else 128 more than they are. Zeros are null then.
+  const uint8_t* tables = nullptr;
+  int64_t table_rows = 1;
 
-  int32_t middle() const { return mid ? (1 << bits) - 1 : 1 << (bits - 1); }
+  int32_t middle() const { return tables ? 128 : mid ? (1 << bits) - 1 : 1 << (bits - 1); }
+  const uint8_t* table_of(int64_t row) const {
+    return tables ? tables + row / table_rows * kTable : nullptr;
+  }
 };

@@ -79,6 +79,18 @@ void use_dense(int bits, int group) {
   }
 }
 
+// Tables of exactly as many rows as there are, or as many as fill the last block.
+void use_tables(int bits, int group, int64_t table_rows) {
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
+  const int64_t bytes = 16 * bits * kRowsTogether;
+  const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
+  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const int64_t own = kBlocks * kRowsTogether, shared = (kRows + kTableRows - 1) / kTableRows;
+  const auto tables = filled<uint8_t>((table_rows == 1 ? own : shared) * kTable, 6);
+  use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
+       Dtype::kFloat32, tables.data(), table_rows});
+}
+
 // Masks keep the first, the last or scattered ones of each line's places, `kept` of 128.
 void use_sparse(int bits, int group, int kept) {
   const int64_t groups = group == 0 ? 1 : (kLines * 128 + group - 1) / group;
@@ -103,6 +115,11 @@ void use_sparse(int bits, int group, int kept) {
 int main() {
   for (const int bits : {2, 3, 4, 8}) {
     for (const int group : {0, 32, 64, 128}) use_dense(bits, group);
+  }
+  for (const int bits : {2, 3, 4}) {
+    for (const int group : {0, 32, 64, 128}) {
+      use_tables(bits, group, 1), use_tables(bits, group, kTableRows);
+    }
   }
   for (const int bits : {4, 8, 16}) {
     for (const int kept : {1, 5, 64, 96, 127, 128}) {

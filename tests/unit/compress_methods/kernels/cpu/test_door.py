@@ -12,6 +12,7 @@ import torch
 
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels import Prepared, Want, composite, dispatch
 from compress_methods.kernels.cpu import build
@@ -22,6 +23,7 @@ from tests.unit.compress_methods.kernels.arithmetic import using
 ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
 ROWS, COLS = 32, 256
 SPARSE = Sparse(64, 128, Integer(8, -1))
+NF4 = Lookup(4, 128, "nf4")
 
 
 @pytest.fixture(scope="module", params=ISAS)
@@ -40,7 +42,7 @@ def packed(fmt: Format) -> Packed:
 
 
 @pytest.mark.parametrize("bad", [32, 40, -1, 2**40])
-@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), SPARSE], ids=str)
+@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE], ids=str)
 @pytest.mark.parametrize("name", ["cpu", "cpu_exact", "torch_int8", "reference"])
 def test_no_row_is_looked_up_that_the_matrix_has_not(
     isa: Library, name: str, fmt: Format, bad: int
@@ -89,7 +91,13 @@ WRONG: list[tuple[str, Format, Callable[[Packed], dict[str, Any]]]] = [
     ("sparse lines of", SPARSE, lambda m: {"weights": m.weights[:, :, :16].contiguous()}),
     ("values of 16 bits have neither", SPARSE, lambda m: {"bits": 16}),
     ("a sparse matrix, or .* has no zeros", SPARSE, lambda m: {"zeros": m.weights}),
-    ("a matrix of kind 3", Integer(4, 128), lambda m: {"kind": 3}),
+    ("a matrix of kind 4", Integer(4, 128), lambda m: {"kind": 4}),
+    ("kind 3 has no tables", Integer(4, 128), lambda m: {"kind": Kind.LOOKUP}),
+    ("tables are not uint8", NF4, lambda m: {"zeros": m.zeros.char()}),
+    ("tables have 1 dim", NF4, lambda m: {"zeros": m.zeros[0]}),
+    ("1 tables of 16 bytes for 32", NF4, lambda m: {"zeros": m.zeros[:1]}),
+    ("2 tables of 8 bytes", NF4, lambda m: {"zeros": m.zeros[:, :8].contiguous()}),
+    ("weights of 8 bits", NF4, lambda m: {"bits": 8}),
     ("weights of 8 bits", Integer(8, 128), lambda m: {"kind": Kind.MID}),
 ]
 
@@ -158,7 +166,7 @@ def test_products_refuse_what_would_broadcast(isa: Library, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu_exact", "torch_int4", "torch_int8", "reference"])
-@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), SPARSE], ids=str)
+@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE], ids=str)
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(0, 32, 256), (3, 0, 256), (3, 32, 0)])
 def test_sizes_of_zero(
     isa: Library, name: str, fmt: Format, tokens: int, rows: int, cols: int

@@ -33,10 +33,12 @@ template <class Code>
 struct Cursor {
   const uint8_t* p;
   int64_t bytes;  // of a part
+  Reader<Code> reader;
 
-  VC_INLINE Cursor(const uint8_t* from, int64_t line_bytes) : p(from), bytes(line_bytes / kParts) {}
+  VC_INLINE Cursor(const uint8_t* from, int64_t line_bytes, const uint8_t* table)
+      : p(from), bytes(line_bytes / kParts), reader(table) {}
   VC_INLINE void next(typename Code::Line& to) {
-    Code::decode(p, bytes, to);
+    reader.read(p, bytes, to);
     p += bytes;
   }
 };
@@ -47,7 +49,8 @@ struct SparseLine {
   int64_t bytes;
   int part = 0;
 
-  VC_INLINE SparseLine(const uint8_t* from, int64_t line_bytes) : line(from), bytes(line_bytes) {}
+  VC_INLINE SparseLine(const uint8_t* from, int64_t line_bytes, const uint8_t*)
+      : line(from), bytes(line_bytes) {}
   // Whether a line begins.
   VC_INLINE bool enter() {
     const bool begins = part == 0;

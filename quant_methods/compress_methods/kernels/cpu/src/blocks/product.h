@@ -50,7 +50,7 @@ struct Batch {
       begin(scratch, 1, {at});
       for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {
         Place place = place_of(scratch, 1, chunk);
-        place.weights = place.ahead = line_of(at, chunk);
+        place.weights = place.ahead = line_of(at, chunk), place.table = m.table_of(at * kBlock);
         place.bytes = m.bytes, place.ahead_step = m.bytes / kParts;
         streamed[in.tokens - 1](place);
       }
@@ -177,7 +177,7 @@ struct Functions {
   // Of as many tokens as the index and one, straight from memory.
   const block::Multiply *codes = nullptr, *floats = nullptr;
   block::Decode int8 = nullptr, bfloat16 = nullptr, float32 = nullptr;
-  LookUp look_up = nullptr;
+  RowLookUp look_up = nullptr;
 };
 
 template <class Code, int... i>
@@ -191,7 +191,8 @@ void look_up(const Matrix& m, int64_t row, int64_t cols, float* out) {
   constexpr int kBlock = block::kBlock, kColumns = block::kColumns;
   const int64_t block = row / kBlock, lane = row % kBlock;
   const int64_t step = m.group == 0 ? m.lines * kLine : m.group;
-  block::Cursor<Code> cursor(m.weights + block * m.lines * m.bytes, m.bytes);
+  const uint8_t* from = m.weights + block * m.lines * m.bytes;
+  block::Cursor<Code> cursor(from, m.bytes, m.table_of(block * kBlock));
   float scale = 1, zero = 0;
   for (int64_t column = 0; column < cols; column += kColumns) {
     if (column % step == 0 && m.scales) {

@@ -3,8 +3,9 @@
 // A row's lines are decoded to bytes in registers and multiplied with up to `kTokens` tokens before
 // the next line is read. In a block of rows, the tokens of a tile stay in the first-level cache
 // while its rows pass by. Zero points come in as scale * zero * (sum of the group's activations),
-// so the inner loop never sees them. Sparse lines take longer to decode; where tokens fill more
-// than a tile, a block's rows are decoded once, to dense lines in the second-level cache.
+// so the inner loop never sees them. Sparse lines and those of tables take longer to decode; where
+// tokens fill more than a tile, a block's rows are decoded once, to lines of 8 bits (or floats) in
+// the second-level cache.
 #pragma once
 
 #include <array>
@@ -64,10 +65,13 @@ struct SparseFloats {
 struct RowTerms {
   std::vector<float> scales, zeros, offsets;
   float factor = 1;
+  const uint8_t* table = nullptr;
 
   void load(const Matrix& m, int64_t row) {
+    table = m.table_of(row);
     const float shift = m.bits == 8 ? 128.0f : 0.0f;
-    const float middle = m.sparse ? 0.0f : static_cast<float>(m.middle()) - shift;
+    const bool centred = m.sparse || m.tables;
+    const float middle = centred ? 0.0f : static_cast<float>(m.middle()) - shift;
     zeros.assign(m.groups, middle);
     if (m.zeros) {
       const uint8_t* stored = m.zeros + row * m.groups;
@@ -82,7 +86,7 @@ struct RowTerms {
       scales.resize(m.groups);
       read_floats(m.scales, row * m.groups, m.groups, m.scale_dtype, scales.data());
     }
-    offsets.resize(m.sparse ? 0 : m.groups);
+    offsets.resize(centred ? 0 : m.groups);
     for (size_t g = 0; g < offsets.size(); ++g) offsets[g] = scales[g] * zeros[g];
     if (m.group > kLine) {  // from here on one for each line
       const int64_t lines = m.group / kLine;
@@ -164,9 +168,9 @@ inline Vector add_scaled(Vector a, const float* scales, Vector sum) {
 }
 
 template <class Code, class = void>
-constexpr bool is_sparse = false;
+constexpr bool takes_decoding = false;
 template <class Code>
-constexpr bool is_sparse<Code, std::void_t<typename Code::Dense>> = true;
+constexpr bool takes_decoding<Code, std::void_t<typename Code::Dense>> = true;
 
 template <class Code>
 float value_of(const typename Code::Line& line, int64_t column) {
@@ -195,9 +199,10 @@ void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, co
   const float* q_scales = exact ? nullptr : in.scales.data() + token * in.lines;
   vec::Floats sums[tokens];
   for (auto& sum : sums) sum = vec::zero();
+  const Reader<Code> reader(terms.table);
   for (int64_t at = 0; at < in.lines; ++at, p += bytes) {
     typename Code::Line line;
-    Code::decode(p, bytes, line);
+    reader.read(p, bytes, line);
     fetch_ahead(p);
     if (bytes > 64) fetch_ahead(p + 64);
     for (int g = 0; g < kParts; ++g) {
@@ -268,17 +273,22 @@ void rows_times_tokens(const Call& call, int64_t first, int64_t last) {
     const int64_t rows = std::min(kRows, last - block);
     for (int64_t r = 0; r < rows; ++r) terms[r].load(m, block + r);
     const uint8_t* p = m.weights + block * row_bytes;
-    if constexpr (!is_sparse<Code>) {
+    if constexpr (!takes_decoding<Code>) {
       block_times_tokens<Code, group, exact>(call, p, m.bytes, block, rows, terms);
     } else if (call.in.tokens <= kTokens) {
       block_times_tokens<Code, group, exact>(call, p, m.bytes, block, rows, terms);
     } else {
       constexpr int64_t kBytes = sizeof(typename Code::Line);
       decoded.resize(kRows * m.lines * kBytes);
-      for (int64_t at = 0; at < rows * m.lines; ++at) {
-        typename Code::Line line;
-        Code::decode(p + at * m.bytes, m.bytes, line);
-        std::memcpy(decoded.data() + at * kBytes, &line, kBytes);
+      uint8_t* out = decoded.data();
+      const uint8_t* from = p;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Reader<Code> reader(terms[r].table);
+        for (int64_t at = 0; at < m.lines; ++at, from += m.bytes, out += kBytes) {
+          typename Code::Line line;
+          reader.read(from, m.bytes, line);
+          std::memcpy(out, &line, kBytes);
+        }
       }
       block_times_tokens<typename Code::Dense, group, exact>(call, decoded.data(), kBytes, block,
                                                              rows, terms);
@@ -292,10 +302,11 @@ void look_up(const Matrix& m, int64_t row, int64_t cols, float* out) {
   thread_local RowTerms terms;
   terms.load(m, row);
   const uint8_t* p = m.weights + row * m.lines * m.bytes;
+  const Reader<Code> reader(terms.table);
   const int64_t step = m.group == 0 ? m.lines * kLine : m.group;
   for (int64_t at = 0; at < m.lines; ++at, p += m.bytes) {
     typename Code::Line line;
-    Code::decode(p, m.bytes, line);
+    reader.read(p, m.bytes, line);
     const int64_t count = std::min<int64_t>(kLine, cols - at * kLine);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t group = (at * kLine + i) / step;
@@ -309,7 +320,7 @@ using Body = void (*)(const Call&, int64_t, int64_t);
 
 struct Functions {
   Body exact, quantized;
-  LookUp look_up;
+  RowLookUp look_up;
 };
 
 template <class Code, bool exact>
@@ -334,7 +345,7 @@ inline void multiply(const Request& r, const Functions& run) {
   const bool exact = r.how == Mode::kExact;
   const Body body = exact ? run.exact : run.quantized;
   const int64_t blocks = (m.rows + kRows - 1) / kRows, width = m.lines * kLine;
-  const int offset = m.bits == 8 || m.sparse ? vec::kSignedOffset : 0;
+  const int offset = m.bits == 8 || m.sparse || m.tables ? vec::kSignedOffset : 0;
   static thread_local Activations scratch;
   Activations& in = scratch;
   for (int64_t first = 0; first < r.tokens; first += kMostTokens) {

@@ -69,6 +69,19 @@ inline void add_third_bits(const uint8_t* p, Bytes* out) {
   for (int i = 0; i < 4; ++i) out[i] = {_mm256_or_si256(out[i].v, spread_bits(p, 2 * i))};
 }
 
+// The 16 bytes that codes stand for.
+template <int bits, bool>
+struct Table {
+  __m256i v;
+  VC_INLINE explicit Table(const uint8_t* p)
+      : v(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    planes<bits == 3 ? 2 : bits>(p, out);
+    if constexpr (bits == 3) add_third_bits(p + 32, out);
+    for (int i = 0; i < 4; ++i) out[i] = {_mm256_shuffle_epi8(v, out[i].v)};
+  }
+};
+
 template <bool is_signed, int count>
 VC_INLINE Ints start(const Bytes*) {
   return {_mm256_setzero_si256()};

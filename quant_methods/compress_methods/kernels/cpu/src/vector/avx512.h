@@ -52,16 +52,70 @@ VC_INLINE void planes(const uint8_t* p, Bytes* out) {
     out[1] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(4, 4, 6, 6)), low_bits)};
   }
 }
-// Adds 4 where the bit of a column is set in a plane of one bit.
+// Bits of the columns of a vector, in the third place of their bytes, from a plane of one bit.
+inline __m512i third_bits(__m512i all, int vector) {
+  return _mm512_rolv_epi32(all, vector ? quarters(30, 29, 28, 27) : quarters(2, 1, 0, 31));
+}
+// Adds 4 where the bit of a column is set.
 inline void add_third_bits(const uint8_t* p, Bytes* out) {
   const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m512i four = _mm512_set1_epi8(4);
-  const __m512i low = _mm512_rolv_epi32(all, quarters(2, 1, 0, 31));
-  const __m512i high = _mm512_rolv_epi32(all, quarters(30, 29, 28, 27));
   constexpr int kOrAnd = 0xf8;  // a | (b & c)
-  out[0] = {_mm512_ternarylogic_epi32(out[0].v, low, four, kOrAnd)};
-  out[1] = {_mm512_ternarylogic_epi32(out[1].v, high, four, kOrAnd)};
+  out[0] = {_mm512_ternarylogic_epi32(out[0].v, third_bits(all, 0), four, kOrAnd)};
+  out[1] = {_mm512_ternarylogic_epi32(out[1].v, third_bits(all, 1), four, kOrAnd)};
 }
+
+// The 16 bytes that codes stand for, the same in all rows of a vector.
+template <int bits, bool shared>
+struct Table {
+  __m512i v;
+  VC_INLINE explicit Table(const uint8_t* p)
+      : v(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
+  // Entries repeat after 2^bits of them, and only six bits of an index count: what lies above a
+  // code need not be cleared.
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    __m512i low, high;
+    if constexpr (bits == 4) {
+      low = _mm512_loadu_si512(p), high = _mm512_srli_epi16(low, 4);
+    } else {
+      const __m512i twice =
+          _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      low = _mm512_srlv_epi32(twice, quarters(0, 0, 2, 2));
+      high = _mm512_srlv_epi32(twice, quarters(4, 4, 6, 6));
+    }
+    if constexpr (bits == 3) {
+      const __m512i all =
+          _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 32)));
+      const __m512i two_bits = _mm512_set1_epi8(3);
+      constexpr int kSelect = 0xca;  // a ? b : c
+      low = _mm512_ternarylogic_epi32(two_bits, low, third_bits(all, 0), kSelect);
+      high = _mm512_ternarylogic_epi32(two_bits, high, third_bits(all, 1), kSelect);
+    }
+    out[0] = {_mm512_permutexvar_epi8(low, v)}, out[1] = {_mm512_permutexvar_epi8(high, v)};
+  }
+};
+// 16 bytes for each of the 16 rows of a vector, four of whose bytes are a row's.
+template <int bits>
+struct Table<bits, false> {
+  __m512i v[4], first;
+  VC_INLINE explicit Table(const uint8_t* p) {
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(p + 64 * i);
+    const __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    first = _mm512_mullo_epi32(row, _mm512_set1_epi32(0x10101010));
+  }
+  // Seven bits of an index find the table of one of eight rows, and its entry.
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    planes<bits == 3 ? 2 : bits>(p, out);
+    if constexpr (bits == 3) add_third_bits(p + 32, out);
+    out[0] = values(out[0]), out[1] = values(out[1]);
+  }
+  VC_INLINE Bytes values(Bytes codes) const {
+    const __m512i index = _mm512_or_si512(codes.v, first);
+    const __m512i low = _mm512_permutex2var_epi8(v[0], index, v[1]);
+    const __m512i high = _mm512_permutex2var_epi8(v[2], index, v[3]);
+    return {_mm512_mask_blend_epi64(0xf0, low, high)};
+  }
+};
 
 inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store_floats(Floats a, float* p) { _mm512_storeu_ps(p, a.v); }

@@ -44,6 +44,18 @@ inline void add_third_bits(const uint8_t* p, Bytes* out) {
   for (int i = 0; i < 128; ++i) out[i / 32].v[i % 32] |= (p[i % 16] >> (i / 16) & 1) << 2;
 }
 
+// The 16 bytes that codes stand for.
+template <int bits, bool>
+struct Table {
+  const uint8_t* v;
+  VC_INLINE explicit Table(const uint8_t* p) : v(p) {}
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    planes<bits == 3 ? 2 : bits>(p, out);
+    if constexpr (bits == 3) add_third_bits(p + 32, out);
+    for (int i = 0; i < 128; ++i) out[i / 32].v[i % 32] = v[out[i / 32].v[i % 32]];
+  }
+};
+
 template <bool is_signed, int count>
 inline Ints start(const Bytes*) {
   return {};

@@ -80,6 +80,18 @@ def test_int4_matrices_take_half_a_byte_and_two_bytes_a_group(ways: int) -> None
         assert part.bytes_of(rows, cols) == rows * cols // 2 + 2 * rows * cols // 128
 
 
+@pytest.mark.parametrize("ways", [1, 2, 4, 8])
+def test_tables_take_eight_bytes_for_sixteen_rows_on_every_rank(ways: int) -> None:
+    """Where columns are cut, each rank has all of them."""
+    shape = load_shape("llama-3.1-8b")
+    parts = [part for part in apply_recipe(shape, "lookup3").parts if part.format is not None]
+    assert len(parts) == 7
+    for part in parts:
+        rows, cols = rank_shape(shape, part.matrix, ways)
+        expected = rows * cols * 3 // 8 + 2 * rows * cols // 128 + 8 * rows // 16
+        assert part.bytes_of(rows, cols) == expected
+
+
 @pytest.mark.parametrize("recipe", ["depth25", "width25-int4", "pack-sparse", "a file"])
 def test_what_shapes_or_weights_decide_has_to_be_converted_first(
     recipe: str, tmp_path: Path

@@ -72,5 +72,6 @@ def test_formats_without_a_gpu_kernel_are_planned_for_cpus_only() -> None:
     three = scheme("int3-gptq")
     assert "no GPU kernel for int3 g128" in (kernel_refusal(three, H100) or "")
     assert kernel_refusal(three, find_hardware("epyc-genoa-2s")) is None
+    assert "no GPU kernel for nf4 g128" in (kernel_refusal(scheme("nf4"), H100) or "")
     assert kernel_refusal(scheme("int4-gptq"), H100) is None
     assert kernel_refusal(scheme("int4-rotated"), H100) is None

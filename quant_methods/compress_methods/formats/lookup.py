@@ -1,0 +1,310 @@
+"""lookup: a table of 2^b values, value = scale * table[code].
+
+b in {2, 3, 4}; a scale belongs to `group_size` consecutive columns of one row, -1 meaning the whole
+row, and may be negative. `table` says whose values they are:
+
+  learned  fitted to the weights, one table for `table_rows` rows: 1 (SqueezeLLM, Kim et al., 2023,
+           arXiv:2306.07629) or a multiple of 16. `kmeans` fits table and scales in turn
+           (`table_search.py`); `gptq` starts there, and its sweeps give the values of least squares
+           for the codes there are (LNQ, Kim et al., 2025, arXiv:2505.07004)
+  binary   learned, but sums of b scales, each added or subtracted: the binary-coding form of
+           LUT-GEMM (Park et al., 2022, arXiv:2206.09557) as a table
+  nf4      quantiles of the normal distribution (QLoRA, Dettmers et al., 2023, arXiv:2305.14314)
+  fp4      4-bit floats with 2 bits of exponent, 1 of mantissa (E2M1); a code is the float's bits
+
+Tables are of whole numbers up to 127, so a product with int8 activations is exact in them; of nf4's
+values in [-1, 1] that makes the nearest 127th, at most 0.004 away.
+
+Stored, for a [rows, cols] matrix cut into blocks of B columns (B = group_size, or 32 for whole
+rows):
+
+  weight_packed  uint8 [rows, cols*b/8]   codes as `codes.py` packs them, as `integer` has them
+  weight_scales  [rows, groups] bfloat16
+  weight_table   int8 [rows/table_rows, 2^b], learned only
+
+Fails where: cols is no multiple of group_size and 32; groups beyond bfloat16's range; cuts inside
+`table_rows` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+from compress_methods.errors import FormatError
+from compress_methods.formats.base import (
+    MAIN_TENSOR,
+    Axis,
+    Format,
+    TensorSpec,
+    register_format,
+    torch_dtype,
+)
+from compress_methods.formats.codes import pack_codes, unpack_codes
+from compress_methods.formats.least_squares import Unscaled, refit_tables
+from compress_methods.formats.range_search import search_scales
+from compress_methods.formats.rounder import entries_at
+from compress_methods.formats.table_search import binary_basis, over, search_tables
+from compress_methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES, TABLE = "weight_scales", "weight_table"
+LEARNED, BINARY = FITTED = ("learned", "binary")
+FIXED = MappingProxyType(
+    {
+        "nf4": (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127),
+        "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    }
+)
+"""By code; those of fp4 in halves, those of nf4 in 127ths."""
+BITS = (2, 3, 4)
+FIXED_BITS = 4
+GROUP_SIZES = (-1, 32, 64, 128)
+TABLE_ROWS = (1, 16, 32, 64, 128)
+ROW_BLOCK = 32
+SCALE_DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class LookupSolution:
+    """Codes uint8 [rows, cols]; scales [rows, groups]; table int8 [tables, 2^b], one in all where
+    it is fixed."""
+
+    codes: Tensor
+    scales: Tensor
+    table: Tensor
+
+
+@register_format
+@dataclass(frozen=True)
+class Lookup(Format):
+    """b-bit codes of a table, which groups of columns scale; weight-only."""
+
+    bits: int = 4
+    group_size: int = 128
+    table: str = LEARNED
+    table_rows: int = 16
+    name: ClassVar[str] = "lookup"
+    symmetric: ClassVar[bool] = True
+    """Scales, and nothing else, decide what a group's values are."""
+
+    def __post_init__(self) -> None:
+        for key, value, valid in (
+            ("bits", self.bits, BITS),
+            ("group_size", self.group_size, GROUP_SIZES),
+            ("table", self.table, (*FITTED, *FIXED)),
+            ("table_rows", self.table_rows, TABLE_ROWS),
+        ):
+            if value not in valid:
+                raise FormatError(
+                    f"{key} is {value!r}, expected one of {', '.join(map(str, valid))}"
+                )
+        if self.table in FIXED and self.bits != FIXED_BITS:
+            raise FormatError(f"bits is {self.bits}, expected {FIXED_BITS} for {self.table}")
+
+    @property
+    def learns_values(self) -> bool:
+        """If so, tables are stored."""
+        return self.table in FITTED
+
+    @property
+    def searches_range(self) -> bool:
+        return True
+
+    @property
+    def holds_zero(self) -> bool:
+        return not self.learns_values
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        if self.group_size > 0 and cols % self.group_size:
+            raise FormatError(f"group_size {self.group_size} does not divide {cols} columns")
+        if cols % ROW_BLOCK:
+            raise FormatError(f"{cols} columns are no multiple of {ROW_BLOCK}")
+
+    @property
+    def block(self) -> int:
+        """Columns per packing block, B of the module docstring."""
+        return self.group_size if self.group_size > 0 else ROW_BLOCK
+
+    def groups(self, cols: int) -> int:
+        return 1 if self.group_size < 0 else cols // self.group_size
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        self.check_shape(rows, cols)
+        block = self.block
+        per_group = Axis(1, self.group_size) if self.group_size > 0 else None
+        packed = Axis(1, block, block * self.bits // 8)
+        out = {
+            MAIN_TENSOR: TensorSpec((rows, packed.entries(cols)), "uint8", Axis(0), packed),
+            SCALES: TensorSpec((rows, self.groups(cols)), SCALE_DTYPE, Axis(0), per_group),
+        }
+        if self.learns_values:
+            by_rows = Axis(0, self.table_rows)
+            out[TABLE] = TensorSpec((by_rows.entries(rows), 2**self.bits), "int8", by_rows)
+        return out
+
+    def fixed_table(self, like: Tensor) -> Tensor:
+        """int8 [1, 2^b] where `like` is."""
+        return torch.tensor([FIXED[self.table]], dtype=torch.int8, device=like.device)
+
+    def by_row(self, table: Tensor, rows: int) -> Tensor:
+        """The table [rows, 2^b] of each row, in the dtype of `table`."""
+        if not self.learns_values:
+            return table.expand(rows, -1)
+        return table.repeat_interleave(self.table_rows, 0)[:rows]
+
+    def extent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What a group of a fixed table has to reach: [rows, groups] each."""
+        high = weight.reshape(len(weight), self.groups(weight.shape[1]), -1).abs().amax(-1)
+        return -high, high
+
+    def scales_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, None]:
+        """Scales of groups of a fixed table that reach from low to high."""
+        return ((high - low) / (2 * max(FIXED[self.table]))).to(torch_dtype(SCALE_DTYPE)), None
+
+    def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Nearest codes of a fixed table; scales broadcast against values [rows, ...]."""
+        table = Tables(self.fixed_table(values))
+        return table.encode(over(values, scales).flatten(1)).reshape(values.shape)
+
+    def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """What codes of a fixed table stand for."""
+        return (
+            Tables(self.fixed_table(codes)).decode(codes.flatten(1)).reshape(codes.shape) * scales
+        )
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scales [rows, groups] and tables of least squared error, weighted by `importance`. Of a
+        fixed table, without it, scales that clip no value."""
+        if self.learns_values:
+            return search_tables(self, weight, importance)
+        if importance is None:
+            return self.scales_of(*self.extent(weight))[0], self.fixed_table(weight)
+        return search_scales(self, weight, importance)[0], self.fixed_table(weight)
+
+    def grid(self, weight: Tensor, importance: Tensor | None = None) -> TableGrid:
+        return TableGrid(self, *self.fit(weight, importance))
+
+    def nearest(
+        self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
+    ) -> LookupSolution:
+        return self.round_to(weight, *self.fit(weight, importance))
+
+    def round_to(self, weight: Tensor, scales: Tensor, table: Tensor) -> LookupSolution:
+        """Every value of `weight` rounded to the nearest of given scales and tables."""
+        tables = Tables(self.by_row(table, len(weight)))
+        codes = tables.encode(over(weight, _spread(scales.float(), weight.shape[1])))
+        return LookupSolution(codes, scales, table)
+
+    def matrix(self, solution: LookupSolution) -> Tensor:
+        """[rows, cols] float32 values of a solution."""
+        values = self._table_values(solution)
+        return values * _spread(solution.scales.float(), values.shape[1])
+
+    def _table_values(self, solution: LookupSolution) -> Tensor:
+        return Tables(self.by_row(solution.table, len(solution.codes))).decode(solution.codes)
+
+    def grid_of(self, solution: LookupSolution) -> TableGrid:
+        return TableGrid(self, solution.scales, solution.table)
+
+    def unscaled(self, solution: LookupSolution) -> Unscaled:
+        return Unscaled(self._table_values(solution), solution.scales)
+
+    def rescaled(self, solution: LookupSolution, scales: Tensor) -> LookupSolution:
+        return replace(solution, scales=scales)
+
+    def refit(self, solution: LookupSolution, weight: Tensor, hessian: Tensor) -> LookupSolution:
+        """Scales of least squares for the table there is, then tables for these scales."""
+        solution = super().refit(solution, weight, hessian)
+        if not self.learns_values:
+            return solution
+        basis = binary_basis(self.bits, weight) if self.table == BINARY else None
+        scales = _spread(solution.scales.float(), weight.shape[1])
+        table = refit_tables(
+            solution.codes, scales, solution.table, self.table_rows, weight, hessian, basis
+        )
+        return replace(solution, table=table)
+
+    def pack(self, solution: LookupSolution) -> dict[str, Tensor]:
+        scales = solution.scales.to(torch_dtype(SCALE_DTYPE)).contiguous()
+        if not scales.isfinite().all():
+            raise FormatError(f"a scale does not fit {SCALE_DTYPE}")
+        out = {MAIN_TENSOR: pack_codes(solution.codes, self.bits, self.block), SCALES: scales}
+        if self.learns_values:
+            out[TABLE] = solution.table.contiguous()
+        return out
+
+    def solution(self, tensors: Mapping[str, Tensor]) -> LookupSolution:
+        """Inverse of `pack`."""
+        packed = tensors[MAIN_TENSOR]
+        table = tensors[TABLE] if self.learns_values else self.fixed_table(packed)
+        return LookupSolution(unpack_codes(packed, self.bits, self.block), tensors[SCALES], table)
+
+    @property
+    def cut_by(self) -> str:
+        return "group_size or table_rows" if self.learns_values else "group_size"
+
+    def describe(self) -> str:
+        group = "row" if self.group_size < 0 else f"g{self.group_size}"
+        if not self.learns_values:
+            return f"{self.table} {group}"
+        kind = "lookup" if self.table == LEARNED else self.table
+        rows = "row" if self.table_rows == 1 else f"{self.table_rows} rows"
+        return f"{kind}{self.bits} {group}, table per {rows}"
+
+
+class Tables:
+    """Tables [rows, 2^b], or [1, 2^b] for all rows: nearest codes and values."""
+
+    def __init__(self, tables: Tensor) -> None:
+        self.values = tables.float()
+        ascending, self._order = self.values.sort(dim=1, stable=True)
+        self._middles = (ascending[:, 1:] + ascending[:, :-1]) / 2
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Codes uint8 [rows, n] of the table values nearest to `values` [rows, n]."""
+        place = torch.zeros_like(values, dtype=torch.uint8)
+        for middle in self._middles.unbind(1):
+            place += values > middle[:, None]
+        return _chosen(self._order.to(torch.uint8), place)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """float32 values [rows, n] of codes [rows, n]."""
+        return _chosen(self.values, codes)
+
+
+def _chosen(table: Tensor, places: Tensor) -> Tensor:
+    """table[row, place] of [rows or 1, k] by uint8 [rows, n]."""
+    size = table.shape[1]
+    index = places.int()
+    if len(table) > 1:
+        index += torch.arange(0, table.numel(), size, dtype=torch.int32, device=table.device)[
+            :, None
+        ]
+    return table.flatten().index_select(0, index.flatten()).reshape(places.shape)
+
+
+class TableGrid:
+    """scale * table[code], scales [rows, groups] by groups of columns."""
+
+    def __init__(self, fmt: Lookup, scales: Tensor, table: Tensor) -> None:
+        self.fmt, self.scales, self.table = fmt, scales, table
+        self._tables = Tables(fmt.by_row(table, len(scales)))
+        self._scales = scales.T.float().contiguous()
+
+    def pick(self, column: int | Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        scales = entries_at(self._scales, column, self.fmt.group_size)
+        codes = self._tables.encode(over(weights, scales)[:, None])
+        return codes[:, 0], self._tables.decode(codes)[:, 0] * scales
+
+    def solution(self, codes: Tensor) -> LookupSolution:
+        return LookupSolution(codes, self.scales, self.table)
+
+
+def _spread(scales: Tensor, cols: int) -> Tensor:
+    """[rows, groups] -> [rows, cols]."""
+    return scales.repeat_interleave(cols // scales.shape[1], 1)

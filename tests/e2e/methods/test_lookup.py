@@ -1,0 +1,60 @@
+"""Tables are served, by one rank and by two, as transformers computes with the values they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.serving.test_quality import compare
+from tests.e2e.support.engine import Engine
+from tests.e2e.support.tiny import compress, reference
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "three": {"format": "lookup", "bits": 3},
+    "two": {"format": "lookup", "bits": 2, "group_size": 64, "table": "binary"},
+    "rows": {"format": "lookup", "bits": 4, "group_size": 64, "table_rows": 1},
+    "wide": {"format": "lookup", "bits": 4, "table_rows": 64},
+    "nf4": {"format": "lookup", "table": "nf4"},
+    "fp4": {"format": "lookup", "group_size": 32, "table": "fp4"},
+    "turned": {"format": "rotated", "base": {"format": "lookup", "bits": 3}, "block": 64},
+}
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+INT8_ACTIVATIONS = 0.02
+"""Nats that those may cost on the whole."""
+
+
+@pytest.fixture(scope="module")
+def model(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of table in some block, embedding and head; q, k and v apart where 64 rows share
+    one, as k has fewer on each of two ranks."""
+    blocks = {rf"re:model\.layers\.{i}\..*": name for i, name in enumerate(FORMATS)}
+    return compress(
+        novels_8m,
+        tmp_path_factory.mktemp("tables") / "out",
+        FORMATS,
+        {**blocks, "blocks": "three", "embedding": "nf4", "lm_head": "rows"},
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_served_as_transformers_computes(
+    model: Path, novel_tokens: list[list[int]], ranks: int
+) -> None:
+    logprobs, top = reference(model, novel_tokens[:2])
+    with Engine(TWO_RANKS if ranks == 2 else {}) as engine:
+        for kernel, bound in (("cpu_exact", 1e-3), ("cpu", INT8_ACTIVATIONS)):
+            result = engine.run(
+                model,
+                novel_tokens[:2],
+                dtype="float32",
+                tensor_parallel_size=ranks,
+                env={"VLLM_COMPRESS_KERNEL": kernel},
+            )
+            difference, agreement = compare(result, logprobs, top)
+            print(f"{ranks} ranks, {kernel}: {difference:.6f} nats, {agreement:.2%} same top token")
+            assert difference < bound
+            assert agreement > 0.95

@@ -1,0 +1,116 @@
+"""Our CPU products with tables equal a plain computation, and hold what the checkpoint does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress_methods import kernels
+from compress_methods.formats import Stored
+from compress_methods.formats.lookup import Lookup
+from compress_methods.formats.rotated import Rotated
+from compress_methods.kernels import Want
+from compress_methods.kernels.cpu import build
+from compress_methods.kernels.cpu.library import Library
+from tests.unit.compress_methods.drawn import GROUPS, lookups
+from tests.unit.compress_methods.kernels.arithmetic import quantized, using
+
+ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
+
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
+    with using(request.param) as loaded:
+        yield loaded
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """A format, a matrix of any rows and some piece of it, and tokens for that."""
+    fmt = draw(lookups())
+    rows = draw(st.integers(1, 150))
+    cols = max(32, fmt.group_size) * draw(st.integers(1, 7))
+    tokens = draw(st.one_of(st.integers(1, 9), st.integers(10, 60)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    weight = torch.randn(rows, cols, generator=generator) * 10.0 ** draw(st.integers(-3, 3))
+    weight[torch.rand(rows, generator=generator) < 0.1] = 0
+    whole = Stored.whole(fmt, fmt.pack(fmt.nearest(weight)), (rows, cols))
+    unit = fmt.alignment(rows, cols)[0]
+    first = unit * draw(st.integers(0, (rows - 1) // unit))
+    x = torch.randn(tokens, 2 * cols, generator=generator) * 10.0 ** draw(st.integers(-3, 3))
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    layout = draw(st.sampled_from((slice(0, cols), slice(0, 2 * cols, 2))))
+    return {
+        "stored": whole.cut(rows=(first, rows)),
+        "x": x.to(dtype)[:, layout],
+        "bias": torch.randn(rows - first, generator=generator) if draw(st.booleans()) else None,
+        "kernel": draw(st.sampled_from(("cpu", "cpu_exact"))),
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
+    """Nothing is lost by what the int8 mode makes of a table: its entries are bytes already."""
+    stored, x, bias = case["stored"], case["x"], case["bias"]
+    prepared = kernels.prepare(stored, Want(kernel=case["kernel"]))
+    assert prepared.kernel == case["kernel"]
+    out = kernels.matmul(x, prepared, bias)
+    values = stored.values().double()
+    inputs = quantized(x, per_token=False) if case["kernel"] == "cpu" else x.double()
+    expected = inputs @ values.T + (0 if bias is None else bias)
+    # With AVX-512 entries and the 128 added to them are summed apart.
+    scales = stored.tensors["weight_scales"].double().abs()
+    spread = scales.repeat_interleave(values.shape[1] // scales.shape[1], 1)
+    size = inputs.abs() @ (values.abs() + 256 * spread).T
+    bound = (len(inputs.T) + 8) * 2**-24 * size + torch.finfo(x.dtype).eps * expected.abs() + 1e-30
+    if x.dtype == torch.float16:
+        expected, bound = expected.clamp(-65504, 65504), bound + 2**-24
+        out = out.clamp(-65504, 65504)
+    assert out.dtype == x.dtype
+    assert bool(((out.double() - expected).abs() <= bound).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), data=st.data())
+def test_rows_are_looked_up(isa: Library, case: dict[str, Any], data: st.DataObject) -> None:
+    stored = case["stored"]
+    rows = stored.size[0]
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=9)), dtype=int)
+    prepared = kernels.prepare(stored, Want(kernel=case["kernel"], embed=True))
+    found = kernels.embed(ids, prepared, torch.float32)
+    assert torch.equal(found, stored.values()[ids])
+
+
+@pytest.mark.parametrize("table_rows", [1, 16, 128])
+def test_the_table_takes_it_and_keeps_the_bytes_that_are_stored(
+    isa: Library, table_rows: int
+) -> None:
+    """But for tables, which have 16 bytes each and are repeated for every 16 rows."""
+    for bits in (2, 3, 4):
+        fmt = Lookup(bits, 128, table_rows=table_rows)
+        stored = Stored.whole(fmt, fmt.pack(fmt.nearest(torch.randn(256, 512))), (256, 512))
+        if isa.isa != "plain":
+            assert kernels.choose(stored).name == "cpu"
+        prepared = kernels.prepare(stored, Want(kernel="cpu"))
+        size = sum(t.numel() * t.element_size() for t in prepared.tensors)
+        assert size == 256 * 512 * bits // 8 + 2 * 256 * 4 + 256 // min(16, table_rows) * 16
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_rotated_tables_are_multiplied_in_one_operator(isa: Library, group: int) -> None:
+    fmt = Rotated(Lookup(3, group), 64)
+    stored = Stored.whole(fmt, fmt.pack(fmt.base.nearest(torch.randn(80, 256))), (80, 256))
+    prepared = kernels.prepare(stored, Want(kernel="cpu_exact"))
+    assert [part.kernel for part in prepared.parts] == ["cpu_exact"]
+    x = torch.randn(5, 256)
+    expected = x.double() @ stored.values().double().T
+    assert float((kernels.matmul(x, prepared) - expected).norm() / expected.norm()) < 1e-5
