@@ -1,6 +1,12 @@
 """How a compressed matrix is stored: one file per format. Needs no torch until one is packed."""
 
-from compress_methods.formats import dense, integer, rotated, sparse  # noqa: F401  (registers them)
+from compress_methods.formats import (  # noqa: F401  (registers them)
+    dense,
+    integer,
+    lowrank,
+    rotated,
+    sparse,
+)
 from compress_methods.formats.base import (
     FORMATS,
     ITEMSIZE,
