@@ -2,6 +2,8 @@
 
 from compress_methods.kernels import (  # noqa: F401  (registers them)
     composite,
+    dense,
+    lowrank,
     reference,
     rotated,
     torch_cpu,
