@@ -3,9 +3,10 @@
 With H = mean of x x^T and E = W - Q the error of the base's values Q, A B is the matrix of rank r
 that leaves the least tr((E - A B) H (E - A B)^T): the SVD of E whitened by H (SVD-LLM, Wang et al.,
 2024, arXiv:2403.07378; exact correction as in QERA, Zhang et al., 2025, arXiv:2410.06040, and EoRA,
-Liu et al., 2024, arXiv:2410.21271), see `formats/principal.py`. `rounds` above 1 alternate (CALDERA,
-Saha et al., 2024, arXiv:2405.18886): the base is filled again with what A B leaves to it; the round
-of the least error is kept. H is damped, so that directions that calibration hardly saw count.
+Liu et al., 2024, arXiv:2410.21271), see `formats/principal.py`. `rounds` above 1 alternate
+(CALDERA, Saha et al., 2024, arXiv:2405.18886): the base is filled again with what A B leaves to it;
+the round of the least error is kept. H is damped, so that directions that calibration hardly saw
+count.
 
 Fills format `lowrank`; of one without a base, A B is fitted to the weights. Other formats are
 filled by `base` alone, so that a list of formats may hold both. What matrices aim at is what `base`

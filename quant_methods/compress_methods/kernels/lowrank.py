@@ -1,8 +1,8 @@
 """Products with a base plus two thin factors: W x = Q x + A (B x).
 
-All three are prepared through the table, so the base has the kernel it would have alone. Activations
-of the factors stay as they are: there is little to multiply, and B x is what A has to be exact on.
-Factors that only the reference could multiply (integers on GPUs, whose kernels own a layer's
+All three are prepared through the table, so the base has the kernel it would have alone. Inputs of
+the factors stay as they are: there is little to multiply, so exactness costs little. Factors that
+only the reference could multiply (integers on GPUs, whose kernels own a layer's
 parameters) are unpacked once. Ranks that hold columns of a matrix each add their own share of
 A (B x), before the shares are summed: the product is linear.
 
