@@ -2,7 +2,6 @@
 
 from compress_methods.kernels import (  # noqa: F401  (registers them)
     composite,
-    dense,
     lowrank,
     reference,
     rotated,

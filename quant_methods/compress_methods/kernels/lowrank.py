@@ -1,10 +1,10 @@
 """Products with a base plus two thin factors: W x = Q x + A (B x).
 
-All three are prepared through the table, so the base has the kernel it would have alone. Inputs of
-the factors stay as they are: there is little to multiply, so exactness costs little. Factors that
-only the reference could multiply (integers on GPUs, whose kernels own a layer's
-parameters) are unpacked once. Ranks that hold columns of a matrix each add their own share of
-A (B x), before the shares are summed: the product is linear.
+The base is prepared through the table, so it has the kernel it would have alone. Where that can
+do all three in one call (`Kernel.corrected`: ours on CPUs) it does for up to `FEW` tokens, at which
+reading weights is what takes the time. Else torch multiplies the factors, whose values lie in the
+dtype of the activations, whatever they are stored in. Ranks that hold columns of a matrix each add
+their own share of A (B x), before the shares are summed: the product is linear.
 
 Rows are not looked up here; the reference does that.
 """
@@ -12,26 +12,25 @@ Rows are not looked up here; the reference does that.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from compress_methods.formats import Stored, dtype_name
-from compress_methods.formats.dense import Dense
+from compress_methods.formats import Stored
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
-from compress_methods.kernels.cpu.gemm import CpuExact
-from compress_methods.kernels.dispatch import choose, kernel
+from compress_methods.kernels.dispatch import kernel
 from compress_methods.kernels.dispatch import prepare as prepare_by_table
-from compress_methods.kernels.reference import Reference
 
 RANK = 200
+FEW = 8
 
 
 @register_kernel
 class LowRankProduct(Kernel):
-    """Parts: B, A, and the base where there is one."""
+    """Tensors: A by columns [rank, rows] and B [rank, cols]; the part is the base, if any."""
 
     name: ClassVar[str] = "lowrank"
 
@@ -41,50 +40,68 @@ class LowRankProduct(Kernel):
     def prepare(self, stored: Stored, want: Want) -> Prepared:
         fmt = stored.format
         assert isinstance(fmt, LowRank)
-        parts = [_thin(factor, want) for factor in (fmt.right(stored), fmt.left(stored))]
+        dtype = want.dtype or torch.float32
+        factors = (fmt.left(stored).values().T, fmt.right(stored).values())
+        tensors = [factor.to(dtype).contiguous() for factor in factors]
+        parts: tuple[Prepared, ...] = ()
         if fmt.base is not None:
             # Padding is added to the whole, whose parts travel as text: none can be a layer's then.
             inner = replace(want, pad=0, host=None if want.pad else want.host)
-            parts.append(prepare_by_table(stored.nested(fmt.base), inner))
-        return Prepared(self.name, *stored.size, (), fmt, parts=tuple(parts))
+            parts = (prepare_by_table(stored.nested(fmt.base), inner),)
+        inputs = torch.zeros(1, stored.size[1])
+        facts = {"plain": fmt.quantize_activations(inputs) is inputs}
+        return Prepared(self.name, *stored.size, tensors, fmt, parts=parts, facts=facts)
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
-        fmt, (right, left, *base) = prepared.format, prepared.parts
+        fmt = prepared.format
         assert isinstance(fmt, LowRank)
-        thin = kernel(right.kernel).matmul(fmt.quantize_activations(x), right, None)
-        if not base:
-            return kernel(left.kernel).matmul(thin, left, bias)
-        sums = kernel(base[0].kernel).matmul(x, base[0], bias)
-        return sums + kernel(left.kernel).matmul(thin, left, None)
+        fused = _fused(prepared)
+        if fused is not None and len(x) <= FEW and x.dtype.itemsize <= 4:
+            out: Tensor = fused.function(x, bias, *fused.settings, *prepared.flat())
+            return out
+        sums = bias
+        if prepared.parts:
+            (base,) = prepared.parts
+            sums = kernel(base.kernel).matmul(x, base, bias)
+        return _added(sums, fmt.quantize_activations(x), *prepared.tensors)
 
     def operator(self, prepared: Prepared) -> Operator | None:
         fmt = prepared.format
         assert isinstance(fmt, LowRank)
-        found = [kernel(part.kernel).operator(part) for part in prepared.parts]
-        own = [operator for operator in found if operator is not None]
-        if len(own) < len(found):
+        if _fused(prepared) is not None:
+            return None  # which of the two is called depends on the tokens
+        if not prepared.parts:
+            return Operator(lambda x, bias, *factors: _added(bias, x, *factors), ())
+        (base,) = prepared.parts
+        own = kernel(base.kernel).operator(base)
+        if own is None:
             return None
-        counts = [len(part.flat()) for part in prepared.parts]
-        first, second = counts[0], counts[0] + counts[1]
-        right, left, *base = own
+        multiply, settings = own
 
         def product(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-            inputs = fmt.quantize_activations(x)
-            thin = right.function(inputs, None, *right.settings, *tensors[:first])
-            outer = None if base else bias
-            out = left.function(thin, outer, *left.settings, *tensors[first:second])
-            if not base:
-                return out
-            return base[0].function(x, bias, *base[0].settings, *tensors[second:]) + out
+            left, right, *rest = tensors
+            sums = multiply(x, bias, *settings, *rest)
+            return _added(sums, fmt.quantize_activations(x), left, right)
 
         return Operator(product, ())
 
 
-def _thin(factor: Stored, want: Want) -> Prepared:
-    """Runtime form of A or B."""
-    exact = replace(want, pad=0, host=None, kernel=CpuExact.name)
-    if choose(factor, exact).name == Reference.name:
-        dtype = dtype_name(want.dtype or torch.float32)
-        plain = Dense(dtype)
-        factor = Stored.whole(plain, plain.pack(factor.values()), factor.size)
-    return prepare_by_table(factor, exact)
+def _fused(prepared: Prepared) -> Operator | None:
+    """All of the product as one operator; not where factors see what the base makes of inputs."""
+    if not (prepared.parts and prepared.facts["plain"]):
+        return None
+    (base,) = prepared.parts
+    return kernel(base.kernel).corrected(base)
+
+
+def _added(sums: Tensor | None, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """sums + A (B x) in the dtype of `x`."""
+    dtype = torch.float32 if x.device.type == "cpu" and _slow_in_16_bits() else right.dtype
+    product = (x.to(dtype) @ right.to(dtype).T) @ left.to(dtype)
+    return (product if sums is None else sums + product).to(x.dtype)
+
+
+@cache
+def _slow_in_16_bits() -> bool:
+    """Whether this processor has no instructions for them: torch then takes ten times as long."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -38,7 +38,6 @@ CASES: dict[str, st.SearchStrategy[Drawn]] = {
     "torch_int8": matrices(integers((8,), (-1,), (True,)), row_tile=16),
     "cpu": matrices(OURS),
     "cpu_exact": matrices(st.one_of(OURS, sparse(st.just(Dense())))),
-    "dense": matrices(st.builds(Dense, st.sampled_from(("bfloat16", "float32")))),
     "rotated": matrices(rotated(integers())),
     "lowrank": matrices(lowrank(st.one_of(EXACT, rotated(EXACT), st.none()))),
     "reference": matrices(formats()),
