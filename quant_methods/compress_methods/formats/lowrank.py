@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEFT, RIGHT = "weight_left", "weight_right"
+SLAB_ELEMENTS = 2**22
 STEM = MAIN_TENSOR.removesuffix("_packed")
 
 
@@ -138,7 +139,8 @@ class LowRank(Format):
         """A B [rows, cols] float32. Summed in float64, where products of few bits are exact: a
         piece has the bits that the whole has there."""
         left, right = map(self.factors.matrix, (solution.left, solution.right))
-        return (left.double() @ right.double()).float()
+        slabs = left.split(max(1, SLAB_ELEMENTS // right.shape[1]))
+        return torch.cat([(slab.double() @ right.double()).float() for slab in slabs])
 
     def correct(self, base: Any, error: Tensor, hessian: Tensor | None = None) -> LowRankSolution:
         """The solution with that of `base` and the A B closest to `error` [rows, cols], which it
