@@ -16,13 +16,15 @@ from compress_methods.lazy import after_import
 if TYPE_CHECKING:
     from compress_methods.api import convert
     from compress_methods.checkpoint.loading import load_model
+    from compress_methods.conversion.adapter import split_adapter
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "load_model"]
+__all__ = ["__version__", "convert", "load_model", "split_adapter"]
 
 _LAZY = {
     "convert": "compress_methods.api",
     "load_model": "compress_methods.checkpoint.loading",
+    "split_adapter": "compress_methods.conversion.adapter",
 }
 
 

@@ -8,6 +8,7 @@ from compress_methods.algorithms import (  # noqa: F401  (registers them)
     refine,
     rtn,
     sparsegpt,
+    svd,
     wanda,
 )
 from compress_methods.algorithms.base import ALGORITHMS, Algorithm, register_algorithm

@@ -115,6 +115,17 @@ ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "vllm_compress.alg
 register_algorithm = ALGORITHMS.register
 
 
+def nested(spec: str | dict | Algorithm, where: str) -> Algorithm:
+    """The algorithm that a field holds: a name, a mapping with its parameters, or itself."""
+    if isinstance(spec, Algorithm):
+        return spec
+    values = {"algorithm": spec} if isinstance(spec, str) else spec
+    found: Algorithm = ALGORITHMS.build(values, "algorithm", where, RecipeError)
+    if found.refinement is not None:
+        raise RecipeError(f"{where} is {found.name!r}, which refines already; expected another")
+    return found
+
+
 def require(condition: bool, algorithm: str, fmt: Format, expected: str) -> None:
     """`RecipeError` naming algorithm and format unless `condition`."""
     if not condition:

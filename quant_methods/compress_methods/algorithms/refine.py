@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.algorithms.base import (
-    ALGORITHMS,
     Algorithm,
     Refinement,
+    nested,
     register_algorithm,
     require,
 )
@@ -64,13 +64,7 @@ class Refine(Algorithm):
     blocks_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        start = self.start
-        if not isinstance(start, Algorithm):
-            spec = {"algorithm": start} if isinstance(start, str) else start
-            start = ALGORITHMS.build(spec, "algorithm", "start", RecipeError)
-            object.__setattr__(self, "start", start)
-        if start.refinement is not None:
-            raise RecipeError(f"start is {start.name!r}, which refines already; expected another")
+        object.__setattr__(self, "start", nested(self.start, "start"))
         for key, value in (("iterations", self.iterations), ("batch", self.batch)):
             if value < 1:
                 raise RecipeError(f"{key} is {value}, expected at least 1")

@@ -4,6 +4,7 @@ from compress_methods.formats import (  # noqa: F401  (registers them)
     dense,
     integer,
     lookup,
+    lowrank,
     rotated,
     sparse,
 )

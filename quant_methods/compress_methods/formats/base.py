@@ -8,7 +8,7 @@ exists. How a matrix is multiplied is not a format's business: see `kernels`.
 
 A new format is one file with a class under `@register_format`, or the same in another distribution
 through the entry-point group `vllm_compress.formats`. Formats compose by nesting: a field of type
-`Format` holds another one. Importing formats needs no torch; dtypes are names.
+`Format`, or `Format | None`, holds another one. Importing formats needs no torch; dtypes are names.
 """
 
 from __future__ import annotations
@@ -348,8 +348,11 @@ def format_from_dict(spec: Mapping[str, Any], where: str = "format") -> Format:
     values = spec
     if isinstance(spec, Mapping) and "format" in spec:
         hints = get_type_hints(FORMATS.get(spec["format"], where, FormatError))
+        nested = {key for key, hint in hints.items() if hint in (Format, Format | None)}
         values = {
-            key: format_from_dict(value, f"{where}.{key}") if hints.get(key) is Format else value
+            key: value
+            if value is None or key not in nested
+            else format_from_dict(value, f"{where}.{key}")
             for key, value in spec.items()
         }
     return FORMATS.build(values, "format", where, FormatError)

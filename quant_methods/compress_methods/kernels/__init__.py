@@ -2,6 +2,7 @@
 
 from compress_methods.kernels import (  # noqa: F401  (registers them)
     composite,
+    lowrank,
     reference,
     rotated,
     torch_cpu,

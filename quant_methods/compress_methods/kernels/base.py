@@ -186,6 +186,11 @@ class Kernel(ABC):
         there is one: it takes their signs [2, block] before the tensors. See `rotated.py`."""
         return None
 
+    def corrected(self, prepared: Prepared) -> Operator | None:
+        """The product plus A (B x) for a few tokens, as one operator, where there is one: it takes
+        A by columns [rank, rows] and B [rank, cols] before the tensors. See `lowrank.py`."""
+        return None
+
     def embed(self, ids: Tensor, prepared: Prepared) -> Tensor:
         """Rows `ids` [n] -> [n, cols] float32; only of matrices prepared for `Want.embed`."""
         raise NotImplementedError(f"{self.name} cannot look rows up")

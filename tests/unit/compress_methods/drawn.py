@@ -14,6 +14,7 @@ from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import MID, Integer
 from compress_methods.formats.lookup import BITS, FITTED, FIXED, FIXED_BITS, TABLE_ROWS, Lookup
+from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import BLOCKS as ROTATED_BLOCKS
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import BLOCKS, Sparse
@@ -62,11 +63,27 @@ def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
     return st.builds(Rotated, base, st.sampled_from(ROTATED_BLOCKS), st.integers(0, 2))
 
 
-def formats() -> st.SearchStrategy[Format]:
-    """Every kind of format there is."""
+@st.composite
+def lowrank(draw: st.DrawFn, base: st.SearchStrategy[Any]) -> LowRank:
+    """A few columns more than a drawn base holds, stored as values or as integers."""
+    rank = draw(st.sampled_from((1, 5, 32, 64)))
+    factors: Any = st.just(Dense())
+    if rank % 32 == 0:
+        factors = st.one_of(factors, integers((4, 8), (-1, 32), activations=(None,)))
+    return LowRank(rank, draw(base), draw(factors))
+
+
+def columnwise() -> st.SearchStrategy[Format]:
+    """Every kind of format that is filled column by column."""
     values = st.one_of(*[integers()] * 9, st.just(Dense()))
     turned = rotated(st.one_of(integers(), lookups()))
     return st.one_of(values, sparse(values), mid_integers(), lookups(), turned)
+
+
+def formats() -> st.SearchStrategy[Format]:
+    """Every kind of format there is."""
+    bases = columnwise().filter(lambda fmt: not isinstance(fmt, Dense))
+    return st.one_of(*[columnwise()] * 3, lowrank(st.one_of(bases, st.none())))
 
 
 def least_columns(fmt: Format) -> int:
@@ -76,6 +93,8 @@ def least_columns(fmt: Format) -> int:
         return math.lcm(8, fmt.m * unit // math.gcd(unit, fmt.n))
     if isinstance(fmt, Integer | Lookup):
         return fmt.block
+    if isinstance(fmt, LowRank):
+        return math.lcm(*(least_columns(f) for f in (fmt.base, fmt.factors) if f is not None))
     return 1 if fmt.inner is fmt else least_columns(fmt.inner)
 
 

@@ -122,6 +122,10 @@ class CpuGemm(Kernel):
         plain = self.operator(prepared)
         return None if plain is None else Operator(_library().rotated, plain.settings)
 
+    def corrected(self, prepared: Prepared) -> Operator | None:
+        plain = self.operator(prepared)
+        return None if plain is None else Operator(_library().corrected, plain.settings)
+
     def _mode(self, fmt: Format | None) -> Mode:
         values = fmt.values if isinstance(fmt, Sparse) else fmt
         if isinstance(values, Integer) and values.activations == "int8":

@@ -69,7 +69,8 @@ class Library:
     """A loaded library; `isa` is what it was compiled for, `product` its operator:
     product(x, bias, mode, *settings, weights, scales, zeros), x [..., cols] -> [..., rows].
 
-    `rotated`, of a matrix that is, takes its signs [2, block] float32 before the weights.
+    `rotated`, of a matrix that is, takes its signs [2, block] float32 before the weights;
+    `corrected` A by columns [rank, rows] and B [rank, cols], whose product is added.
     """
 
     def __init__(self, isa: str) -> None:
@@ -78,10 +79,11 @@ class Library:
         operators = getattr(torch.ops, namespace(isa))
         self.rows_together: int = operators.rows_together.default()
         self.product, self._embed = operators.linear.default, operators.embed.default
-        self.rotated = operators.rotated.default
+        self.rotated, self.corrected = operators.rotated.default, operators.corrected.default
         for operator, shape in (
             (self.product, _linear_shape),
             (self.rotated, _linear_shape),
+            (self.corrected, _linear_shape),
             (self._embed, _embed_shape),
         ):
             torch.library.register_fake(operator, shape)

@@ -12,9 +12,10 @@ from compress_methods.formats import FORMATS, Format, dtype_name, format_from_di
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
+from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
-from tests.unit.compress_methods.drawn import Drawn, formats, matrices, pieces
+from tests.unit.compress_methods.drawn import Drawn, columnwise, formats, matrices, pieces
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,7 +55,7 @@ def test_a_slice_of_the_stored_form_is_the_slice_of_the_matrix(
 
 
 @settings(max_examples=60, deadline=None)
-@given(matrices())
+@given(matrices(columnwise()))
 def test_what_a_rounder_picks_column_by_column_is_the_nearest(drawn: Drawn) -> None:
     """Weights that no pass moves are rounded as `nearest` rounds them all at once."""
     fmt, weight = drawn
@@ -82,24 +83,26 @@ def test_what_a_format_says_of_itself() -> None:
     """Algorithms ask for these, never for what kind of format it is."""
     int4, bf16 = Integer(4, 128), Dense()
     turned = Rotated(int4)
-    kinds = (int4, bf16, Sparse(2, 4, int4), Sparse(2, 4, bf16), turned)
-    assert [fmt.rounds for fmt in kinds] == [True, False, True, False, True]
-    assert [fmt.searches_range for fmt in kinds] == [True, False, True, False, True]
-    assert [fmt.prunes for fmt in kinds] == [False, False, True, True, False]
-    assert [fmt.span for fmt in kinds] == [1, 1, 4, 4, 1]
-    assert [fmt.sparsity for fmt in kinds] == [0, 0, 0.5, 0.5, 0]
-    assert [fmt.inner for fmt in kinds] == [*kinds[:4], int4]
+    kinds = (int4, bf16, Sparse(2, 4, int4), Sparse(2, 4, bf16), turned, LowRank(8, int4))
+    assert [fmt.rounds for fmt in kinds] == [True, False, True, False, True, False]
+    assert [fmt.searches_range for fmt in kinds] == [True, False, True, False, True, True]
+    assert [fmt.prunes for fmt in kinds] == [False, False, True, True, False, False]
+    assert [fmt.span for fmt in kinds] == [1, 1, 4, 4, 1, 1]
+    assert [fmt.sparsity for fmt in kinds] == [0, 0, 0.5, 0.5, 0, 0]
+    assert [fmt.inner for fmt in kinds] == [*kinds[:4], int4, kinds[5]]
     plain = Dense("float32")
-    assert [fmt.unrounded() for fmt in kinds] == [plain, plain, *[Sparse(2, 4, plain)] * 2, plain]
+    pruned = Sparse(2, 4, plain)
+    assert [fmt.unrounded() for fmt in kinds] == [plain, plain, pruned, pruned, plain, plain]
     tables = (Lookup(3), Lookup(table="nf4"), Rotated(Lookup(2, table="binary")))
-    assert [fmt.learns_values for fmt in (*kinds, *tables)] == [*[False] * 5, True, False, True]
+    assert [fmt.learns_values for fmt in (*kinds, *tables)] == [*[False] * 6, True, False, True]
     assert [fmt.holds_zero for fmt in tables] == [False, True, False]
-    assert {"integer", "dense", "lookup", "sparse", "rotated"} <= set(FORMATS)
+    assert {"integer", "dense", "lookup", "sparse", "rotated", "lowrank"} <= set(FORMATS)
 
 
 INT8 = {"format": "integer", "bits": 8, "group_size": -1}
 SPARSE8 = {"format": "sparse", "n": 2, "m": 4, "values": INT8}
 TURNED = {"format": "rotated", "base": INT8}
+FEW = {"format": "lowrank", "rank": 8, "base": INT8}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,16 @@ TURNED = {"format": "rotated", "base": INT8}
         ({**TURNED, "base": SPARSE8}, ["base is sparse", "one that rounds"]),
         ({**TURNED, "base": TURNED}, ["base is rotated itself"]),
         ({**TURNED, "base": {"format": "integer", "bit": 8}}, ["format.base: unknown key 'bit'"]),
+        ({"format": "lowrank"}, ["missing key 'rank'"]),
+        ({**FEW, "rank": 0}, ["rank is 0", "at least 1"]),
+        ({**FEW, "base": {"format": "dense"}}, ["base is dense", "loses something"]),
+        ({**FEW, "base": FEW}, ["base is lowrank", "loses something"]),
+        ({**FEW, "base": "int8"}, ["format.base: expected a map"]),
+        ({**FEW, "factors": INT8}, ["factors of rank 8: 8 columns are no multiple of 32"]),
+        ({**FEW, "factors": SPARSE8}, ["factors is 2:4 int8 row", "dense or integer"]),
+        ({**FEW, "factors": {**INT8, "activations": "int8"}}, ["without activations"]),
+        ({**SPARSE8, "values": FEW}, ["values is int8 row + rank 8", "that holds 0"]),
+        ({**TURNED, "base": FEW}, ["base is lowrank", "one that rounds"]),
     ],
 )
 def test_bad_parameters_name_the_key(spec: dict[str, object], words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from compress_methods import kernels
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import INPUTS, Rotated
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu.sparse import takes
@@ -20,6 +22,7 @@ from tests.unit.compress_methods.drawn import (
     Drawn,
     formats,
     integers,
+    lowrank,
     matrices,
     mid_integers,
     rotated,
@@ -29,15 +32,17 @@ from tests.unit.compress_methods.kernels.arithmetic import per_token, quantized
 
 EXAMPLES = 100
 OURS = st.one_of(integers(), mid_integers(), sparse(integers(symmetric=(True,))).filter(takes))
+EXACT = integers((8,))  # multiplied as the format says, by whichever kernel
 CASES: dict[str, st.SearchStrategy[Drawn]] = {
     "torch_int4": matrices(integers((4,), (32, 64, 128), activations=(None,)), row_tile=16),
     "torch_int8": matrices(integers((8,), (-1,), (True,)), row_tile=16),
     "cpu": matrices(OURS),
     "cpu_exact": matrices(st.one_of(OURS, sparse(st.just(Dense())))),
     "rotated": matrices(rotated(integers())),
+    "lowrank": matrices(lowrank(st.one_of(EXACT, rotated(EXACT), st.none()))),
     "reference": matrices(formats()),
 }
-LOOK_UP = [name for name in CASES if name not in ("torch_int4", "rotated")]
+LOOK_UP = [name for name in CASES if name not in ("torch_int4", "rotated", "lowrank")]
 
 
 def test_no_kernel_of_the_table_is_left_out() -> None:
@@ -55,6 +60,15 @@ def treated(fmt: Format, x: torch.Tensor) -> torch.Tensor:
     """What kernel `cpu` makes of its input, which a rotated format has turned."""
     codes = quantized(fmt.turn_inputs(x.float()), per_token(fmt.inner)).float()
     return fmt.turned_back(codes, -1, INPUTS) if isinstance(fmt, Rotated) else codes
+
+
+def magnitudes(fmt: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[rows, cols]: what is summed for each value of a matrix, by absolute value."""
+    if not isinstance(fmt, LowRank):
+        return fmt.unpack(tensors).abs()
+    found = fmt.solution(tensors)
+    left, right = (fmt.factors.matrix(factor).abs() for factor in (found.left, found.right))
+    return left @ right + (0 if fmt.base is None else fmt.base.matrix(found.base).abs())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,11 +90,11 @@ def test_products_are_those_of_the_values(name: str) -> None:
         assert out.shape == (tokens, rows)
         values = fmt.unpack(stored.tensors)
         inputs: Any = fmt.quantize_activations(x.float())
-        if "cpu" in (name, *(part.kernel for part in prepared.parts)):
+        if name == "cpu" or (name == "rotated" and prepared.parts[0].kernel == "cpu"):
             inputs = treated(fmt, x)
         exact = inputs @ values.T + bias.float()
         # bfloat16 keeps 8 bits: inputs, scales' zeros and outputs are each rounded once.
-        scale = x.float().abs() @ values.abs().T + bias.float().abs()
+        scale = x.float().abs() @ magnitudes(fmt, stored.tensors).T + bias.float().abs()
         if name == "rotated":  # outputs are made of all those of their block
             scale = scale.amax(1, keepdim=True)
         tolerance = 2**-18 if name == "reference" and dtype == torch.float32 else 2**-6

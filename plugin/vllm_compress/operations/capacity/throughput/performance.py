@@ -26,6 +26,7 @@ from typing import Protocol
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
+from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.sparse import Sparse
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
@@ -200,12 +201,19 @@ def dense_rate(machine: Hardware) -> float:
     return machine.rate("bf16", "fp16", "fp32")
 
 
+def _multiplied(fmt: Format | None) -> Format | None:
+    """What a kernel reads of a format: the one inside another basis, or that a product of thin
+    matrices is added to. None where there are values only."""
+    base = fmt.base if isinstance(fmt, LowRank) else fmt
+    return None if base is None else base.inner
+
+
 def compute_rate(fmt: Format | None, machine: Hardware) -> float:
     """Operations per second on weights of a format (None: kept): that of the activations they meet.
 
     8-bit activations come with W8A8 everywhere, and on CPUs with our kernels for 4 bits and less.
     """
-    inner = None if fmt is None else fmt.inner
+    inner = _multiplied(fmt)
     values = inner.values if isinstance(inner, Sparse) else inner
     few = isinstance(values, Lookup) or (isinstance(values, Integer) and values.bits <= 4)
     asked = isinstance(values, Integer) and values.activations == "int8"
@@ -219,8 +227,8 @@ def kernel_refusal(scheme: Scheme, machine: Hardware) -> str | None:
         return None
     for part in scheme.parts:
         fmt = part.format
-        inner = None if fmt is None else fmt.inner
-        if fmt is None or (isinstance(inner, Integer) and inner.bits in (4, 8)):
+        inner = _multiplied(fmt)
+        if fmt is None or inner is None or (isinstance(inner, Integer) and inner.bits in (4, 8)):
             continue
         return (
             f"no GPU kernel for {fmt.describe()}: unpacked at every step, slower than the original"

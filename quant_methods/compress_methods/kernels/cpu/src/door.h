@@ -124,6 +124,14 @@ inline void check_signs(const Tensor& signs) {
                   "signs are not those of inputs and outputs in blocks of a power of two");
 }
 
+inline void check_factors(const Tensor& left, const Tensor& right, int64_t rows, int64_t cols) {
+  check_tensor(left, "factors", 2, false);
+  check_tensor(right, "factors", 2, false);
+  STD_TORCH_CHECK(left.scalar_type() == right.scalar_type(), "factors are of two dtypes");
+  STD_TORCH_CHECK(left.size(0) == right.size(0) && left.size(1) == rows && right.size(1) == cols,
+                  "factors are not those of ", rows, " rows and ", cols, " columns");
+}
+
 // One pass, in vectors: an id below zero is a very large one.
 inline void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
   uint64_t most = 0;

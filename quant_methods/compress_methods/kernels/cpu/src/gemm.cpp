@@ -10,6 +10,7 @@
 // With a table, value = scale * table[code], whose entries are the codes of 8 bits.
 // A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
 
+#include "correction.h"
 #include "rotation.h"
 #ifdef VC_BLOCKS
 #include "blocks/product.h"
@@ -76,6 +77,20 @@ void vc_rotated(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t to
                       vc_linear(matrix, turned, static_cast<int32_t>(Dtype::kFloat32), count, cols,
                                 cols, nullptr, sums, mode);
                     });
+}
+
+// The same plus A (B x); `left` [rank, rows] and `right` [rank, cols] of a dtype.
+void vc_corrected(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tokens,
+                  int64_t cols, int64_t x_stride, const float* bias, void* out, int32_t mode,
+                  const void* left, const void* right, int32_t dtype, int64_t rank) {
+  if (!tokens || !matrix->rows) return;
+  const Request request = {*matrix, x,    static_cast<Dtype>(x_dtype), tokens, cols, x_stride,
+                           bias,    out, static_cast<Mode>(mode)};
+  correction::product(request, {left, right, static_cast<Dtype>(dtype), rank},
+                      [&](const float* inputs, float* sums) {
+                        vc_linear(matrix, inputs, static_cast<int32_t>(Dtype::kFloat32), tokens,
+                                  cols, cols, nullptr, sums, mode);
+                      });
 }
 
 // out [count, cols] float32: rows `ids` of the matrix.

@@ -13,6 +13,8 @@ void vc_linear(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, c
                int32_t);
 void vc_rotated(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*, void*,
                 int32_t, const float*, int64_t);
+void vc_corrected(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*,
+                  void*, int32_t, const void*, const void*, int32_t, int64_t);
 void vc_embed(const Matrix*, const int64_t*, int64_t, int64_t, float*);
 }
 
@@ -71,6 +73,18 @@ Tensor rotated(Tensor x, std::optional<Tensor> bias, int64_t mode, int64_t rows,
                     [=](auto... request) { vc_rotated(request..., values, block); });
 }
 
+// left [rank, rows] and right [rank, cols], of one dtype.
+Tensor corrected(Tensor x, std::optional<Tensor> bias, int64_t mode, int64_t rows, int64_t bits,
+                 int64_t group, int64_t kind, Tensor left, Tensor right, Tensor weights,
+                 Tensor scales, std::optional<Tensor> zeros) {
+  check_factors(left, right, rows, x.dim() ? x.size(x.dim() - 1) : 0);
+  const void *a = left.const_data_ptr(), *b = right.const_data_ptr();
+  const int32_t dtype = static_cast<int32_t>(dtype_of(left, "factors"));
+  const int64_t rank = left.size(0);
+  return multiplied(x, bias, mode, rows, bits, group, kind, weights, scales, zeros,
+                    [=](auto... request) { vc_corrected(request..., a, b, dtype, rank); });
+}
+
 Tensor embed(Tensor ids, int64_t cols, int64_t rows, int64_t bits, int64_t group, int64_t kind,
              Tensor weights, Tensor scales, std::optional<Tensor> zeros) {
   const Matrix m = matrix_of(rows, bits, group, kind, weights, scales, zeros, cols);
@@ -94,6 +108,7 @@ int64_t rows_together() { return kRowsTogether; }
 STABLE_TORCH_LIBRARY(VC_NAMESPACE, m) {
   m.def("linear" VC_PRODUCT VC_TENSORS ") -> Tensor");
   m.def("rotated" VC_PRODUCT "Tensor signs, " VC_TENSORS ") -> Tensor");
+  m.def("corrected" VC_PRODUCT "Tensor left, Tensor right, " VC_TENSORS ") -> Tensor");
   m.def("embed(Tensor ids, int cols, " VC_SETTINGS VC_TENSORS ") -> Tensor");
   m.def("rows_together() -> int");
 }
@@ -101,6 +116,7 @@ STABLE_TORCH_LIBRARY(VC_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(VC_NAMESPACE, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("rotated", TORCH_BOX(&rotated));
+  m.impl("corrected", TORCH_BOX(&corrected));
   m.impl("embed", TORCH_BOX(&embed));
 }
 

@@ -20,6 +20,8 @@ void vc_linear(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, c
                int32_t);
 void vc_rotated(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*, void*,
                 int32_t, const float*, int64_t);
+void vc_corrected(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*,
+                  void*, int32_t, const void*, const void*, int32_t, int64_t);
 void vc_embed(const Matrix*, const int64_t*, int64_t, int64_t, float*);
 }
 
@@ -33,7 +35,7 @@ std::vector<T> filled(int64_t size, int seed) {
 
 constexpr int64_t kRows = 19, kCols = 352, kLines = 3;
 constexpr int64_t kBlocks = (kRows + kRowsTogether - 1) / kRowsTogether;
-int products = 0, rotated = 0, look_ups = 0;
+int products = 0, rotated = 0, corrected = 0, look_ups = 0;
 
 void use(const Matrix& m) {
   const auto bias = filled<float>(kRows, 4);
@@ -55,6 +57,13 @@ void use(const Matrix& m) {
         vc_rotated(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode,
                    signs.data(), block);
         ++rotated;
+        const int factors = tokens == 1 ? 0 : tokens == 7 ? 1 : 2;
+        const int64_t rank = 3 + 5 * factors, size = factors == 0 ? 4 : 2;
+        const auto left = filled<uint8_t>(rank * kRows * size, 6);
+        const auto right = filled<uint8_t>(rank * kCols * size, 7);
+        vc_corrected(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode,
+                     left.data(), right.data(), factors, rank);
+        ++corrected;
       }
     }
   }
@@ -127,5 +136,6 @@ int main() {
       if (bits < 16) use_sparse(bits, 64, kept), use_sparse(bits, 256, kept);
     }
   }
-  std::printf("products %d rotated %d look-ups %d\n", products, rotated, look_ups);
+  std::printf("products %d rotated %d corrected %d look-ups %d\n", products, rotated, corrected,
+              look_ups);
 }

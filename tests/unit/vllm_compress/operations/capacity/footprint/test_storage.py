@@ -148,6 +148,18 @@ def test_recipes_make_of_headers_what_a_conversion_plans(kind: str, tmp_path: Pa
     assert kept == (planned.compressed_bytes - jobs) // 2
 
 
+def test_a_low_rank_recipe_weighs_its_base_and_its_factors() -> None:
+    """A rank of 32 in 4 bits, a scale for each of their rows."""
+    shape = load_shape("llama-3.1-8b")
+    plain, whole = (apply_recipe(shape, name).parts for name in ("int2-gptq", "int2-lowrank"))
+    for base, part in zip(plain, whole, strict=True):
+        m, more = part.matrix, 0
+        if part.format is not None:
+            more = 32 * (m.rows + m.cols) // 2 + 2 * (m.rows + 32)
+            assert part.format.describe() == "int2 g128 mid + rank 32 int4 row"
+        assert part.bytes_of(m.rows, m.cols) == base.bytes_of(m.rows, m.cols) + more
+
+
 def test_a_compressed_directory_weighs_what_its_files_do(novels_int4: Path) -> None:
     from vllm_compress.metrics.checkpoint_summary import summarize_checkpoint
 

@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.lowrank import LowRank
+from compress_methods.formats.rotated import Rotated
 from vllm_compress.operations.capacity.footprint.memory import Layout
 from vllm_compress.operations.capacity.footprint.shapes import load_shape
 from vllm_compress.operations.capacity.footprint.storage import Scheme, apply_recipe, as_it_is
@@ -14,6 +17,7 @@ from vllm_compress.operations.capacity.hardware import (
 )
 from vllm_compress.operations.capacity.throughput.performance import (
     EFFICIENCY,
+    compute_rate,
     kernel_refusal,
     roofline,
 )
@@ -75,3 +79,12 @@ def test_formats_without_a_gpu_kernel_are_planned_for_cpus_only() -> None:
     assert "no GPU kernel for nf4 g128" in (kernel_refusal(scheme("nf4"), H100) or "")
     assert kernel_refusal(scheme("int4-gptq"), H100) is None
     assert kernel_refusal(scheme("int4-rotated"), H100) is None
+    refusal = kernel_refusal(scheme("int2-lowrank"), H100) or ""
+    assert "no GPU kernel for int2 g128 mid + rank 32 int4 row" in refusal
+
+
+def test_a_low_rank_product_is_planned_as_its_base() -> None:
+    epyc = find_hardware("epyc-genoa-2s")
+    for base in (Integer(4, 128), Rotated(Integer(8, 128))):
+        assert compute_rate(LowRank(16, base), epyc) == compute_rate(base, epyc)
+    assert compute_rate(LowRank(16), H100) == compute_rate(None, H100)
