@@ -76,6 +76,10 @@ class SVD(Algorithm):
     def row_independent(self) -> bool:  # type: ignore[override]
         return self.first.row_independent
 
+    @property
+    def loss_groups(self) -> int:
+        return self.first.loss_groups
+
     def needs(self, fmt: Format) -> tuple[type[Statistic], ...]:
         found = self.first.needs(_filled(fmt))
         return found if Hessian in found or not isinstance(fmt, LowRank) else (*found, Hessian)

@@ -127,8 +127,13 @@ def test_a_matrix_is_solved_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = algorithm.ready(seen, fmt)
     whole = fmt.pack(algorithm.fill(weight, prepared, fmt))
     monkeypatch.setattr("compress_methods.conversion.passes.packing.SOLVE_ELEMENTS", 1)
-    found = solve_in_slabs(algorithm, fmt, weight, prepared)
+    found = solve_in_slabs(algorithm, fmt, weight.shape, [(weight, prepared)])
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_tokens_are_weighed_as_the_base_algorithm_asks() -> None:
+    assert SVD({"algorithm": "gptq", "loss_groups": 4}).loss_groups == 4
+    assert SVD().loss_groups == SVD("rtn").loss_groups == 0
 
 
 @pytest.mark.parametrize(
