@@ -239,7 +239,7 @@ def _fill(
         mine = seen.get(job.slot.module, {})
         key = (*map(id, mine.values()), job.algorithm)
         if key not in shared:
-            shared = {key: job.algorithm.prepare(mine, held)}
+            shared = {key: job.algorithm.ready(mine, held)}
         if group.open:
             rows = [(weight.float(), shared[key])]
             tensors = solve_in_slabs(job.algorithm, held, weight.shape, rows)
@@ -248,7 +248,7 @@ def _fill(
                 module = part.planned.skeleton.module(job.slot.module)
                 stack.callback(quantize_inputs(module, held).remove)
         else:
-            solution = job.algorithm.solve(weight.float().contiguous(), shared[key], held)
+            solution = job.algorithm.fill(weight.float().contiguous(), shared[key], held)
             values = held.matrix(solution)
         part.weight(job.slot).copy_(values)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compress_methods import convert
+from compress_methods.algorithms.gptq import GPTQ
 from compress_methods.algorithms.wanda import Wanda
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.conversion.job import open_job
@@ -26,10 +29,13 @@ from compress_methods.conversion.passes.allocation import (
 from compress_methods.conversion.planning.plan import Job
 from compress_methods.errors import FormatError, OutputError, RecipeError
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
 from compress_methods.model.slot import Slot
 from compress_methods.recipe.schema import load_recipe
 from tests.robustness.result import contents
+from tests.unit.compress_methods.algorithms.test_rotated import gathered, heavy
 
 SMALL = {"samples": 4, "length": 64, "held_out": 2}
 INT4 = {"format": "integer", "bits": 4, "group_size": 128}
@@ -202,3 +208,17 @@ def test_an_allocation_that_cannot_be_is_refused(
 def test_a_pattern_no_matrix_can_hold_is_refused(novels_8m: Path) -> None:
     with pytest.raises((RecipeError, FormatError), match=r"o_proj|q_proj|down_proj"):
         open_job(novels_8m, recipe(63, 128, allocate="output_error", values=INT4))
+
+
+def test_a_rotated_choice_is_measured_as_it_is_packed() -> None:
+    """In its own basis: with the statistics of unturned inputs it would be rounded for others."""
+    fmt, weight, seen = Rotated(Integer(3, 64)), torch.randn(64, 320), gathered(heavy(500, 320))
+    slot = Slot("m", "m.weight", "blocks", 64, 320)
+    job = Job(slot, "r", fmt, GPTQ(), (fmt, Integer(4, 64)), variants=("r", "w4"))
+    skeleton = SimpleNamespace(module=lambda name: torch.nn.Linear(320, 64))
+    into = weight.clone()
+    part = SimpleNamespace(weight=lambda slot: into, planned=SimpleNamespace(skeleton=skeleton))
+    with ExitStack() as stack:
+        allocation._fill(part, Group(0, (job,), job.choices), fmt, {"m": seen}, [weight], stack)  # type: ignore[arg-type]
+    packed = fmt.pack(GPTQ().fill(weight, GPTQ().ready(seen, fmt), fmt))
+    assert torch.equal(into, fmt.unpack(packed))
