@@ -43,8 +43,7 @@ class Comparer:
         states = self.part.inputs()
         block = self.part.module
         batches = states.split(self.part.runner.batch)  # blocks may know how many come together
-        few = batches[0][:1]
-        self.places = find_places(block, names, few, self._run(block, few))
+        self.places = find_places(block, names, batches[0], self._run(block, batches[0]))
         groups: list[list[str]] = []
         missing = set(names)
         for piece in batches:
