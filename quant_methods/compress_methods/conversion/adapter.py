@@ -30,7 +30,7 @@ from compress_methods.checkpoint.safetensors import Entry, Writer, read_header, 
 from compress_methods.checkpoint.source import companion_files
 from compress_methods.conversion.report import index_text
 from compress_methods.errors import CheckpointError, OutputError
-from compress_methods.formats import TensorSpec
+from compress_methods.formats import Format, TensorSpec
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.lazy import torch
 from compress_methods.system.files import copy_file, write_text
@@ -49,7 +49,7 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
     Raises `CheckpointError` where there is nothing to split off, `OutputError` where `out` exists.
     """
     found, place = open_compressed(directory), Path(out)
-    ranks = {name: m.format.rank for name, m in found.matrices.items() if _splits(name, m.format)}
+    ranks = {name: rank for name, m in found.matrices.items() if (rank := _rank(name, m.format))}
     if not ranks:
         raise CheckpointError(f"{found.path}: no matrix is in format 'lowrank'")
     if place.exists():
@@ -62,11 +62,13 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
     return ranks
 
 
-def _splits(module: str, fmt: Any) -> bool:
-    """Whether a matrix has factors beside a base."""
-    if isinstance(fmt, LowRank) and fmt.base is None:
+def _rank(module: str, fmt: Format) -> int:
+    """That of a matrix that has factors beside a base, else 0."""
+    if not isinstance(fmt, LowRank):
+        return 0
+    if fmt.base is None:
         raise CheckpointError(f"{module}: is {fmt.describe()} alone, without a base to add it to")
-    return isinstance(fmt, LowRank)
+    return fmt.rank
 
 
 def _factors(found: CompressedCheckpoint, ranks: dict[str, int]) -> dict[str, Tensor]:
