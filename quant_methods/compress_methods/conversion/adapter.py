@@ -49,8 +49,7 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
     Raises `CheckpointError` where there is nothing to split off, `OutputError` where `out` exists.
     """
     found, place = open_compressed(directory), Path(out)
-    formats = {name: _with_factors(name, m.format) for name, m in found.matrices.items()}
-    ranks = {name: fmt.rank for name, fmt in formats.items() if fmt is not None}
+    ranks = {name: rank for name, m in found.matrices.items() if (rank := _rank(name, m.format))}
     if not ranks:
         raise CheckpointError(f"{found.path}: no matrix is in format 'lowrank'")
     if place.exists():
@@ -63,13 +62,13 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
     return ranks
 
 
-def _with_factors(module: str, fmt: Format) -> LowRank | None:
-    """A matrix's format where it has factors beside a base."""
+def _rank(module: str, fmt: Format) -> int:
+    """That of a matrix that has factors beside a base, else 0."""
     if not isinstance(fmt, LowRank):
-        return None
+        return 0
     if fmt.base is None:
         raise CheckpointError(f"{module}: is {fmt.describe()} alone, without a base to add it to")
-    return fmt
+    return fmt.rank
 
 
 def _factors(found: CompressedCheckpoint, ranks: dict[str, int]) -> dict[str, Tensor]:

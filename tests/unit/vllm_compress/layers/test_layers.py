@@ -9,6 +9,7 @@ import torch
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer, IntegerSolution
+from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels import Want, dispatch, rebuild
@@ -137,7 +138,50 @@ def test_rotated_parts_are_one_matrix_where_blocks_end_with_them() -> None:
         torch.testing.assert_close(out, x @ values.T, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.describe())
+@pytest.mark.parametrize("base", [Integer(bits=4, group_size=32), None])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_two_ranks_share_a_low_rank_matrix(base: Integer | None, tokens: int) -> None:
+    """By rows each has its rows of A and all of B, by columns its columns of B and all of A."""
+    fmt = LowRank(16, base)
+    target, x = Target("mlp.up_proj", (96, 128), fmt), torch.randn(tokens, 128)
+    tensors = packed(fmt, 96, 128)
+    collecting.check(target, tensors)
+    expected = x @ fmt.unpack(tensors).T
+
+    def product(x: torch.Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> torch.Tensor:
+        collecting.check_cuts(target, [rows], cols, 2)
+        pieces = runtime.join(collecting.cut(target, tensors, [rows], cols))
+        prepared = runtime.prepare(pieces, Want(kernel="cpu_exact", dtype=torch.float32))
+        sizes = [tuple(tensor.shape) for tensor in prepared.tensors]
+        assert sizes == [(16, rows[1] - rows[0]), (16, cols[1] - cols[0])]
+        return ops.product_of(prepared)(x, prepared.flat(), None)
+
+    rows = [product(x, cut, (0, 128)) for cut in ((0, 48), (48, 96))]
+    torch.testing.assert_close(torch.cat(rows, -1), expected, rtol=1e-4, atol=1e-3)
+    cuts = ((0, 64), (64, 128))
+    shares = [product(x[:, slice(*cut)].contiguous(), (0, 96), cut) for cut in cuts]
+    torch.testing.assert_close(sum(shares), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_parts_with_factors_of_their_own_stay_apart() -> None:
+    """q, k and v have three B; one that is stored fused has one."""
+    fmt, x = LowRank(4, Integer(bits=4, group_size=32)), torch.randn(2, 128)
+    parts = [stored(fmt, rows, 128, rows) for rows in (64, 32, 32)]
+    joined = runtime.join(parts)
+    assert len(joined) == 3
+    prepared = runtime.prepare(joined, Want(kernel="cpu_exact"))
+    assert prepared.kernel == dispatch.SIDE_BY_SIDE
+    values = torch.cat([part.values() for part in parts])
+    out = ops.product_of(prepared)(x, prepared.flat(), None)
+    torch.testing.assert_close(out, x @ values.T, rtol=1e-4, atol=1e-3)
+    whole = stored(fmt, 128, 128)
+    pieces = [whole.cut(rows=rows) for rows in ((0, 32), (96, 128))]
+    (again,) = runtime.join(pieces)
+    expected = torch.cat([piece.values() for piece in pieces])
+    torch.testing.assert_close(again.values(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, LowRank(4, FORMATS[0])], ids=lambda f: f.describe())
 @pytest.mark.parametrize("rows", [8, 52])
 def test_dummy_weights_are_matrices_of_zeros(fmt: Format, rows: int) -> None:
     target = Target("up", (rows, 128), fmt)
