@@ -222,7 +222,7 @@ def test_a_kernel_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(ops.KERNEL_VARIABLE, "fastest")
     with pytest.raises(CheckpointError) as caught:
         runtime.prepare([stored(FORMATS[0], 64, 128)], Want())
-    words = "VLLM_COMPRESS_KERNEL is 'fastest', expected vllm or one of cpu, cpu_exact, reference,"
+    words = "VLLM_COMPRESS_KERNEL is 'fastest', expected vllm or one of cpu, cpu_exact, lowrank,"
     assert str(caught.value).startswith(words)
     assert "vllm_" not in str(caught.value)
 
