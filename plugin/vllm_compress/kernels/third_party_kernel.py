@@ -30,7 +30,8 @@ from vllm.scalar_type import ScalarType, scalar_types
 
 from compress_methods.errors import FormatError
 from compress_methods.formats import Stored
-from compress_methods.formats.integer import SCALES, Integer, IntegerSolution
+from compress_methods.formats.grouped import SCALES
+from compress_methods.formats.integer import Integer, IntegerSolution
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu.library import library
 from vllm_compress.kernels import runtime

@@ -30,12 +30,12 @@ from compress_methods.errors import FormatError
 from compress_methods.formats.base import (
     MAIN_TENSOR,
     Axis,
-    Format,
     TensorSpec,
     register_format,
     torch_dtype,
 )
 from compress_methods.formats.codes import PLANES, pack_codes, unpack_codes
+from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.range_search import search_scales
 from compress_methods.formats.relaxed import Relaxed, stored_as
@@ -45,11 +45,9 @@ from compress_methods.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALES, ZEROS = "weight_scales", "weight_zeros"
+ZEROS = "weight_zeros"
 WHOLE, MID = LEVELS = ("whole", "mid")
 BYTE = 8
-GROUP_SIZES = (-1, 32, 64, 128)
-ROW_BLOCK = 32
 ZERO_ROWS = 8
 LEAST_FACTOR = 0.25
 """Of its start, what training may make of a scale."""
@@ -66,11 +64,9 @@ class IntegerSolution:
 
 @register_format
 @dataclass(frozen=True)
-class Integer(Format):
+class Integer(Grouped):
     """b-bit integers in groups of columns; weight-only unless `activations` is `int8`."""
 
-    bits: int = 4
-    group_size: int = 128
     symmetric: bool = True
     activations: str | None = None
     scale_dtype: str = "bfloat16"
@@ -78,55 +74,28 @@ class Integer(Format):
     name: ClassVar[str] = "integer"
 
     def __post_init__(self) -> None:
-        for key, value, valid in (
-            ("bits", self.bits, PLANES),
-            ("group_size", self.group_size, GROUP_SIZES),
-            ("activations", self.activations, (None, "int8")),
-            ("scale_dtype", self.scale_dtype, ("bfloat16", "float16")),
-            ("levels", self.levels, LEVELS),
-        ):
-            if value not in valid:
-                raise FormatError(
-                    f"{key} is {value!r}, expected one of {', '.join(map(str, valid))}"
-                )
+        require_known(
+            (
+                ("bits", self.bits, PLANES),
+                ("group_size", self.group_size, GROUP_SIZES),
+                ("activations", self.activations, (None, "int8")),
+                ("scale_dtype", self.scale_dtype, ("bfloat16", "float16")),
+                ("levels", self.levels, LEVELS),
+            )
+        )
         if self.levels == MID and not (self.symmetric and self.bits < BYTE):
             raise FormatError("levels is 'mid', expected symmetric integers of 2, 3 or 4 bits")
-
-    @property
-    def searches_range(self) -> bool:
-        return True
 
     @property
     def holds_zero(self) -> bool:
         return self.levels == WHOLE
 
-    def check_shape(self, rows: int, cols: int) -> None:
-        if self.group_size > 0 and cols % self.group_size:
-            raise FormatError(f"group_size {self.group_size} does not divide {cols} columns")
-        if cols % ROW_BLOCK:
-            raise FormatError(f"{cols} columns are no multiple of {ROW_BLOCK}")
-
-    @property
-    def block(self) -> int:
-        """Columns per packing block, B of the module docstring."""
-        return self.group_size if self.group_size > 0 else ROW_BLOCK
-
-    def groups(self, cols: int) -> int:
-        return 1 if self.group_size < 0 else cols // self.group_size
-
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
-        self.check_shape(rows, cols)
-        block, groups = self.block, self.groups(cols)
-        per_group = Axis(1, self.group_size) if self.group_size > 0 else None
-        packed = Axis(1, block, block * self.bits // 8)
-        out = {
-            MAIN_TENSOR: TensorSpec((rows, packed.entries(cols)), "uint8", Axis(0), packed),
-            SCALES: TensorSpec((rows, groups), self.scale_dtype, Axis(0), per_group),
-        }
+        out = self.codes_and_scales(rows, cols, self.scale_dtype)
         if not self.symmetric:
             by_rows = Axis(0, ZERO_ROWS, self.bits)
-            shape = (by_rows.entries(rows), groups)
-            out[ZEROS] = TensorSpec(shape, "uint8", by_rows, per_group)
+            shape = (by_rows.entries(rows), self.groups(cols))
+            out[ZEROS] = TensorSpec(shape, "uint8", by_rows, self.per_group)
         return out
 
     @property

@@ -37,12 +37,12 @@ from compress_methods.errors import FormatError
 from compress_methods.formats.base import (
     MAIN_TENSOR,
     Axis,
-    Format,
     TensorSpec,
     register_format,
     torch_dtype,
 )
 from compress_methods.formats.codes import pack_codes, unpack_codes
+from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
 from compress_methods.formats.least_squares import Unscaled, refit_tables
 from compress_methods.formats.range_search import search_scales
 from compress_methods.formats.rounder import entries_at
@@ -52,7 +52,7 @@ from compress_methods.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCALES, TABLE = "weight_scales", "weight_table"
+TABLE = "weight_table"
 LEARNED, BINARY = FITTED = ("learned", "binary")
 FIXED = MappingProxyType(
     {
@@ -63,9 +63,7 @@ FIXED = MappingProxyType(
 """By code; those of fp4 in halves, those of nf4 in 127ths."""
 BITS = (2, 3, 4)
 FIXED_BITS = 4
-GROUP_SIZES = (-1, 32, 64, 128)
 TABLE_ROWS = (1, 16, 32, 64, 128)
-ROW_BLOCK = 32
 SCALE_DTYPE = "bfloat16"
 
 
@@ -81,11 +79,9 @@ class LookupSolution:
 
 @register_format
 @dataclass(frozen=True)
-class Lookup(Format):
+class Lookup(Grouped):
     """b-bit codes of a table, which groups of columns scale; weight-only."""
 
-    bits: int = 4
-    group_size: int = 128
     table: str = LEARNED
     table_rows: int = 16
     name: ClassVar[str] = "lookup"
@@ -93,16 +89,14 @@ class Lookup(Format):
     """Scales, and nothing else, decide what a group's values are."""
 
     def __post_init__(self) -> None:
-        for key, value, valid in (
-            ("bits", self.bits, BITS),
-            ("group_size", self.group_size, GROUP_SIZES),
-            ("table", self.table, (*FITTED, *FIXED)),
-            ("table_rows", self.table_rows, TABLE_ROWS),
-        ):
-            if value not in valid:
-                raise FormatError(
-                    f"{key} is {value!r}, expected one of {', '.join(map(str, valid))}"
-                )
+        require_known(
+            (
+                ("bits", self.bits, BITS),
+                ("group_size", self.group_size, GROUP_SIZES),
+                ("table", self.table, (*FITTED, *FIXED)),
+                ("table_rows", self.table_rows, TABLE_ROWS),
+            )
+        )
         if self.table in FIXED and self.bits != FIXED_BITS:
             raise FormatError(f"bits is {self.bits}, expected {FIXED_BITS} for {self.table}")
 
@@ -112,36 +106,11 @@ class Lookup(Format):
         return self.table in FITTED
 
     @property
-    def searches_range(self) -> bool:
-        return True
-
-    @property
     def holds_zero(self) -> bool:
         return not self.learns_values
 
-    def check_shape(self, rows: int, cols: int) -> None:
-        if self.group_size > 0 and cols % self.group_size:
-            raise FormatError(f"group_size {self.group_size} does not divide {cols} columns")
-        if cols % ROW_BLOCK:
-            raise FormatError(f"{cols} columns are no multiple of {ROW_BLOCK}")
-
-    @property
-    def block(self) -> int:
-        """Columns per packing block, B of the module docstring."""
-        return self.group_size if self.group_size > 0 else ROW_BLOCK
-
-    def groups(self, cols: int) -> int:
-        return 1 if self.group_size < 0 else cols // self.group_size
-
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
-        self.check_shape(rows, cols)
-        block = self.block
-        per_group = Axis(1, self.group_size) if self.group_size > 0 else None
-        packed = Axis(1, block, block * self.bits // 8)
-        out = {
-            MAIN_TENSOR: TensorSpec((rows, packed.entries(cols)), "uint8", Axis(0), packed),
-            SCALES: TensorSpec((rows, self.groups(cols)), SCALE_DTYPE, Axis(0), per_group),
-        }
+        out = self.codes_and_scales(rows, cols, SCALE_DTYPE)
         if self.learns_values:
             by_rows = Axis(0, self.table_rows)
             out[TABLE] = TensorSpec((by_rows.entries(rows), 2**self.bits), "int8", by_rows)

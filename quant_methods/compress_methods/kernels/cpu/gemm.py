@@ -28,7 +28,8 @@ from torch import Tensor
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
-from compress_methods.formats.integer import SCALES, ZEROS, Integer
+from compress_methods.formats.grouped import SCALES
+from compress_methods.formats.integer import ZEROS, Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel

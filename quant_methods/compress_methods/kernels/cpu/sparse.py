@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 from compress_methods.formats import MAIN_TENSOR, Stored, torch_dtype
 from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
-from compress_methods.formats.integer import SCALES, Integer
+from compress_methods.formats.grouped import SCALES
+from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse, pack_mask
 from compress_methods.kernels.base import Prepared
 from compress_methods.kernels.cpu.library import LINE, Kind, Packed, empty_bytes, side_by_side

@@ -1,0 +1,66 @@
+"""grouped: what formats share that store codes of b bits, and a scale for each group of columns.
+
+A group is `group_size` consecutive columns, -1 meaning the whole row. Codes are packed in blocks of
+columns, see `codes.py`: a group, or `ROW_BLOCK` columns of whole rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from compress_methods.errors import FormatError
+from compress_methods.formats.base import MAIN_TENSOR, Axis, Format, TensorSpec
+
+SCALES = "weight_scales"
+GROUP_SIZES = (-1, 32, 64, 128)
+ROW_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Grouped(Format):
+    """Codes and scales, to which a format adds what its values need besides."""
+
+    bits: int = 4
+    group_size: int = 128
+
+    @property
+    def searches_range(self) -> bool:
+        return True
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        if self.group_size > 0 and cols % self.group_size:
+            raise FormatError(f"group_size {self.group_size} does not divide {cols} columns")
+        if cols % ROW_BLOCK:
+            raise FormatError(f"{cols} columns are no multiple of {ROW_BLOCK}")
+
+    @property
+    def block(self) -> int:
+        """Columns per packing block."""
+        return self.group_size if self.group_size > 0 else ROW_BLOCK
+
+    @property
+    def per_group(self) -> Axis | None:
+        """How columns lie in tensors that have an entry a group."""
+        return Axis(1, self.group_size) if self.group_size > 0 else None
+
+    def groups(self, cols: int) -> int:
+        return 1 if self.group_size < 0 else cols // self.group_size
+
+    def codes_and_scales(self, rows: int, cols: int, scale_dtype: str) -> dict[str, TensorSpec]:
+        """Their tensors, after `check_shape`."""
+        self.check_shape(rows, cols)
+        packed = Axis(1, self.block, self.block * self.bits // 8)
+        shape = (rows, self.groups(cols))
+        return {
+            MAIN_TENSOR: TensorSpec((rows, packed.entries(cols)), "uint8", Axis(0), packed),
+            SCALES: TensorSpec(shape, scale_dtype, Axis(0), self.per_group),
+        }
+
+
+def require_known(settings: Iterable[tuple[str, Any, Iterable[Any]]]) -> None:
+    """`FormatError` for the first (key, value, valid values) whose value is not among them."""
+    for key, value, valid in settings:
+        if value not in valid:
+            raise FormatError(f"{key} is {value!r}, expected one of {', '.join(map(str, valid))}")
