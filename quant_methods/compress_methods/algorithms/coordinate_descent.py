@@ -61,7 +61,8 @@ def _sweep(weight: Tensor, hessian: Tensor, rounder: Rounder, values: Tensor) ->
         for i, at in enumerate(range(start, end)):
             if rounder.span > 1 and at % rounder.span == 0:
                 which = torch.arange(at, at + rounder.span, device=weight.device)
-                rounder.begin(which, held[at : at + rounder.span], held[at : at + rounder.span])
+                stop = at + rounder.span
+                rounder.begin(which, held[at:stop], pivots[at:stop, None].rsqrt())
             found = rounder.pick(at, held[at] + pull[at] / pivots[at])
             moves[i] = found - held[at]
             held[at] = found

@@ -120,18 +120,16 @@ def error_feedback(weight: Tensor, factor: Factor, rounder: Rounder) -> None:
         for i in range(end - start):
             at, stop = start + i, start + i + rounder.span
             if rounder.span > 1 and i % rounder.span == 0:
-                costs = _costs(left[at:stop], upper.diagonal()[i:, None], dead[at:stop])
-                rounder.begin(factor.order[at:stop], left[at:stop], costs)
+                pivots = _pivots(upper.diagonal()[i : i + rounder.span], dead[at:stop])
+                rounder.begin(factor.order[at:stop], left[at:stop], pivots)
             errors[i] = (left[at] - rounder.pick(order[at], left[at])) / upper[i, i]
             left[at + 1 : end].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
         left[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
 
 
-def _costs(weights: Tensor, pivots: Tensor, dead: Tensor) -> Tensor:
-    """w^2 / U_jj^2 [span, rows]: the error that removing each weight leaves."""
-    costs = (weights / pivots[: len(weights)]).square_()
-    costs[dead] *= NEVER_ACTIVE
-    return costs
+def _pivots(diagonal: Tensor, dead: Tensor) -> Tensor:
+    """U_jj [span, 1]: an error divided by it, squared, is what it adds to the output's."""
+    return torch.where(dead, diagonal / NEVER_ACTIVE**0.5, diagonal)[:, None]
 
 
 @dataclass(frozen=True)

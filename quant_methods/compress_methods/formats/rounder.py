@@ -47,11 +47,11 @@ class Rounder(Protocol):
     def span(self) -> int:
         """Columns decided together, a divisor of 128; the pass keeps them consecutive."""
 
-    def begin(self, columns: Tensor, weights: Tensor, costs: Tensor) -> None:
+    def begin(self, columns: Tensor, weights: Tensor, pivots: Tensor) -> None:
         """The next `span` columns, if more than one, before they are picked.
 
-        weights [span, rows] as they now are; costs [span, rows]: what removing each would add to
-        the output's squared error after later columns have made up for it.
+        weights [span, rows] as they now are; pivots [span, 1]: the square of (error / pivot) is
+        what an error adds to the output's after later columns have made up for it.
         """
 
     def pick(self, column: int, weights: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ColumnRounder:
         self._rows, self._cols = shape
         self._codes: Tensor | None = None
 
-    def begin(self, columns: Tensor, weights: Tensor, costs: Tensor) -> None:
+    def begin(self, columns: Tensor, weights: Tensor, pivots: Tensor) -> None:
         """Nothing to decide for several columns together."""
 
     def pick(self, column: int, weights: Tensor) -> Tensor:

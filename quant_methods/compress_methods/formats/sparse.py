@@ -230,9 +230,9 @@ class SparseRounder:
         self._first = 0
         self._ranks = self.mask
 
-    def begin(self, columns: Tensor, weights: Tensor, costs: Tensor) -> None:
+    def begin(self, columns: Tensor, weights: Tensor, pivots: Tensor) -> None:
         if self.free:
-            self.mask[columns] = self.fmt.select(costs.T).T
+            self.mask[columns] = self.fmt.select((weights / pivots).square().T).T
         self._first = int(columns.min())
         inside = self.mask[self._first : self._first + self.span].cumsum(0) - 1
         self._ranks = self._first // self.fmt.m * self.fmt.n + inside.clamp_(min=0)

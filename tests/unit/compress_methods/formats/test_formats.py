@@ -65,7 +65,7 @@ def test_what_a_rounder_picks_column_by_column_is_the_nearest(drawn: Drawn) -> N
     rounder, picked = fmt.rounder(weight, mask=mask), torch.empty_like(weight)
     for first in range(0, weight.shape[1], rounder.span):
         columns = torch.arange(first, first + rounder.span)
-        rounder.begin(columns, weight.T[columns], weight.T[columns].square())
+        rounder.begin(columns, weight.T[columns], torch.ones(rounder.span, 1))
         for column in columns.tolist():
             picked[:, column] = rounder.pick(column, weight[:, column])
     solution = rounder.solution()
