@@ -182,6 +182,7 @@ CASES: dict[str, Callable[[int, int], Made | None]] = {
     "int8, torch": ours("torch_int8", bits=8, group_size=-1),
     **{f"int{b} g128, cpu": ours("cpu", bits=b, group_size=128) for b in (2, 3, 4)},
     **{f"{name} g128, cpu": ours("cpu", **lookup(name)) for name in TABLES},
+    **{f"trellis{b}, cpu": ours("cpu", format="trellis", bits=b) for b in (2, 3)},
     "int4 g128 rotated, cpu": ours("rotated", **rotated(bits=4, group_size=128)),
     "int8 row, cpu": ours("cpu", bits=8, group_size=-1),
     "int8-dynamic, cpu": ours("cpu", bits=8, group_size=-1, activations="int8"),

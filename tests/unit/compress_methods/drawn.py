@@ -18,6 +18,7 @@ from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import BLOCKS as ROTATED_BLOCKS
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import BLOCKS, Sparse
+from compress_methods.formats.trellis import TILE, Trellis
 
 GROUPS = (-1, 32, 64, 128)
 ACTIVATIONS = (None, "int8")
@@ -58,6 +59,13 @@ def lookups(
     return Lookup(size, draw(st.sampled_from(GROUPS)), table, draw(st.sampled_from(table_rows)))
 
 
+def trellises(
+    bits: Sequence[int] = (2, 3, 4), state_bits: Sequence[int] = (8, 9)
+) -> st.SearchStrategy[Trellis]:
+    """Trellises with few states, over which paths are found soon."""
+    return st.builds(Trellis, *map(st.sampled_from, (bits, state_bits, GROUPS)))
+
+
 def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
     """Matrices in drawn formats, rotated."""
     return st.builds(Rotated, base, st.sampled_from(ROTATED_BLOCKS), st.integers(0, 2))
@@ -76,8 +84,8 @@ def lowrank(draw: st.DrawFn, base: st.SearchStrategy[Any]) -> LowRank:
 def columnwise() -> st.SearchStrategy[Format]:
     """Every kind of format that is filled column by column."""
     values = st.one_of(*[integers()] * 9, st.just(Dense()))
-    turned = rotated(st.one_of(integers(), lookups()))
-    return st.one_of(values, sparse(values), mid_integers(), lookups(), turned)
+    turned = rotated(st.one_of(integers(), lookups(), trellises()))
+    return st.one_of(values, sparse(values), mid_integers(), lookups(), trellises(), turned)
 
 
 def formats() -> st.SearchStrategy[Format]:
@@ -93,6 +101,8 @@ def least_columns(fmt: Format) -> int:
         return math.lcm(8, fmt.m * unit // math.gcd(unit, fmt.n))
     if isinstance(fmt, Integer | Lookup):
         return fmt.block
+    if isinstance(fmt, Trellis):
+        return max(fmt.group_size, TILE)
     if isinstance(fmt, LowRank):
         return math.lcm(*(least_columns(f) for f in (fmt.base, fmt.factors) if f is not None))
     return 1 if fmt.inner is fmt else least_columns(fmt.inner)

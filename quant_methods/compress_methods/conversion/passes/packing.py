@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import compress_methods.kernels  # noqa: F401  (brings encoders that formats call)
 from compress_methods.algorithms import Algorithm, Seen
 from compress_methods.algorithms.statistics import by_rows, compares, relative_error
 from compress_methods.checkpoint.loading import quantize_inputs

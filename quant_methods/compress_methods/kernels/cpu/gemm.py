@@ -1,5 +1,6 @@
 """Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, with those
-of tables (`lookup.py`), and with sparse ones of integers or 16-bit floats (`sparse.py`).
+of tables (`lookup.py`), with trellises (`trellis.py`), and with sparse ones of integers or 16-bit
+floats (`sparse.py`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
 format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
@@ -32,9 +33,11 @@ from compress_methods.formats.grouped import SCALES
 from compress_methods.formats.integer import ZEROS, Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.trellis import Trellis
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
 from compress_methods.kernels.cpu import lookup as cpu_lookup
 from compress_methods.kernels.cpu import sparse as cpu_sparse
+from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import (
     DTYPES,
     LINE,
@@ -49,6 +52,7 @@ from compress_methods.kernels.cpu.library import (
 
 SIGNED_SHIFT = 0x80
 BYTE = 8
+CODED = Integer | Lookup | Trellis
 MOST_BITS = 4
 SLAB_ELEMENTS = 2**22
 RANK, PLAIN_RANK = 200, 50
@@ -75,7 +79,7 @@ class CpuGemm(Kernel):
 
     def _knows(self, fmt: Format) -> bool:
         if not isinstance(fmt, Sparse):
-            return isinstance(fmt, Integer | Lookup)
+            return isinstance(fmt, CODED)
         exact = isinstance(fmt.values, Dense)
         return cpu_sparse.takes(fmt) and (not exact or self.mode == Mode.EXACT)
 
@@ -83,7 +87,7 @@ class CpuGemm(Kernel):
         """Whether it may be chosen by itself: not where it would cost quality that shows."""
         if isinstance(fmt, Sparse):
             return fmt.n < fmt.m
-        if isinstance(fmt, Lookup):
+        if isinstance(fmt, Lookup | Trellis):
             return True
         return isinstance(fmt, Integer) and (fmt.bits <= MOST_BITS or fmt.activations == "int8")
 
@@ -93,11 +97,12 @@ class CpuGemm(Kernel):
         if isinstance(fmt, Sparse):
             tensors = cpu_sparse.prepare(stored, together)
             return Prepared(self.name, rows, cols, tensors, fmt)
-        assert isinstance(fmt, Integer | Lookup)
+        assert isinstance(fmt, CODED)
         groups = stored.tensors[SCALES].shape[1]
         if fmt.group_size > 0:
             groups = (cols + -cols % LINE) // fmt.group_size
-        out = [_lines(stored, together)]
+        lines = cpu_trellis.lines if isinstance(fmt, Trellis) else _lines
+        out = [lines(stored, together)]
         for term in _terms(stored):
             missing = (0, groups - term.shape[1], 0, -rows % together)
             padded = torch.nn.functional.pad(term, missing, value=1)
@@ -159,7 +164,7 @@ def _packed(prepared: Prepared) -> Packed:
     fmt = prepared.format
     if isinstance(fmt, Sparse):
         return cpu_sparse.packed(fmt, prepared)
-    assert isinstance(fmt, Integer | Lookup)
+    assert isinstance(fmt, CODED)
     weights, scales, *zeros = prepared.tensors
     settings = (prepared.rows, fmt.bits, max(0, fmt.group_size), prepared.cols)
     return Packed(weights, scales, zeros[0] if zeros else None, *settings, _kind(fmt))
@@ -178,7 +183,9 @@ def _terms(stored: Stored) -> list[Tensor]:
     return [halves if scales.dtype == torch.float16 else halves.to(scales.dtype)]
 
 
-def _kind(fmt: Integer | Lookup) -> Kind:
+def _kind(fmt: Integer | Lookup | Trellis) -> int:
+    if isinstance(fmt, Trellis):
+        return cpu_trellis.kind(fmt)
     if isinstance(fmt, Lookup):
         return Kind.LOOKUP
     return Kind.WHOLE if fmt.holds_zero else Kind.MID

@@ -36,6 +36,7 @@ class Kind(IntEnum):
     SPARSE = 1
     MID = 2
     LOOKUP = 3
+    TRELLIS = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Packed:
     group, 0 for rows. `kind` sparse: a line is its kept values, then its mask; 16 bits are then
     floats of the dtype of `scales`, which is empty. `kind` mid: every zero is 2^(bits - 1) - 1/2,
     and `scales` are half of what they are. `kind` look-up: in place of zeros, tables uint8 [n, 16]
-    of which every row, or every 16 rows, have one.
+    of which every row, or every 16 rows, have one. `kind` trellis: its 8th and higher bits say how
+    many bits a window has; without zeros.
     """
 
     weights: Tensor
@@ -57,7 +59,7 @@ class Packed:
     bits: int
     group: int
     cols: int
-    kind: Kind = Kind.WHOLE
+    kind: int = Kind.WHOLE
 
     @property
     def settings(self) -> tuple[int, int, int, int]:
@@ -70,7 +72,8 @@ class Library:
     product(x, bias, mode, *settings, weights, scales, zeros), x [..., cols] -> [..., rows].
 
     `rotated`, of a matrix that is, takes its signs [2, block] float32 before the weights;
-    `corrected` A by columns [rank, rows] and B [rank, cols], whose product is added.
+    `corrected` A by columns [rank, rows] and B [rank, cols], whose product is added. `encode` finds
+    paths through a trellis.
     """
 
     def __init__(self, isa: str) -> None:
@@ -79,6 +82,7 @@ class Library:
         operators = getattr(torch.ops, namespace(isa))
         self.rows_together: int = operators.rows_together.default()
         self.product, self._embed = operators.linear.default, operators.embed.default
+        self.encode = operators.encode.default
         self.rotated, self.corrected = operators.rotated.default, operators.corrected.default
         for operator, shape in (
             (self.product, _linear_shape),

@@ -13,6 +13,7 @@ from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels.cpu import gemm as cpu_gemm
+from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import LINE, Library, library
 
 
@@ -23,6 +24,7 @@ def using(isa: str) -> Iterator[Library]:
     assert loaded is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_gemm, "library", lambda: loaded)
+        patch.setattr(cpu_trellis, "library", lambda: loaded)
         yield loaded
 
 

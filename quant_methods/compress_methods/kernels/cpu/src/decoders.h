@@ -78,10 +78,26 @@ struct LookUp {
   static constexpr bool kSigned = true;
 };
 
-// Reads line after line of a code; `table` is that of the rows, if it has one.
+// Windows of a trellis, see `formats/trellis.py`; row by row less the middle, to be signed.
+template <int bits>
+struct Trellis {
+  using Line = Codes;
+  using Dense = Decoder<8>;
+  static constexpr bool kSigned = true;
+};
+
+// What rows need besides their codes: the table, if there is one; of a trellis, how far on the row
+// is that the windows of this one reach into, and the bits of a window that count.
+struct Key {
+  const uint8_t* table;
+  int64_t next;
+  uint16_t window;
+};
+
+// Reads line after line of a code.
 template <class Code>
 struct Reader {
-  VC_INLINE explicit Reader(const uint8_t*) {}
+  VC_INLINE explicit Reader(const Key&) {}
   VC_INLINE void read(const uint8_t* p, int64_t bytes, typename Code::Line& line) const {
     Code::decode(p, bytes, line);
   }
@@ -91,9 +107,22 @@ template <int bits, bool shared>
 struct Reader<LookUp<bits, shared>> {
   vec::Table<bits, shared> table;
 
-  VC_INLINE explicit Reader(const uint8_t* from) : table(from) {}
+  VC_INLINE explicit Reader(const Key& key) : table(key.table) {}
   VC_INLINE void read(const uint8_t* p, int64_t, Codes& line) const { table.read(p, line.v); }
 };
+
+#ifndef VC_BLOCKS
+template <int bits>
+struct Reader<Trellis<bits>> {
+  int64_t next;
+  uint16_t window;
+
+  VC_INLINE explicit Reader(const Key& key) : next(key.next), window(key.window) {}
+  VC_INLINE void read(const uint8_t* p, int64_t, Codes& line) const {
+    vec::trellis<bits>(p, p + next, window, line.v);
+  }
+};
+#endif
 
 struct Floats {  // what lines are decoded to
   using Line = Values;

@@ -21,7 +21,8 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 }
 
 // What `kind` says of a matrix.
-enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp };
+enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp, kTrellis };
+constexpr int64_t kKindBits = 8;  // above them, of a trellis, the bits of a window
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
@@ -45,7 +46,7 @@ inline void check_terms(const Matrix& m, const Tensor& terms, const char* name) 
 inline void check_bits(const Matrix& m) {
   const int32_t bits = m.bits;
   const bool dense = bits == 2 || bits == 3 || bits == 4 || bits == 8;
-  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && !((m.mid || m.tables) && bits == 8),
+  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && !((m.mid || m.tables || m.window) && bits == 8),
                   "weights of ", bits, " bits", m.sparse ? " in a sparse matrix" : "");
   const int64_t most = kRowsTogether * kLine * bits / 8;
   if (m.sparse) {  // some values, then a bit for each place
@@ -89,13 +90,19 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   m.scales = nullptr, m.zeros = nullptr;
   m.rows = rows, m.lines = weights.size(1), m.bytes = weights.size(2), m.groups = 1;
   m.bits = static_cast<int32_t>(bits), m.group = static_cast<int32_t>(group);
-  STD_TORCH_CHECK(kind >= kWhole && kind <= kLookUp, "a matrix of kind ", kind);
+  const int64_t window = kind >> kKindBits;
+  kind &= (1 << kKindBits) - 1;
+  STD_TORCH_CHECK(kind >= kWhole && kind <= kTrellis, "a matrix of kind ", kind);
+  STD_TORCH_CHECK(kind == kTrellis ? window >= bits && window <= kTrellisMostWindow : window == 0,
+                  "windows of ", window, " bits in a matrix of kind ", kind);
+  m.window = static_cast<int32_t>(window);
   const bool sparse = kind == kSparse;
+  const int64_t stored = m.window ? divided_up(rows, kTileRows) * kTileRows : rows;
   m.sparse = sparse, m.mid = kind == kMid;
   m.scale_dtype = dtype_of(scales, "scales");
   STD_TORCH_CHECK(m.lines == divided_up(cols, kLine), "the input has ", cols,
                   " columns, the matrix ", m.lines, " lines of ", kLine);
-  STD_TORCH_CHECK(weights.size(0) == divided_up(rows, kRowsTogether), rows, " rows in ",
+  STD_TORCH_CHECK(weights.size(0) == divided_up(stored, kRowsTogether), rows, " rows in ",
                   weights.size(0), " blocks of ", kRowsTogether);
   if (kind == kLookUp) take_tables(m, zeros);
   check_bits(m);
@@ -116,10 +123,14 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   return m;
 }
 
+inline void check_floats(const Tensor& tensor, const char* name, int64_t dimensions) {
+  check_tensor(tensor, name, dimensions, false);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " are not float32");
+}
+
 inline void check_signs(const Tensor& signs) {
-  check_tensor(signs, "signs", 2, false);
+  check_floats(signs, "signs", 2);
   const int64_t block = signs.size(1);
-  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Float, "signs are not float32");
   STD_TORCH_CHECK(signs.size(0) == 2 && block > 0 && (block & (block - 1)) == 0,
                   "signs are not those of inputs and outputs in blocks of a power of two");
 }

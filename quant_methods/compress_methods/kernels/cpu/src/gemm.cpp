@@ -7,11 +7,13 @@
 //   value = scale * (code - zero)
 //   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
 //
-// With a table, value = scale * table[code], whose entries are the codes of 8 bits.
+// With a table, value = scale * table[code], whose entries are the codes of 8 bits. In a trellis
+// codes are computed of a window of bits.
 // A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
 
 #include "correction.h"
 #include "rotation.h"
+#include "viterbi.h"
 #ifdef VC_BLOCKS
 #include "blocks/product.h"
 #else
@@ -35,6 +37,8 @@ Functions functions_of(const Matrix& m) {
                                              : functions<SparseFloats<false>>(m);
   }
   if (m.sparse) return m.bits == 4 ? functions<Sparse<4>>(m) : functions<Sparse<8>>(m);
+  if (m.window && m.bits == 2) return functions<Trellis<2>>(m);
+  if (m.window) return m.bits == 3 ? functions<Trellis<3>>(m) : functions<Trellis<4>>(m);
   if (m.tables && m.bits == 2) return of_tables<2>(m);
   if (m.tables) return m.bits == 3 ? of_tables<3>(m) : of_tables<4>(m);
   if (m.mid && m.bits == 2) return functions<Mid<2>>(m);
@@ -91,6 +95,15 @@ void vc_corrected(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t 
                         vc_linear(matrix, inputs, static_cast<int32_t>(Dtype::kFloat32), tokens,
                                   cols, cols, nullptr, sums, mode);
                       });
+}
+
+// out uint8 [count, places]: the bits of sequences [count, places], see `viterbi.h`.
+void vc_encode(const float* targets, const float* weights, const float* values, int64_t count,
+               int64_t places, int32_t bits, int32_t window, uint8_t* out) {
+  const viterbi::Problem p = {targets, weights, values, count, places, bits, window};
+  if (bits == 2) return viterbi::encode<2>(p, out);
+  if (bits == 3) return viterbi::encode<3>(p, out);
+  viterbi::encode<4>(p, out);
 }
 
 // out [count, cols] float32: rows `ids` of the matrix.

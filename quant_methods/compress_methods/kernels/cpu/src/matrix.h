@@ -15,6 +15,7 @@ VC_INLINE void fetch_ahead(const uint8_t* p) {
 }
 
 constexpr int64_t kTable = 16, kTableRows = 16;  // bytes of a table, rows that may share one
+constexpr int64_t kTileRows = 16;                // rows of a trellis that bite each other's tail
 
 #ifdef VC_BLOCKS
 constexpr int64_t kRowsTogether = 16;
@@ -38,9 +39,16 @@ struct Matrix {
   // Row by row they are signed, else 128 more than they are. Zeros are null then.
   const uint8_t* tables = nullptr;
   int64_t table_rows = 1;
+  // Bits of a window of a trellis that count, or 0. Row by row its values are signed, else `middle`
+  // more. Zeros are null then.
+  int32_t window = 0;
 
-  int32_t middle() const { return tables ? 128 : mid ? (1 << bits) - 1 : 1 << (bits - 1); }
-  const uint8_t* table_of(int64_t row) const {
-    return tables ? tables + row / table_rows * kTable : nullptr;
+  int32_t middle() const {
+    return window ? kTrellisMiddle : tables ? 128 : mid ? (1 << bits) - 1 : 1 << (bits - 1);
+  }
+  Key key_of(int64_t row) const {
+    const int64_t next = row % kTileRows == kTileRows - 1 ? 1 - kTileRows : 1;
+    return {tables ? tables + row / table_rows * kTable : nullptr, next * lines * bytes,
+            static_cast<uint16_t>((1 << window) - 1)};
   }
 };

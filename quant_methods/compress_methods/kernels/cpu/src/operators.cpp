@@ -15,6 +15,8 @@ void vc_rotated(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, 
                 int32_t, const float*, int64_t);
 void vc_corrected(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*,
                   void*, int32_t, const void*, const void*, int32_t, int64_t);
+void vc_encode(const float*, const float*, const float*, int64_t, int64_t, int32_t, int32_t,
+               uint8_t*);
 void vc_embed(const Matrix*, const int64_t*, int64_t, int64_t, float*);
 }
 
@@ -97,6 +99,27 @@ Tensor embed(Tensor ids, int64_t cols, int64_t rows, int64_t bits, int64_t group
   return out;
 }
 
+// targets and weights float32 [count, places], values float32 [2^window], what a state stands for.
+Tensor encode(Tensor targets, Tensor weights, Tensor values, int64_t bits) {
+  for (const Tensor* x : {&targets, &weights}) check_floats(*x, "sequences", 2);
+  check_floats(values, "values", 1);
+  const int64_t count = targets.size(0), places = targets.size(1);
+  STD_TORCH_CHECK(weights.size(0) == count && weights.size(1) == places,
+                  "targets and weights are of two shapes");
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "codes of ", bits, " bits");
+  int64_t window = bits;
+  while (window < kTrellisMostWindow && (int64_t{1} << window) < values.size(0)) ++window;
+  STD_TORCH_CHECK(values.size(0) == int64_t{1} << window && window <= places * bits,
+                  values.size(0), " states for ", places, " places of ", bits, " bits");
+  Tensor out = torch::stable::new_empty(targets, {count, places}, ScalarType::Byte);
+  vc_encode(static_cast<const float*>(targets.const_data_ptr()),
+            static_cast<const float*>(weights.const_data_ptr()),
+            static_cast<const float*>(values.const_data_ptr()), count, places,
+            static_cast<int32_t>(bits), static_cast<int32_t>(window),
+            static_cast<uint8_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 int64_t rows_together() { return kRowsTogether; }
 
 }  // namespace
@@ -110,6 +133,7 @@ STABLE_TORCH_LIBRARY(VC_NAMESPACE, m) {
   m.def("rotated" VC_PRODUCT "Tensor signs, " VC_TENSORS ") -> Tensor");
   m.def("corrected" VC_PRODUCT "Tensor left, Tensor right, " VC_TENSORS ") -> Tensor");
   m.def("embed(Tensor ids, int cols, " VC_SETTINGS VC_TENSORS ") -> Tensor");
+  m.def("encode(Tensor targets, Tensor weights, Tensor values, int bits) -> Tensor");
   m.def("rows_together() -> int");
 }
 
@@ -118,6 +142,7 @@ STABLE_TORCH_LIBRARY_IMPL(VC_NAMESPACE, CPU, m) {
   m.impl("rotated", TORCH_BOX(&rotated));
   m.impl("corrected", TORCH_BOX(&corrected));
   m.impl("embed", TORCH_BOX(&embed));
+  m.impl("encode", TORCH_BOX(&encode));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VC_NAMESPACE, CompositeExplicitAutograd, m) {

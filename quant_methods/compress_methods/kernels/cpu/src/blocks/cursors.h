@@ -35,8 +35,8 @@ struct Cursor {
   int64_t bytes;  // of a part
   Reader<Code> reader;
 
-  VC_INLINE Cursor(const uint8_t* from, int64_t line_bytes, const uint8_t* table)
-      : p(from), bytes(line_bytes / kParts), reader(table) {}
+  VC_INLINE Cursor(const uint8_t* from, int64_t line_bytes, const Key& key)
+      : p(from), bytes(line_bytes / kParts), reader(key) {}
   VC_INLINE void next(typename Code::Line& to) {
     reader.read(p, bytes, to);
     p += bytes;
@@ -49,7 +49,7 @@ struct SparseLine {
   int64_t bytes;
   int part = 0;
 
-  VC_INLINE SparseLine(const uint8_t* from, int64_t line_bytes, const uint8_t*)
+  VC_INLINE SparseLine(const uint8_t* from, int64_t line_bytes, const Key&)
       : line(from), bytes(line_bytes) {}
   // Whether a line begins.
   VC_INLINE bool enter() {
@@ -97,6 +97,25 @@ struct Cursor<SparseFloats<is_bfloat16>> : SparseLine {
     for (auto& values_of : to.v) {
       values_of = vec::expand_floats<is_bfloat16>(values, mask), mask += 2;
     }
+  }
+};
+
+// A part is half a tile: the first and the second 8 columns of its rows.
+template <int bits>
+struct Cursor<Trellis<bits>> {
+  const uint8_t* p;
+  vec::Windows<bits> windows;
+  bool second = false;
+
+  VC_INLINE Cursor(const uint8_t* from, int64_t, const Key& key) : p(from), windows(key.window) {}
+  VC_INLINE void next(Codes& to) {
+    if (second) {
+      windows.template half<1>(to.v);
+    } else {
+      windows.load(p), p += vec::Windows<bits>::kSize;
+      windows.template half<0>(to.v);
+    }
+    second = !second;
   }
 };
 

@@ -23,7 +23,7 @@ constexpr int kMostStreamed = 12;  // tokens whose sums registers hold
 // What a product reads and adds to: a chunk of one or two blocks, and tokens of it.
 struct Place {
   const uint8_t* weights;
-  const uint8_t* table;    // of the first block
+  Key key;                 // of the first block
   int64_t next, bytes;     // from one block to the next, of a line
   const float* scales;     // [steps, blocks, 16]
   const int32_t* zeros;    // the same: twice 16 bits, or bits of a float
@@ -161,7 +161,7 @@ struct Dots {
 template <class Code, class Kind, int tokens, int blocks>
 void multiply(const Place& place) {
   const Place p = place;
-  Cursor<Code> first(p.weights, p.bytes, p.table), second(p.weights + p.next, p.bytes, p.table);
+  Cursor<Code> first(p.weights, p.bytes, p.key), second(p.weights + p.next, p.bytes, p.key);
   const uint8_t *x = p.in, *ahead = p.ahead, *read = p.ahead;
   const float *scales = p.scales, *in_scales = p.in_scales;
   const int32_t *zeros = p.zeros, *in_sums = p.in_sums;
@@ -222,7 +222,7 @@ VC_INLINE void store_two(const typename Code::Line& line, int size, uint8_t* out
 template <class Code, int size>
 void decode(const Matrix& m, int64_t block, int64_t line, int64_t lines, uint8_t* out) {
   const uint8_t* from = m.weights + (block * m.lines + line) * m.bytes;
-  Cursor<Code> cursor(from, m.bytes, m.table_of(block * kBlock));
+  Cursor<Code> cursor(from, m.bytes, m.key_of(block * kBlock));
   for (int64_t i = 0; i < lines * kParts; ++i, out += kBlock * kColumns * size) {
     typename Code::Line decoded;
     cursor.next(decoded);

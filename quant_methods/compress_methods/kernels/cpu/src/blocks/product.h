@@ -50,7 +50,7 @@ struct Batch {
       begin(scratch, 1, {at});
       for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {
         Place place = place_of(scratch, 1, chunk);
-        place.weights = place.ahead = line_of(at, chunk), place.table = m.table_of(at * kBlock);
+        place.weights = place.ahead = line_of(at, chunk), place.key = m.key_of(at * kBlock);
         place.bytes = m.bytes, place.ahead_step = m.bytes / kParts;
         streamed[in.tokens - 1](place);
       }
@@ -192,7 +192,7 @@ void look_up(const Matrix& m, int64_t row, int64_t cols, float* out) {
   const int64_t block = row / kBlock, lane = row % kBlock;
   const int64_t step = m.group == 0 ? m.lines * kLine : m.group;
   const uint8_t* from = m.weights + block * m.lines * m.bytes;
-  block::Cursor<Code> cursor(from, m.bytes, m.table_of(block * kBlock));
+  block::Cursor<Code> cursor(from, m.bytes, m.key_of(block * kBlock));
   float scale = 1, zero = 0;
   for (int64_t column = 0; column < cols; column += kColumns) {
     if (column % step == 0 && m.scales) {

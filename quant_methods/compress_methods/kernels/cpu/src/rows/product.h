@@ -3,7 +3,7 @@
 // A row's lines are decoded to bytes in registers and multiplied with up to `kTokens` tokens before
 // the next line is read. In a block of rows, the tokens of a tile stay in the first-level cache
 // while its rows pass by. Zero points come in as scale * zero * (sum of the group's activations),
-// so the inner loop never sees them. Sparse lines and those of tables take longer to decode; where
+// so the inner loop never sees them. Sparse lines, tables and trellises take longer to decode; where
 // tokens fill more than a tile, a block's rows are decoded once, to lines of 8 bits (or floats) in
 // the second-level cache.
 #pragma once
@@ -65,12 +65,12 @@ struct SparseFloats {
 struct RowTerms {
   std::vector<float> scales, zeros, offsets;
   float factor = 1;
-  const uint8_t* table = nullptr;
+  Key key = {};
 
   void load(const Matrix& m, int64_t row) {
-    table = m.table_of(row);
+    key = m.key_of(row);
     const float shift = m.bits == 8 ? 128.0f : 0.0f;
-    const bool centred = m.sparse || m.tables;
+    const bool centred = m.sparse || m.tables || m.window;
     const float middle = centred ? 0.0f : static_cast<float>(m.middle()) - shift;
     zeros.assign(m.groups, middle);
     if (m.zeros) {
@@ -199,7 +199,7 @@ void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, co
   const float* q_scales = exact ? nullptr : in.scales.data() + token * in.lines;
   vec::Floats sums[tokens];
   for (auto& sum : sums) sum = vec::zero();
-  const Reader<Code> reader(terms.table);
+  const Reader<Code> reader(terms.key);
   for (int64_t at = 0; at < in.lines; ++at, p += bytes) {
     typename Code::Line line;
     reader.read(p, bytes, line);
@@ -283,7 +283,7 @@ void rows_times_tokens(const Call& call, int64_t first, int64_t last) {
       uint8_t* out = decoded.data();
       const uint8_t* from = p;
       for (int64_t r = 0; r < rows; ++r) {
-        const Reader<Code> reader(terms[r].table);
+        const Reader<Code> reader(terms[r].key);
         for (int64_t at = 0; at < m.lines; ++at, from += m.bytes, out += kBytes) {
           typename Code::Line line;
           reader.read(from, m.bytes, line);
@@ -302,7 +302,7 @@ void look_up(const Matrix& m, int64_t row, int64_t cols, float* out) {
   thread_local RowTerms terms;
   terms.load(m, row);
   const uint8_t* p = m.weights + row * m.lines * m.bytes;
-  const Reader<Code> reader(terms.table);
+  const Reader<Code> reader(terms.key);
   const int64_t step = m.group == 0 ? m.lines * kLine : m.group;
   for (int64_t at = 0; at < m.lines; ++at, p += m.bytes) {
     typename Code::Line line;
@@ -345,7 +345,7 @@ inline void multiply(const Request& r, const Functions& run) {
   const bool exact = r.how == Mode::kExact;
   const Body body = exact ? run.exact : run.quantized;
   const int64_t blocks = (m.rows + kRows - 1) / kRows, width = m.lines * kLine;
-  const int offset = m.bits == 8 || m.sparse || m.tables ? vec::kSignedOffset : 0;
+  const int offset = m.bits == 8 || m.sparse || m.tables || m.window ? vec::kSignedOffset : 0;
   static thread_local Activations scratch;
   Activations& in = scratch;
   for (int64_t first = 0; first < r.tokens; first += kMostTokens) {

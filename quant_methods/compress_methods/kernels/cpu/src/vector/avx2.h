@@ -82,6 +82,60 @@ struct Table {
   }
 };
 
+// Windows of a trellis from `at` bits on, of 16 lanes that hold 16 bits in each part.
+template <int at>
+VC_INLINE __m256i trellis_values(const __m256i* parts, __m256i mask) {
+  constexpr int kPart = at / 16, kShift = at % 16;
+  __m256i window = parts[kPart];
+  if constexpr (kShift) {
+    window = _mm256_or_si256(_mm256_srli_epi16(window, kShift),
+                             _mm256_slli_epi16(parts[kPart + 1], 16 - kShift));
+  }
+  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(kTrellisFactor));
+  const __m256i addend = _mm256_set1_epi16(static_cast<int16_t>(kTrellisAddend));
+  const __m256i digit = _mm256_set1_epi8(15);
+  const __m256i weights = _mm256_set1_epi16(kTrellisUpper << 8 | kTrellisLower);
+  const __m256i hash =
+      _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(window, mask), factor), addend);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(hash, 4), digit);
+  const __m256i sums = _mm256_add_epi8(_mm256_and_si256(hash, digit), high);
+  return _mm256_maddubs_epi16(sums, weights);
+}
+// 4 columns of a row's 8 tiles.
+template <int bits, int quarter>
+VC_INLINE __m256i trellis_columns(const __m256i* parts, __m256i mask) {
+  const __m256i odd =
+      _mm256_slli_epi16(trellis_values<(2 * quarter + 1) * bits>(parts, mask), 8);
+  const __m256i both = _mm256_or_si256(trellis_values<2 * quarter * bits>(parts, mask), odd);
+  return _mm256_sub_epi8(both, _mm256_set1_epi8(kTrellisMiddle));
+}
+// 128 columns of a row at `p`, into which the windows of the row before reach, as this one's reach
+// into that at `next`. Tiles lie in the order 0, 2, 4, 6, 1, 3, 5, 7.
+template <int bits>
+VC_INLINE void trellis(const uint8_t* p, const uint8_t* next, uint16_t window, Bytes* out) {
+  const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(window));
+  const __m256i own = load(p).v;
+  const __m256i after =
+      _mm256_or_si256(_mm256_srli_epi32(own, 16), _mm256_slli_epi32(load(next).v, 16));
+  __m256i parts[3] = {own, after, after};
+  if constexpr (bits == 3) {
+    const __m128i rest = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 32));
+    parts[1] = _mm256_or_si256(_mm256_cvtepu8_epi16(rest), _mm256_slli_epi16(after, 8));
+    parts[2] = _mm256_srli_epi16(after, 8);
+  } else if constexpr (bits == 4) {
+    parts[1] = load(p + 32).v;
+  }
+  const __m256i a = trellis_columns<bits, 0>(parts, mask);
+  const __m256i b = trellis_columns<bits, 1>(parts, mask);
+  const __m256i c = trellis_columns<bits, 2>(parts, mask);
+  const __m256i d = trellis_columns<bits, 3>(parts, mask);
+  const __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+  const __m256i ab_high = _mm256_unpackhi_epi32(a, b), cd_high = _mm256_unpackhi_epi32(c, d);
+  out[0] = {_mm256_unpacklo_epi64(ab, cd)}, out[1] = {_mm256_unpackhi_epi64(ab, cd)};
+  out[2] = {_mm256_unpacklo_epi64(ab_high, cd_high)};
+  out[3] = {_mm256_unpackhi_epi64(ab_high, cd_high)};
+}
+
 template <bool is_signed, int count>
 VC_INLINE Ints start(const Bytes*) {
   return {_mm256_setzero_si256()};

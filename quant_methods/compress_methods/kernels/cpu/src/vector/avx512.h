@@ -117,6 +117,56 @@ struct Table<bits, false> {
   }
 };
 
+// The windows of a tile of 16 rows, lanes of which are 16 bits.
+template <int bits>
+struct Windows {
+  static constexpr int kSize = 32 * bits;  // bytes of a tile
+  __m512i parts[3], mask;                  // 48 bits from where a lane begins
+
+  VC_INLINE explicit Windows(uint16_t window) : mask(_mm512_set1_epi16(static_cast<int16_t>(window))) {}
+  VC_INLINE void load(const uint8_t* p) {
+    const __m512i first = _mm512_loadu_si512(p);
+    const __m512i up = _mm512_alignr_epi32(first, first, 1);  // by two lanes
+    const __m512i next = _mm512_shrdi_epi32(first, up, 16);
+    parts[0] = first, parts[2] = next;
+    if constexpr (bits == 2) {
+      parts[1] = next;
+    } else if constexpr (bits == 3) {
+      const __m256i rest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64));
+      parts[1] = _mm512_or_si512(_mm512_cvtepu8_epi16(rest), _mm512_slli_epi16(next, 8));
+      parts[2] = _mm512_srli_epi16(next, 8);
+    } else {
+      parts[1] = _mm512_loadu_si512(p + 64);
+    }
+  }
+  template <int at>
+  VC_INLINE __m512i value() const {
+    constexpr int kPart = at / 16, kShift = at % 16;
+    __m512i window = parts[kPart];
+    if constexpr (kShift) window = _mm512_shrdi_epi16(window, parts[kPart + 1], kShift);
+    const __m512i factor = _mm512_set1_epi16(static_cast<int16_t>(kTrellisFactor));
+    const __m512i addend = _mm512_set1_epi16(static_cast<int16_t>(kTrellisAddend));
+    const __m512i digit = _mm512_set1_epi8(15);
+    const __m512i weights = _mm512_set1_epi16(kTrellisUpper << 8 | kTrellisLower);
+    const __m512i hash =
+        _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(window, mask), factor), addend);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(hash, 4), digit);
+    const __m512i sums = _mm512_add_epi8(_mm512_and_si512(hash, digit), high);
+    return _mm512_maddubs_epi16(sums, weights);
+  }
+  // 4 columns of every row.
+  template <int quarter>
+  VC_INLINE Bytes columns() const {
+    const __m512i odd = _mm512_slli_epi16(value<(2 * quarter + 1) * bits>(), 8);
+    return {_mm512_or_si512(value<2 * quarter * bits>(), odd)};
+  }
+  // The first or the last 8 columns of every row.
+  template <int which>
+  VC_INLINE void half(Bytes* out) const {
+    out[0] = columns<2 * which>(), out[1] = columns<2 * which + 1>();
+  }
+};
+
 inline Floats load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store_floats(Floats a, float* p) { _mm512_storeu_ps(p, a.v); }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -56,6 +56,30 @@ struct Table {
   }
 };
 
+// 128 columns of a row at `p`, into which the windows of the row before reach, as this one's reach
+// into that at `next`. Tiles lie in the order 0, 2, 4, 6, 1, 3, 5, 7.
+template <int bits>
+VC_INLINE void trellis(const uint8_t* p, const uint8_t* next, uint16_t window, Bytes* out) {
+  constexpr int kRest = bits - 2;  // bytes of a lane after the first two
+  for (int lane = 0; lane < 16; ++lane) {
+    const uint8_t* after = lane % 2 ? next + 2 * (lane - 1) : p + 2 * (lane + 1);
+    uint64_t stream = p[2 * lane] | p[2 * lane + 1] << 8;
+    for (int i = 0; i < kRest; ++i) {
+      stream |= static_cast<uint64_t>(p[32 + kRest * lane + i]) << (16 + 8 * i);
+    }
+    stream |= static_cast<uint64_t>(after[0] | after[1] << 8) << (8 * bits);
+    const int tile = lane / 2 < 4 ? lane / 2 * 2 : (lane / 2 - 4) * 2 + 1;
+    for (int place = 0; place < 8; ++place) {
+      const uint32_t part = static_cast<uint32_t>(stream >> (bits * place)) & window;
+      const uint32_t hash = part * kTrellisFactor + kTrellisAddend;
+      const int lower = (hash & 15) + (hash >> 4 & 15), upper = (hash >> 8 & 15) + (hash >> 12 & 15);
+      const int value = kTrellisLower * lower + kTrellisUpper * upper - kTrellisMiddle;
+      const int column = 16 * tile + place / 2 * 4 + lane % 2 * 2 + place % 2;
+      out[column / 32].v[column % 32] = static_cast<uint8_t>(value);
+    }
+  }
+}
+
 template <bool is_signed, int count>
 inline Ints start(const Bytes*) {
   return {};

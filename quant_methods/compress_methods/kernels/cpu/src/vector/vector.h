@@ -4,6 +4,8 @@
 // For what runs once a line.
 #define VC_INLINE inline __attribute__((always_inline))
 
+#include "vector/trellis.h"
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI2__)
 #include "vector/avx512.h"
 #define VC_BLOCKS 1

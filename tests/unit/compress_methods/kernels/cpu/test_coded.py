@@ -1,4 +1,4 @@
-"""Our CPU products with tables equal a plain computation, and hold what the checkpoint does."""
+"""Our CPU products with tables and trellises equal a plain computation, in the stored bytes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from compress_methods import kernels
 from compress_methods.formats import Stored
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.trellis import Trellis
+from compress_methods.formats.viterbi import encode_in_torch
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu import build
+from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import Library
-from tests.unit.compress_methods.drawn import GROUPS, lookups
+from tests.unit.compress_methods.drawn import GROUPS, lookups, trellises
 from tests.unit.compress_methods.kernels.arithmetic import quantized, using
 
 ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
@@ -35,7 +38,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     """A format, a matrix of any rows and some piece of it, and tokens for that."""
-    fmt = draw(lookups())
+    fmt = draw(st.one_of(lookups(), trellises(state_bits=(8, 9, 11))))
     rows = draw(st.integers(1, 150))
     cols = max(32, fmt.group_size) * draw(st.integers(1, 7))
     tokens = draw(st.one_of(st.integers(1, 9), st.integers(10, 60)))
@@ -59,7 +62,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
-    """Nothing is lost by what the int8 mode makes of a table: its entries are bytes already."""
+    """Nothing is lost by what the int8 mode makes of values: they are bytes already."""
     stored, x, bias = case["stored"], case["x"], case["bias"]
     prepared = kernels.prepare(stored, Want(kernel=case["kernel"]))
     assert prepared.kernel == case["kernel"]
@@ -103,6 +106,36 @@ def test_the_table_takes_it_and_keeps_the_bytes_that_are_stored(
         prepared = kernels.prepare(stored, Want(kernel="cpu"))
         size = sum(t.numel() * t.element_size() for t in prepared.tensors)
         assert size == 256 * 512 * bits // 8 + 2 * 256 * 4 + 256 // min(16, table_rows) * 16
+
+
+@pytest.mark.parametrize("state_bits", [8, 12, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_trellis_keeps_its_bytes_and_every_window_counts(
+    isa: Library, bits: int, state_bits: int
+) -> None:
+    """Of any bits there can be, since what is stored need not come from us."""
+    fmt, shape = Trellis(bits, state_bits), (150, 384)
+    tensors = {name: spec.empty() for name, spec in fmt.tensors(*shape).items()}
+    tensors["weight_packed"].random_(256)
+    tensors["weight_scales"].uniform_(-1, 1)
+    stored = Stored.whole(fmt, tensors, shape)
+    if isa.isa != "plain":
+        assert kernels.choose(stored).name == "cpu"
+    prepared = kernels.prepare(stored, Want(kernel="cpu_exact"))
+    assert prepared.tensors[0].numel() == 160 * 384 * bits // 8
+    x, values = torch.randn(20, 384), stored.values().double()
+    expected = x.double() @ values.T
+    assert float((kernels.matmul(x, prepared) - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_paths_are_those_that_torch_finds(isa: Library, bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    targets = torch.randn(5, 64, generator=generator) * 30
+    weights = torch.rand(5, 64, generator=generator)
+    values = Trellis(bits, 9).values(targets)
+    found = cpu_trellis.encode(targets, weights, values, bits)
+    assert torch.equal(found, encode_in_torch(targets, weights, values, bits))
 
 
 @pytest.mark.parametrize("group", GROUPS)

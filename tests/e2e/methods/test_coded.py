@@ -1,4 +1,4 @@
-"""Tables are served, by one rank and by two, as transformers computes with the values they hold."""
+"""Tables and trellises are served, by one rank and by two, as transformers computes with them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "lookup", "table": "nf4"},
     "fp4": {"format": "lookup", "group_size": 32, "table": "fp4"},
     "turned": {"format": "rotated", "base": {"format": "lookup", "bits": 3}, "block": 64},
+    "trellis": {"format": "rotated", "base": {"format": "trellis", "state_bits": 8}, "block": 64},
 }
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 INT8_ACTIVATIONS = 0.02
@@ -29,14 +30,14 @@ INT8_ACTIVATIONS = 0.02
 
 @pytest.fixture(scope="module")
 def model(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of table in some block, embedding and head; q, k and v apart where 64 rows share
-    one, as k has fewer on each of two ranks."""
+    """Every kind of table, and a trellis, in some block, embedding and head; q, k and v apart where
+    64 rows share one, as k has fewer on each of two ranks."""
     blocks = {rf"re:model\.layers\.{i}\..*": name for i, name in enumerate(FORMATS)}
     return compress(
         novels_8m,
-        tmp_path_factory.mktemp("tables") / "out",
+        tmp_path_factory.mktemp("coded") / "out",
         FORMATS,
-        {**blocks, "blocks": "three", "embedding": "nf4", "lm_head": "rows"},
+        {**blocks, "embedding": "nf4", "lm_head": "rows"},
     )
 
 
