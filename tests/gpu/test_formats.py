@@ -15,7 +15,7 @@ from compress_methods.kernels import Want, embed, matmul, prepare
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = torch.device("cuda")
 FORMATS = [
-    *(Integer(bits, group) for bits in (2, 3, 4, 8) for group in (-1, 128)),
+    *(Integer(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (-1, 128)),
     Integer(4, 32, symmetric=False),
     Integer(8, -1, activations="int8"),
     Sparse(2, 4, Integer(8, -1)),

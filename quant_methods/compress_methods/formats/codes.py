@@ -1,7 +1,7 @@
 """Packing codes of a few bits into bytes, for every format that stores codes.
 
-Codes lie in blocks. Inside one, a plane of p bits (p = bits, and for 3 bits a 2-bit plane then a
-1-bit plane) keeps columns i, i + B*p/8, i + 2*B*p/8, ... in byte i, lowest bits first, B being the
+Codes lie in blocks. Inside one, a plane of p bits (p = bits; 3, 5 and 6 bits are planes of 2 and 1,
+4 and 1, 4 and 2 bits) keeps columns i, i + B*p/8, i + 2*B*p/8, ... in byte i, lowest bits first, B being the
 block's columns: shifts and masks unpack it, no shuffles.
 """
 
@@ -14,7 +14,7 @@ from compress_methods.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
 def pack_codes(codes: Tensor, bits: int, block: int) -> Tensor:

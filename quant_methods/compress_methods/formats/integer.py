@@ -1,6 +1,6 @@
 """integer: b-bit grouped integers, value = scale * (code - zero).
 
-b in {2, 3, 4, 8}; a group is `group_size` consecutive columns of one row, -1 meaning the whole
+b in {2, 3, 4, 5, 6, 8}; a group is `group_size` consecutive columns of one row, -1 meaning the whole
 row. Symmetric: zero is 2^(b-1) and not stored; a group's scale may be negative, which says on which
 side the one value more is. `levels: mid`: zero is 2^(b-1) - 1/2, so the values are symmetric and 0
 is none of them; at 2 bits that loses a third less (Qift, arXiv:2606.02823), at 4 bits nothing.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 ZEROS = "weight_zeros"
 WHOLE, MID = LEVELS = ("whole", "mid")
-BYTE = 8
+MOST_MID_BITS = 4
 ZERO_ROWS = 8
 LEAST_FACTOR = 0.25
 """Of its start, what training may make of a scale."""
@@ -83,7 +83,7 @@ class Integer(Grouped):
                 ("levels", self.levels, LEVELS),
             )
         )
-        if self.levels == MID and not (self.symmetric and self.bits < BYTE):
+        if self.levels == MID and not (self.symmetric and self.bits <= MOST_MID_BITS):
             raise FormatError("levels is 'mid', expected symmetric integers of 2, 3 or 4 bits")
 
     @property

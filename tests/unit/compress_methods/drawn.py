@@ -26,7 +26,7 @@ Drawn = tuple[Format, torch.Tensor]
 
 
 def integers(
-    bits: Sequence[int] = (2, 3, 4, 8),
+    bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
     groups: Sequence[int] = GROUPS,
     symmetric: Sequence[bool] = (True, False),
     activations: Sequence[str | None] = ACTIVATIONS,

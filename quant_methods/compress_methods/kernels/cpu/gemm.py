@@ -1,4 +1,4 @@
-"""Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, with those
+"""Our own CPU product with integer weights of 2 to 6 and of 8 bits, from any group size, with those
 of tables (`lookup.py`), with trellises (`trellis.py`), and with sparse ones of integers or 16-bit
 floats (`sparse.py`).
 

@@ -10,7 +10,7 @@ from compress_methods.formats.codes import pack_codes, unpack_codes
 
 
 @given(
-    st.sampled_from((2, 3, 4, 8)),
+    st.sampled_from((2, 3, 4, 5, 6, 8)),
     st.integers(1, 5),
     st.integers(1, 6),
     st.sampled_from((8, 32, 128)),

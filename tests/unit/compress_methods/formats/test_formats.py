@@ -110,7 +110,7 @@ FEW = {"format": "lowrank", "rank": 8, "base": INT8}
     [
         ({"format": "intger"}, ["unknown format 'intger'", "did you mean 'integer'?"]),
         ({"format": "integer", "bit": 4}, ["unknown key 'bit'", "did you mean 'bits'?"]),
-        ({"format": "integer", "bits": 5}, ["bits is 5", "2, 3, 4, 8"]),
+        ({"format": "integer", "bits": 7}, ["bits is 7", "2, 3, 4, 5, 6, 8"]),
         ({"format": "integer", "bits": "4"}, ["bits is '4'", "expected int"]),
         ({"format": "integer", "bits": True}, ["bits is True"]),
         ({"format": "integer", "group_size": 100}, ["group_size is 100", "-1, 32, 64, 128"]),

@@ -31,7 +31,7 @@ def test_no_value_is_further_than_its_step_allows(drawn: tuple[Integer, torch.Te
 
 def test_bits_per_weight_are_bits_plus_scales_and_nothing_else() -> None:
     rows, cols = 256, 1024
-    for bits in (2, 3, 4, 8):
+    for bits in (2, 3, 4, 5, 6, 8):
         plain, zeros = Integer(bits, 128, True), Integer(bits, 128, False)
         assert 8 * plain.nbytes(rows, cols) / (rows * cols) == bits + 16 / 128
         assert 8 * zeros.nbytes(rows, cols) / (rows * cols) == bits + (16 + bits) / 128

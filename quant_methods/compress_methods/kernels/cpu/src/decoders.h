@@ -51,6 +51,28 @@ struct Decoder<4> {
 };
 
 template <>
+struct Decoder<5> {
+  using Line = Codes;
+  static constexpr bool kSigned = false;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    vec::planes<4>(p, line.v);
+    vec::add_fifth_bits(p + 64, line.v);
+  }
+};
+
+template <>
+struct Decoder<6> {  // row by row less 32: AVX2 adds products of unsigned bytes up to 5 bits only
+  using Line = Codes;
+  static constexpr bool kSigned = true;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Codes& line) {
+    Codes upper;
+    vec::planes<4>(p, line.v);
+    vec::planes<2>(p + 64, upper.v);
+    for (int i = 0; i < kVectors; ++i) line.v[i] = vec::with_upper(line.v[i], upper.v[i]);
+  }
+};
+
+template <>
 struct Decoder<8> {  // row by row less 128, so that they are signed bytes
   using Line = Codes;
   static constexpr bool kSigned = true;

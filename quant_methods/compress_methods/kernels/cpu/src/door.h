@@ -45,8 +45,8 @@ inline void check_terms(const Matrix& m, const Tensor& terms, const char* name) 
 
 inline void check_bits(const Matrix& m) {
   const int32_t bits = m.bits;
-  const bool dense = bits == 2 || bits == 3 || bits == 4 || bits == 8;
-  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && !((m.mid || m.tables || m.window) && bits == 8),
+  const bool few = bits >= 2 && bits <= 4, dense = few || bits == 5 || bits == 6 || bits == 8;
+  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && (few || !(m.mid || m.tables || m.window)),
                   "weights of ", bits, " bits", m.sparse ? " in a sparse matrix" : "");
   const int64_t most = kRowsTogether * kLine * bits / 8;
   if (m.sparse) {  // some values, then a bit for each place

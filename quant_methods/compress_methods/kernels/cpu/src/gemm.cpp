@@ -46,6 +46,8 @@ Functions functions_of(const Matrix& m) {
   if (m.bits == 2) return functions<Decoder<2>>(m);
   if (m.bits == 3) return functions<Decoder<3>>(m);
   if (m.bits == 4) return functions<Decoder<4>>(m);
+  if (m.bits == 5) return functions<Decoder<5>>(m);
+  if (m.bits == 6) return functions<Decoder<6>>(m);
   return functions<Decoder<8>>(m);
 }
 

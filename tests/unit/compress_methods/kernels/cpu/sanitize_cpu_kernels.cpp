@@ -1,5 +1,6 @@
 // Runs every decoder, group size, zero-point kind, dtype and mode on buffers of exact size, for the
-// sanitizers to watch. Prints how many products and look-ups it made.
+// sanitizers to watch. Prints how many products and look-ups it made, and
+// how often it looked for paths.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -23,6 +24,8 @@ void vc_rotated(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, 
 void vc_corrected(const Matrix*, const void*, int32_t, int64_t, int64_t, int64_t, const float*,
                   void*, int32_t, const void*, const void*, int32_t, int64_t);
 void vc_embed(const Matrix*, const int64_t*, int64_t, int64_t, float*);
+void vc_encode(const float*, const float*, const float*, int64_t, int64_t, int32_t, int32_t,
+               uint8_t*);
 }
 
 template <class T>
@@ -35,7 +38,7 @@ std::vector<T> filled(int64_t size, int seed) {
 
 constexpr int64_t kRows = 19, kCols = 352, kLines = 3;
 constexpr int64_t kBlocks = (kRows + kRowsTogether - 1) / kRowsTogether;
-int products = 0, rotated = 0, corrected = 0, look_ups = 0;
+int products = 0, rotated = 0, corrected = 0, look_ups = 0, paths = 0;
 
 void use(const Matrix& m) {
   const auto bias = filled<float>(kRows, 4);
@@ -81,7 +84,7 @@ void use_dense(int bits, int group) {
   const auto zeros = filled<uint8_t>(kBlocks * kRowsTogether * groups, 3);
   for (const int mid : {0, 1}) {
     for (const uint8_t* zero : {zeros.data(), static_cast<const uint8_t*>(nullptr)}) {
-      if (mid && (zero || bits == 8)) continue;
+      if (mid && (zero || bits > 4)) continue;
       use({weights.data(), scales.data(), zero, kRows, kLines, bytes, groups, bits, group, 0, mid,
            Dtype::kFloat32});
     }
@@ -98,6 +101,32 @@ void use_tables(int bits, int group, int64_t table_rows) {
   const auto tables = filled<uint8_t>((table_rows == 1 ? own : shared) * kTable, 6);
   use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
        Dtype::kFloat32, tables.data(), table_rows});
+}
+
+// Rows of the last tile that the matrix does not have are stored.
+void use_trellis(int bits, int group, int window) {
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
+  const int64_t bytes = 16 * bits * kRowsTogether;
+  const int64_t stored = (kRows + kTileRows - 1) / kTileRows * kTileRows;
+  const auto weights = filled<uint8_t>(stored / kRowsTogether * kLines * bytes, bits);
+  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
+       Dtype::kFloat32, nullptr, 1, window});
+}
+
+void find_paths() {
+  constexpr int64_t kSequences = 3, kPlaces = 40;
+  for (const int bits : {2, 3, 4}) {
+    for (const int window : {bits, 8}) {
+      const auto targets = filled<float>(kSequences * kPlaces, bits);
+      const auto weights = filled<float>(kSequences * kPlaces, 2);
+      const auto values = filled<float>(int64_t{1} << window, 3);
+      std::vector<uint8_t> out(kSequences * kPlaces);
+      vc_encode(targets.data(), weights.data(), values.data(), kSequences, kPlaces, bits, window,
+                out.data());
+      ++paths;
+    }
+  }
 }
 
 // Masks keep the first, the last or scattered ones of each line's places, `kept` of 128.
@@ -122,7 +151,7 @@ void use_sparse(int bits, int group, int kept) {
 }
 
 int main() {
-  for (const int bits : {2, 3, 4, 8}) {
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const int group : {0, 32, 64, 128}) use_dense(bits, group);
   }
   for (const int bits : {2, 3, 4}) {
@@ -130,12 +159,16 @@ int main() {
       use_tables(bits, group, 1), use_tables(bits, group, kTableRows);
     }
   }
+  for (const int bits : {2, 3, 4}) {
+    for (const int group : {0, 32, 64, 128}) use_trellis(bits, group, 8), use_trellis(bits, group, 16);
+  }
+  find_paths();
   for (const int bits : {4, 8, 16}) {
     for (const int kept : {1, 5, 64, 96, 127, 128}) {
       use_sparse(bits, 0, kept);
       if (bits < 16) use_sparse(bits, 64, kept), use_sparse(bits, 256, kept);
     }
   }
-  std::printf("products %d rotated %d corrected %d look-ups %d\n", products, rotated, corrected,
-              look_ups);
+  std::printf("products %d rotated %d corrected %d look-ups %d paths %d\n", products, rotated, corrected,
+              look_ups, paths);
 }

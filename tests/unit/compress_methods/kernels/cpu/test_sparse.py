@@ -46,7 +46,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.integers(0, 2)):
         group = draw(st.sampled_from((-1, 32, 64, 128)))
         activations = draw(st.sampled_from((None, "int8")))
-        values = Integer(draw(st.sampled_from((2, 3, 4, 8))), group, activations=activations)
+        values = Integer(draw(st.sampled_from((2, 3, 4, 6, 8))), group, activations=activations)
         if not cpu_sparse.takes(Sparse(n, m, values)):
             n = m // 2
         if not cpu_sparse.takes(Sparse(n, m, values)):

@@ -69,7 +69,7 @@ struct RowTerms {
 
   void load(const Matrix& m, int64_t row) {
     key = m.key_of(row);
-    const float shift = m.bits == 8 ? 128.0f : 0.0f;
+    const float shift = m.bits == 8 ? 128.0f : m.bits == 6 ? 32.0f : 0.0f;
     const bool centred = m.sparse || m.tables || m.window;
     const float middle = centred ? 0.0f : static_cast<float>(m.middle()) - shift;
     zeros.assign(m.groups, middle);

@@ -56,17 +56,24 @@ VC_INLINE void planes(const uint8_t* p, Bytes* out) {
     out[i] = mask({_mm256_srli_epi16(stored, 32 * i / kSize * bits)}, (1 << bits) - 1);
   }
 }
-// 32 bytes from 16: 4 where bit `low` (first 16) or `low + 1` (last 16) is set, else 0.
-inline __m256i spread_bits(const uint8_t* p, int low) {
+// 32 bytes from 16: `value` where bit `low` (first 16) or `low + 1` (last 16) is set, else 0.
+inline __m256i spread_bits(const uint8_t* p, int low, uint8_t value) {
   const __m256i twice =
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i bit = _mm256_setr_m128i(_mm_set1_epi8(static_cast<char>(1 << low)),
                                         _mm_set1_epi8(static_cast<char>(2 << low)));
-  return mask({_mm256_cmpeq_epi8(_mm256_and_si256(twice, bit), bit)}, 4).v;
+  return mask({_mm256_cmpeq_epi8(_mm256_and_si256(twice, bit), bit)}, value).v;
 }
-// Adds 4 where the bit of a column is set in a plane of one bit.
-inline void add_third_bits(const uint8_t* p, Bytes* out) {
-  for (int i = 0; i < 4; ++i) out[i] = {_mm256_or_si256(out[i].v, spread_bits(p, 2 * i))};
+// Adds a value where the bit of a column is set in a plane of one bit.
+inline void add_bits(const uint8_t* p, uint8_t value, Bytes* out) {
+  for (int i = 0; i < 4; ++i) out[i] = {_mm256_or_si256(out[i].v, spread_bits(p, 2 * i, value))};
+}
+inline void add_third_bits(const uint8_t* p, Bytes* out) { add_bits(p, 4, out); }
+inline void add_fifth_bits(const uint8_t* p, Bytes* out) { add_bits(p, 16, out); }
+// Codes of 6 bits, less 32, of the lower four and the upper two.
+inline Bytes with_upper(Bytes lower, Bytes upper) {
+  const __m256i all = _mm256_or_si256(lower.v, _mm256_slli_epi16(upper.v, 4));
+  return {_mm256_sub_epi8(all, _mm256_set1_epi8(32))};
 }
 
 // The 16 bytes that codes stand for.

@@ -56,13 +56,22 @@ VC_INLINE void planes(const uint8_t* p, Bytes* out) {
 inline __m512i third_bits(__m512i all, int vector) {
   return _mm512_rolv_epi32(all, vector ? quarters(30, 29, 28, 27) : quarters(2, 1, 0, 31));
 }
-// Adds 4 where the bit of a column is set.
-inline void add_third_bits(const uint8_t* p, Bytes* out) {
+// Adds 2^place where the bit of a column is set.
+template <int place>
+VC_INLINE void add_bits(const uint8_t* p, Bytes* out) {
   const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i four = _mm512_set1_epi8(4);
+  const __m512i value = _mm512_set1_epi8(1 << place);
   constexpr int kOrAnd = 0xf8;  // a | (b & c)
-  out[0] = {_mm512_ternarylogic_epi32(out[0].v, third_bits(all, 0), four, kOrAnd)};
-  out[1] = {_mm512_ternarylogic_epi32(out[1].v, third_bits(all, 1), four, kOrAnd)};
+  for (int i = 0; i < 2; ++i) {
+    const __m512i bits = _mm512_rol_epi32(third_bits(all, i), place - 2);
+    out[i] = {_mm512_ternarylogic_epi32(out[i].v, bits, value, kOrAnd)};
+  }
+}
+VC_INLINE void add_third_bits(const uint8_t* p, Bytes* out) { add_bits<2>(p, out); }
+VC_INLINE void add_fifth_bits(const uint8_t* p, Bytes* out) { add_bits<4>(p, out); }
+// Codes of 6 bits of the lower four and the upper two.
+VC_INLINE Bytes with_upper(Bytes lower, Bytes upper) {
+  return {_mm512_or_si512(lower.v, _mm512_slli_epi16(upper.v, 4))};
 }
 
 // The 16 bytes that codes stand for, the same in all rows of a vector.

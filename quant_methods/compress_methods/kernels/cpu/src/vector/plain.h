@@ -40,8 +40,17 @@ VC_INLINE void planes(const uint8_t* p, Bytes* out) {
     out[i / 32].v[i % 32] = static_cast<uint8_t>(field & ((1 << bits) - 1));
   }
 }
-inline void add_third_bits(const uint8_t* p, Bytes* out) {
-  for (int i = 0; i < 128; ++i) out[i / 32].v[i % 32] |= (p[i % 16] >> (i / 16) & 1) << 2;
+inline void add_bits(const uint8_t* p, int place, Bytes* out) {
+  for (int i = 0; i < 128; ++i) out[i / 32].v[i % 32] |= (p[i % 16] >> (i / 16) & 1) << place;
+}
+inline void add_third_bits(const uint8_t* p, Bytes* out) { add_bits(p, 2, out); }
+inline void add_fifth_bits(const uint8_t* p, Bytes* out) { add_bits(p, 4, out); }
+// Codes of 6 bits, less 32, of the lower four and the upper two.
+inline Bytes with_upper(Bytes lower, const Bytes& upper) {
+  for (int i = 0; i < 32; ++i) {
+    lower.v[i] = static_cast<uint8_t>((lower.v[i] | upper.v[i] << 4) - 32);
+  }
+  return lower;
 }
 
 // The 16 bytes that codes stand for.
