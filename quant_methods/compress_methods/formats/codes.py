@@ -1,8 +1,8 @@
 """Packing codes of a few bits into bytes, for every format that stores codes.
 
 Codes lie in blocks. Inside one, a plane of p bits (p = bits; 3, 5 and 6 bits are planes of 2 and 1,
-4 and 1, 4 and 2 bits) keeps columns i, i + B*p/8, i + 2*B*p/8, ... in byte i, lowest bits first, B being the
-block's columns: shifts and masks unpack it, no shuffles.
+4 and 1, 4 and 2 bits) keeps columns i, i + B*p/8, i + 2*B*p/8, ... in byte i, lowest bits first, B
+being the block's columns: shifts and masks unpack it, no shuffles.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """integer: b-bit grouped integers, value = scale * (code - zero).
 
-b in {2, 3, 4, 5, 6, 8}; a group is `group_size` consecutive columns of one row, -1 meaning the whole
-row. Symmetric: zero is 2^(b-1) and not stored; a group's scale may be negative, which says on which
-side the one value more is. `levels: mid`: zero is 2^(b-1) - 1/2, so the values are symmetric and 0
-is none of them; at 2 bits that loses a third less (Qift, arXiv:2606.02823), at 4 bits nothing.
+b in {2, 3, 4, 5, 6, 8}; a group is `group_size` consecutive columns of one row, -1 meaning the
+whole row. Symmetric: zero is 2^(b-1) and not stored; a group's scale may be negative, which says on
+which side the one value more is. `levels: mid`: zero is 2^(b-1) - 1/2, so the values are symmetric
+and 0 is none of them; at 2 bits that loses a third less (Qift, arXiv:2606.02823), at 4 bits
+nothing; not beyond.
 `activations: int8` quantizes the layer's input to int8, one scale per token, at run time (what
 PyTorch calls dynamic quantization).
 
