@@ -28,7 +28,7 @@ RECIPES = (
     *("int4-rtn", "int4-awq", "int4-gptq", "int4-rotated", "int3-gptq", "int2-gptq"),
     *("lookup3", "nf4", "int2-lowrank"),
     *("sparse50-int8", "sparse50-int4-joint", "sparse24", "auto-3.5", "depth25", "width25-int4"),
-    "sharing25",
+    *("sharing25", "tensor-train-embedding"),
 )
 OUTLIERS = {
     f"(with outliers, {name})": name

@@ -139,7 +139,9 @@ def rank_shape(shape: ModelShape, matrix: Matrix, tp: int) -> tuple[int, int]:
 
 def part_bytes(shape: ModelShape, part: Part, tp: int) -> int:
     """Bytes of a part in one layer on one rank; outside the blocks, of all of it."""
-    return part.bytes_of(*rank_shape(shape, part.matrix, tp)) * part.matrix.count
+    matrix = part.matrix
+    size = (matrix.rows, matrix.cols) if part.copied else rank_shape(shape, matrix, tp)
+    return part.bytes_of(*size) * matrix.count
 
 
 def stage_weights(scheme: Scheme, layout: Layout) -> list[int]:

@@ -42,6 +42,14 @@ class Part:
         return self.format.nbytes(rows, cols)
 
     @property
+    def copied(self) -> bool:
+        """Whether every rank holds all of it: nothing of its tensors is cut."""
+        if self.format is None:
+            return False
+        specs = self.format.tensors(self.matrix.rows, self.matrix.cols).values()
+        return not any(spec.rows_axis or spec.cols_axis for spec in specs)
+
+    @property
     def nbytes(self) -> int:
         m = self.matrix
         stored = max(1, len(m.layers)) - len(self.shared)

@@ -16,6 +16,7 @@ from compress_methods.system.resources import config_path
 from tests.e2e.support.tiny import MODELS, make_model
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
+    part_bytes,
     rank_shape,
     refusal,
     stage_weights,
@@ -256,3 +257,18 @@ def test_shared_layers_weigh_nothing_and_are_on_one_stage(
         assert "share weights" in (refusal(scheme, Layout(pp=8)) or "")
     whole = apply_recipe(load_shape(str(novels_8m)), "int4-rtn")
     assert stored.shape.parameters == whole.shape.parameters
+
+
+def test_cores_of_a_table_are_copied_to_every_rank(tmp_path: Path) -> None:
+    shape, bytes_of = load_shape("llama-3.2-1b"), {}
+    for kind in ("rows", "table"):
+        train = {"format": "tensor_train", "kind": kind, "rank": 8}
+        rules = [{"match": "embedding", "format": "t"}]
+        file = tmp_path / f"{kind}.yaml"
+        file.write_text(json.dumps({"formats": {"t": train}, "modules": rules}))
+        parts = apply_recipe(shape, str(file)).parts
+        (part,) = (part for part in parts if part.format is not None)
+        bytes_of[kind] = [part_bytes(shape, part, tp) for tp in (1, 2)]
+        assert bytes_of[kind][0] == part.nbytes
+    assert bytes_of["rows"][1] == bytes_of["rows"][0] / 2
+    assert bytes_of["table"][1] == bytes_of["table"][0]
