@@ -10,6 +10,7 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.tensor_train import TensorTrain
 from compress_methods.kernels import Want, embed, matmul, prepare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -23,6 +24,8 @@ FORMATS = [
     Sparse(64, 128, Dense("bfloat16")),
     Rotated(Integer(4, 128)),
     Rotated(Integer(8, -1, activations="int8"), block=512),
+    TensorTrain(4),
+    TensorTrain(16, "table"),
 ]
 
 

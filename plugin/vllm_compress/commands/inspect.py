@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ examples:
   bits_per_weight               of all; compressed_bits_per_weight of compressed matrices
   modules                       by name: format, shape, weights, bytes, bits_per_weight, compressed,
                                 weight_error, output_error, zeros
+  shared                        by module that has the matrix of another one: its name
   refined                       by trained block: iterations, the best of them, and loss
                                 ([iteration, share of codes that are whole,
                                 relative error of its output], ...); else null
@@ -81,6 +82,7 @@ class Inspection:
     original_bytes: int | None
     modules: dict[str, Row]
     refined: dict[str, Any] | None = None
+    shared: dict[str, str] = field(default_factory=dict)
 
     def totals(self) -> dict[str, Any]:
         """The keys of --json that are sums over modules."""
@@ -145,10 +147,12 @@ def read(directory: Path, *, count: bool = False) -> Inspection:
     report = read_json(report_path) if report_path.exists() else {}
     errors = report.get("modules") or {}
     modules: dict[str, Row] = {}
+    shared: dict[str, str] = {}
     base_model = report.get("base_model")
     if is_compressed(directory):
         checkpoint = open_compressed(directory)
         base_model = checkpoint.spec.base_model or base_model
+        shared = checkpoint.shared
         for name, matrix in checkpoint.matrices.items():
             weights = matrix.rows * matrix.cols
             modules[name] = Row(
@@ -170,7 +174,7 @@ def read(directory: Path, *, count: bool = False) -> Inspection:
     recipe = (report.get("recipe") or {}).get("name")
     name = directory.resolve().name
     before, refined = report.get("bytes_before"), report.get("refined")
-    return Inspection(name, base_model, recipe, before, modules, refined)
+    return Inspection(name, base_model, recipe, before, modules, refined, shared)
 
 
 def _dense_rows(
@@ -218,6 +222,7 @@ def render(found: Inspection, every_module: bool) -> str:
         bits = _bits_text(totals["compressed_bits_per_weight"])
         lines.append(f"compressed  {size_text(totals['compressed_bytes'])}, {bits}")
         lines.append(f"the rest    {size_text(totals['dense_bytes'])}")
+    lines += _sharers(found.shared)
     if found.refined:
         from compress_methods.conversion.report import refined_text
 
@@ -251,6 +256,16 @@ def _lines(modules: Mapping[str, Row], every_module: bool) -> list[tuple[str, ..
             )
         )
     return lines
+
+
+def _sharers(shared: Mapping[str, str]) -> list[str]:
+    """A line for every layer that has matrices of another one."""
+    layers: dict[tuple[str, str], int] = defaultdict(int)
+    for pair in shared.items():
+        alias, owner = (re.sub(r"(?<=\.\d)(\d*)\..*", r"\1", name) for name in pair)
+        layers[alias, owner] += 1
+    matrices = {key: "1 matrix" if n == 1 else f"{n} matrices" for key, n in layers.items()}
+    return [f"shared      {a} has {what} of {o}" for (a, o), what in matrices.items()]
 
 
 def _mean_text(values: Iterable[float | None], style: str = ".2e") -> str:

@@ -40,6 +40,7 @@ class Claims:
         self.checked = True
         missing = [t.module for t in self.expected if (t.module, t.shared) not in self.claimed]
         if missing and _pipeline_ranks() > 1:
+            self._check_shared()
             # The other ranks have whole blocks, and the vocabulary of the first or the last.
             here = {_block(module) for module, _ in self.claimed} - {""}
             missing = [module for module in missing if _block(module) in here]
@@ -49,6 +50,17 @@ class Claims:
                 f"{', '.join(missing[:SHOWN])}{more}: compressed, but no layer that vLLM built "
                 "asks for it by that name; convert again with a rule that keeps it as it is"
             )
+
+    def _check_shared(self) -> None:
+        """Raise `CheckpointError` where another pipeline rank has a layer that shares weights with
+        one of this rank's."""
+        for target in self.expected:
+            here = [(target.module, shares) in self.claimed for shares in (True, False)]
+            if target.shared and here[0] != here[1]:
+                raise CheckpointError(
+                    f"{target.module}: shared by layers of several pipeline ranks, which cannot "
+                    "share weights; use pipeline-parallel size 1"
+                )
 
 
 def _block(module: str) -> str:

@@ -65,6 +65,18 @@ class CompressedCheckpoint:
     matrices: dict[str, Matrix]
     dense: dict[str, Entry]
 
+    @property
+    def shared(self) -> dict[str, str]:
+        """Modules that have the matrix of another one, by its name; heads tied to the embedding
+        apart, which the model itself ties."""
+        tied = self.spec.tied.items()
+        return {a: o for a, o in tied if o in self.matrices and o != self.spec.embedding}
+
+    @property
+    def held(self) -> dict[str, Matrix]:
+        """The matrix of every compressed module, whether it is stored for it or shared."""
+        return self.matrices | {a: self.matrices[o] for a, o in self.shared.items()}
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; errors name the file."""

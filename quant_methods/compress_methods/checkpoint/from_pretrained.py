@@ -66,8 +66,8 @@ class Unpacker(HfQuantizer):
 
         slots = self._slots(model)
         with torch.no_grad():
-            for matrix in self.checkpoint.matrices.values():
-                slot = slots.get(matrix.module)
+            for name, matrix in self.checkpoint.held.items():
+                slot = slots.get(name)
                 if slot is None:
                     continue  # a head that this class of model does not have
                 slot.write(model, matrix.unpack())
@@ -82,7 +82,7 @@ class Unpacker(HfQuantizer):
 
     def _parameters(self, model: Any) -> list[str]:
         slots = self._slots(model)
-        return [slots[name].parameter for name in self.checkpoint.matrices if name in slots]
+        return [slots[name].parameter for name in self.checkpoint.held if name in slots]
 
     def _slots(self, model: Any) -> dict[str, Any]:
         """Slots by the names the checkpoint has for them, with or without the base's prefix."""

@@ -49,7 +49,7 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
     Raises `CheckpointError` where there is nothing to split off, `OutputError` where `out` exists.
     """
     found, place = open_compressed(directory), Path(out)
-    ranks = {name: rank for name, m in found.matrices.items() if (rank := _rank(name, m.format))}
+    ranks = {name: rank for name, m in found.held.items() if (rank := _rank(name, m.format))}
     if not ranks:
         raise CheckpointError(f"{found.path}: no matrix is in format 'lowrank'")
     if place.exists():
@@ -75,7 +75,7 @@ def _factors(found: CompressedCheckpoint, ranks: dict[str, int]) -> dict[str, Te
     """The adapter's tensors."""
     out = {}
     for module in ranks:
-        stored, fmt = found.matrices[module].stored(), found.matrices[module].format
+        stored, fmt = found.held[module].stored(), found.held[module].format
         assert isinstance(fmt, LowRank)
         for name, factor in (("lora_A", fmt.right(stored)), ("lora_B", fmt.left(stored))):
             out[f"{PREFIX}{module}.{name}.weight"] = factor.values().to(torch.bfloat16)

@@ -109,6 +109,9 @@ class StreamedPart:
             return slot.of(self.edited[slot.parameter])
         return self.planned.source.read_slot(slot).to(self.device).float()
 
+    def original(self, slot: Slot) -> Tensor:
+        return StreamedPart.weight(self, slot)
+
     def slabs(self, slot: Slot, multiple: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) pieces of a matrix as it now is, in any float dtype."""
         if slot.parameter in self.edited:
@@ -201,10 +204,6 @@ class BlockPart(StreamedPart):
 
     def weight(self, slot: Slot) -> Tensor:
         return slot.view(self.planned.skeleton.model)
-
-    def original(self, slot: Slot) -> Tensor:
-        """A copy of a matrix in float32 as it was before it was packed."""
-        return super().weight(slot)
 
     def slabs(self, slot: Slot, multiple: int) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.weight(slot)

@@ -35,8 +35,9 @@ from compress_methods.conversion.passes.allocation import AllocatedPacking, find
 from compress_methods.conversion.passes.packing import Packing
 from compress_methods.conversion.passes.zero_packing import pack_zeros
 from compress_methods.conversion.planning.calibration import with_samples
-from compress_methods.conversion.planning.plan import Plan, make_plan
+from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.planning.preview import preview, preview_plan
+from compress_methods.conversion.planning.sharing import plan_shared, share_again
 from compress_methods.errors import RecipeError
 from compress_methods.model.skeleton import Skeleton, build_skeleton
 from compress_methods.recipe.stages import StagedRecipe
@@ -170,23 +171,6 @@ def _all(skeleton: Skeleton) -> range:
     return range(len(skeleton.blocks))
 
 
-def _aliases(passes: Sequence[Pass], skeleton: Skeleton) -> dict[str, str]:
-    """Matrices that passes have stored as others are; the owner comes first."""
-    found: dict[str, str] = {}
-    for visitor in passes:
-        for alias, owner in visitor.plan(skeleton).aliases.items():
-            slots = [name for name in skeleton.slots if f"{name}.".startswith(f"{alias}.")]
-            for name in slots:
-                found[name] = owner + name.removeprefix(alias)
-    order = list(skeleton.slots)
-    for alias, owner in found.items():
-        if owner not in skeleton.slots or order.index(owner) >= order.index(alias):
-            raise RecipeError(
-                f"{alias}: cannot be stored as {owner}, which does not come before it"
-            )
-    return found
-
-
 def _packing_plan(
     recipe: StagedRecipe,
     passes: Sequence[Pass],
@@ -200,7 +184,7 @@ def _packing_plan(
     assert packing is not None
     if packing.pack_zeros:
         packing = pack_zeros(packing, skeleton, source, ways, quiet=quiet)
-    return make_plan(packing, skeleton, source, ways, _aliases(passes, skeleton), layout)
+    return plan_shared(passes, packing, skeleton, source, ways, layout)
 
 
 def _kept_target(
@@ -319,7 +303,8 @@ def _retarget(stage: Stage, target: Target, decided: Sequence[Pass]) -> Target:
         plan = planned.plan.decided(last.formats)
         return replace(target, planned=replace(planned, plan=plan))
     if not last.reshapes:
-        return target
+        plan = share_again(decided[:-1], planned.plan, planned.skeleton, planned.source)
+        return replace(target, planned=replace(planned, plan=plan))
     layers = last.layers(len(planned.skeleton.blocks))
     plan, entries, _ = _reshaped(stage, planned, last, layers)
     return Target(replace(planned, plan=plan), entries, layers)

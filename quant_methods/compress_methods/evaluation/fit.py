@@ -32,7 +32,7 @@ def parameters(directory: Path) -> Counter[torch.dtype]:
     if block.get("quant_method") == QUANT_METHOD:
         checkpoint = open_compressed(directory)
         entries = checkpoint.dense
-        counts[torch.bfloat16] += sum(m.rows * m.cols for m in checkpoint.matrices.values())
+        counts[torch.bfloat16] += sum(m.rows * m.cols for m in checkpoint.held.values())
     else:
         entries = read_entries(directory)
     for entry in entries.values():

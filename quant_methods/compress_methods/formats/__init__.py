@@ -7,6 +7,7 @@ from compress_methods.formats import (  # noqa: F401  (registers them)
     lowrank,
     rotated,
     sparse,
+    tensor_train,
     trellis,
 )
 from compress_methods.formats.base import (

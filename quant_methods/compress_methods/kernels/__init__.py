@@ -5,6 +5,7 @@ from compress_methods.kernels import (  # noqa: F401  (registers them)
     lowrank,
     reference,
     rotated,
+    tensor_train,
     torch_cpu,
 )
 from compress_methods.kernels.base import (

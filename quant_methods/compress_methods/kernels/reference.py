@@ -7,6 +7,7 @@ it unpacks the matrix at every call.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ SLAB_ELEMENTS = 2**22
 class Reference(Kernel):
     name: ClassVar[str] = "reference"
 
-    def rank(self, stored: Stored, want: Want) -> int:
+    def rank(self, stored: Stored, want: Want) -> int | None:
         return 0
 
     def prepare(self, stored: Stored, want: Want) -> Prepared:
@@ -31,26 +32,31 @@ class Reference(Kernel):
         return Prepared(self.name, *stored.size, tensors, stored.format, facts=place)
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
-        stored = _stored(prepared)
+        stored = stored_of(prepared)
         inputs = stored.format.quantize_activations(x.float())
-        rows, cols = stored.size
-        out = torch.empty(len(x), rows, dtype=torch.float32, device=x.device)
-        step = rows
-        if stored.cuts_rows:
-            unit = stored.format.alignment(*stored.shape)[0]
-            step = max(unit, SLAB_ELEMENTS // cols // unit * unit)
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            at = stored.rows[0]
-            weight = stored.cut(rows=(at + start, at + end)).values()
-            torch.mm(inputs, weight.T, out=out[:, start:end])
+        out = torch.empty(len(x), prepared.rows, dtype=torch.float32, device=x.device)
+        start = 0
+        for weight in self.slabs(stored):
+            torch.mm(inputs, weight.T, out=out[:, start : start + len(weight)])
+            start += len(weight)
         if bias is not None:
             out += bias
         return out.to(x.dtype)
 
+    def slabs(self, stored: Stored) -> Iterator[Tensor]:
+        """All rows [n, cols] float32 in order, unpacked a few at a time."""
+        rows, cols = stored.size
+        step = rows
+        if stored.cuts_rows:
+            unit = stored.format.alignment(*stored.shape)[0]
+            step = max(unit, SLAB_ELEMENTS // cols // unit * unit)
+        at = stored.rows[0]
+        for start in range(0, rows, step):
+            yield stored.cut(rows=(at + start, at + min(start + step, rows))).values()
+
     def embed(self, ids: Tensor, prepared: Prepared) -> Tensor:
         check_ids(ids, prepared.rows)
-        stored = _stored(prepared)
+        stored = stored_of(prepared)
         if not stored.cuts_rows:
             return stored.values()[ids]
         unit = stored.format.alignment(*stored.shape)[0]
@@ -71,7 +77,7 @@ class Reference(Kernel):
         return values[inverse * unit + ids % unit]
 
 
-def _stored(prepared: Prepared) -> Stored:
+def stored_of(prepared: Prepared) -> Stored:
     """The stored piece that a prepared one still is."""
     fmt, facts = prepared.format, prepared.facts
     assert fmt is not None

@@ -82,6 +82,9 @@ class Part(Protocol):
     def weight(self, slot: Slot) -> Tensor:
         """A matrix [rows, cols] as it now is: a view, so writing to it changes the module."""
 
+    def original(self, slot: Slot) -> Tensor:
+        """A copy of a matrix, of any part, in float32 as it was before it was packed."""
+
     def tensor(self, name: str) -> Tensor:
         """A parameter of the part by its name in the model, such as a norm's."""
 
@@ -147,6 +150,10 @@ class Pass(ABC):
 
     def layers(self, count: int) -> list[int]:
         """Indices of the layers that stay of `count`, in order."""
+        return list(range(count))
+
+    def owners(self, count: int) -> list[int]:
+        """The layer, of `count`, as whose the matrices of each are stored; not after it."""
         return list(range(count))
 
     def visit(self, part: Part) -> None:  # noqa: B027

@@ -43,22 +43,14 @@ class Depth(Pass):
     looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.drop < 0 or (self.drop >= 1 and self.drop != int(self.drop)):
-            raise RecipeError(
-                f"drop is {self.drop}, expected a share below 1 or a whole number of layers"
-            )
+        check_share("drop", self.drop)
 
     def plan(self, skeleton: Skeleton) -> Outline:
         check_prunable(skeleton.model.config, self.name)
         return Outline(layers=self._left(len(skeleton.blocks)))
 
     def _left(self, count: int) -> int:
-        dropped = int(self.drop if self.drop >= 1 else self.drop * count + 1e-9)
-        if dropped >= count:
-            raise RecipeError(f"depth: drop is {dropped} layers, the model has {count}")
-        if self.drop and not dropped:
-            raise RecipeError(f"depth: drop is {self.drop:.1%} of {count} layers, less than one")
-        return count - dropped
+        return count - share_of("depth: drop", self.drop, count)
 
     def survey(self, part: Part) -> list[float]:
         """1 - mean cosine of what goes in and what comes out."""
@@ -81,3 +73,20 @@ class Depth(Pass):
 
     def facts(self) -> dict[str, Any]:
         return {"influence": list(self.influence)}
+
+
+def check_share(key: str, share: float) -> None:
+    """`RecipeError` unless it is a share of layers, or a number of them."""
+    if share < 0 or (share >= 1 and share != int(share)):
+        raise RecipeError(f"{key} is {share}, expected a share below 1 or a whole number of layers")
+
+
+def share_of(what: str, share: float, count: int) -> int:
+    """How many of `count` layers a share comes to, never more than asked; `RecipeError` names
+    `what`."""
+    found = int(share if share >= 1 else share * count + 1e-9)
+    if found >= count:
+        raise RecipeError(f"{what} is {found} layers, the model has {count}")
+    if share and not found:
+        raise RecipeError(f"{what} is {share:.1%} of {count} layers, less than one")
+    return found

@@ -29,6 +29,7 @@ RECIPES = (
     *("lookup3", "nf4", "trellis2", "int2-lowrank"),
     *("sparse25-int8", "sparse68", "sparse50-int8", "sparse50-int4-joint", "sparse24"),
     *("auto-3.5", "depth25", "width25-int4"),
+    *("sharing25", "tensor-train-embedding"),
 )
 OUTLIERS = {
     f"(with outliers, {name})": name

@@ -18,6 +18,7 @@ from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import BLOCKS as ROTATED_BLOCKS
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import BLOCKS, Sparse
+from compress_methods.formats.tensor_train import ROWS, TABLE, TensorTrain
 from compress_methods.formats.trellis import TILE, Trellis
 
 GROUPS = (-1, 32, 64, 128)
@@ -81,6 +82,12 @@ def lowrank(draw: st.DrawFn, base: st.SearchStrategy[Any]) -> LowRank:
     return LowRank(rank, draw(base), draw(factors))
 
 
+def trains() -> st.SearchStrategy[TensorTrain]:
+    """Trains of cores, of every row and of the whole."""
+    kinds, dtypes = st.sampled_from((ROWS, TABLE)), st.sampled_from(("bfloat16", "float32"))
+    return st.builds(TensorTrain, st.integers(1, 9), kinds, st.integers(2, 4), dtypes)
+
+
 def columnwise() -> st.SearchStrategy[Format]:
     """Every kind of format that is filled column by column."""
     values = st.one_of(*[integers()] * 9, st.just(Dense()))
@@ -91,7 +98,17 @@ def columnwise() -> st.SearchStrategy[Format]:
 def formats() -> st.SearchStrategy[Format]:
     """Every kind of format there is."""
     bases = columnwise().filter(lambda fmt: not isinstance(fmt, Dense))
-    return st.one_of(*[columnwise()] * 3, lowrank(st.one_of(bases, st.none())))
+    return st.one_of(*[columnwise()] * 3, lowrank(st.one_of(bases, st.none())), trains())
+
+
+def units(fmt: Format, shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns at whose multiples a matrix can be cut: where no tensor is, only whole."""
+    specs = fmt.tensors(*shape).values()
+    rows, cols = fmt.alignment(*shape)
+    return (
+        rows if any(spec.rows_axis for spec in specs) else shape[0],
+        cols if any(spec.cols_axis for spec in specs) else shape[1],
+    )
 
 
 def least_columns(fmt: Format) -> int:

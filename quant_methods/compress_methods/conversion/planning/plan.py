@@ -102,7 +102,8 @@ class Plan:
     """Everything decided: shards in order, `dropped` original tensors with the reason, `renamed`
     ones that are stored under another name; `tied` modules stored as another one, by its name.
 
-    Where a budget leaves formats open, `compressed_bytes` is the most that can come out."""
+    Where a budget leaves formats open, `compressed_bytes` is the most that can come out. `ways`:
+    ranks that its matrices can be cut for."""
 
     recipe: Recipe
     shards: tuple[Shard, ...]
@@ -115,6 +116,7 @@ class Plan:
     renamed: Mapping[str, str] = field(default_factory=dict)
     layout: Layout = OWN
     allowance: Allowance = field(default_factory=Allowance)
+    ways: int = 1
 
     @property
     def jobs(self) -> list[Job]:
@@ -215,6 +217,7 @@ def make_plan(
         tuple(skeleton.slots),
         layout=layout,
         allowance=allowed,
+        ways=tensor_parallel_size,
     )
 
 

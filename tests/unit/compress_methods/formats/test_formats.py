@@ -15,7 +15,7 @@ from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
-from tests.unit.compress_methods.drawn import Drawn, columnwise, formats, matrices, pieces
+from tests.unit.compress_methods.drawn import Drawn, columnwise, formats, matrices, pieces, units
 
 
 @settings(max_examples=60, deadline=None)
@@ -42,8 +42,7 @@ def test_a_slice_of_the_stored_form_is_the_slice_of_the_matrix(
     stored = fmt.pack(fmt.nearest(weight))
     whole = fmt.unpack(stored)
     rows, cols = (
-        data.draw(pieces(size, unit))
-        for size, unit in zip(shape, fmt.alignment(*shape), strict=True)
+        data.draw(pieces(size, unit)) for size, unit in zip(shape, units(fmt, shape), strict=True)
     )
     sliced = fmt.slice(stored, shape, rows=rows, cols=cols)
     expected = fmt.tensors(rows[1] - rows[0], cols[1] - cols[0])
@@ -96,12 +95,15 @@ def test_what_a_format_says_of_itself() -> None:
     tables = (Lookup(3), Lookup(table="nf4"), Rotated(Lookup(2, table="binary")))
     assert [fmt.learns_values for fmt in (*kinds, *tables)] == [*[False] * 6, True, False, True]
     assert [fmt.holds_zero for fmt in tables] == [False, True, False]
-    assert {"integer", "dense", "lookup", "sparse", "rotated", "lowrank"} <= set(FORMATS)
+    assert {"integer", "dense", "lookup", "sparse", "rotated", "lowrank", "tensor_train"} <= set(
+        FORMATS
+    )
 
 
 INT8 = {"format": "integer", "bits": 8, "group_size": -1}
 SPARSE8 = {"format": "sparse", "n": 2, "m": 4, "values": INT8}
 TURNED = {"format": "rotated", "base": INT8}
+TRAIN = {"format": "tensor_train", "rank": 4}
 FEW = {"format": "lowrank", "rank": 8, "base": INT8}
 
 
@@ -149,6 +151,12 @@ FEW = {"format": "lowrank", "rank": 8, "base": INT8}
         ({**FEW, "factors": SPARSE8}, ["factors is 2:4 int8 row", "dense or integer"]),
         ({**FEW, "factors": {**INT8, "activations": "int8"}}, ["without activations"]),
         ({**SPARSE8, "values": FEW}, ["values is int8 row + rank 8", "that holds 0"]),
+        ({"format": "tensor_train"}, ["missing key 'rank'"]),
+        ({**TRAIN, "rank": 0}, ["rank is 0", "at least 1"]),
+        ({**TRAIN, "kind": "row"}, ["kind is 'row'", "rows or table"]),
+        ({**TRAIN, "modes": 1}, ["modes is 1", "2 to 8"]),
+        ({**TRAIN, "dtype": "int8"}, ["dtype is 'int8'", "bfloat16, float16, float32"]),
+        ({**TURNED, "base": TRAIN}, ["base is tensor_train", "one that rounds"]),
         ({**TURNED, "base": FEW}, ["base is lowrank", "one that rounds"]),
     ],
 )

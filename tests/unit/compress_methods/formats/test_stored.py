@@ -16,7 +16,7 @@ from compress_methods.errors import FormatError
 from compress_methods.formats import MAIN_TENSOR, Axis, Format, Stored, TensorSpec
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
-from tests.unit.compress_methods.drawn import Drawn, matrices, pieces
+from tests.unit.compress_methods.drawn import Drawn, matrices, pieces, units
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def test_a_piece_of_a_piece_is_found_by_its_place_in_the_whole(
     fmt, weight = drawn
     shape = (weight.shape[0], weight.shape[1])
     whole = Stored.whole(fmt, fmt.pack(fmt.nearest(weight)), shape)
-    values, units = whole.values(), fmt.alignment(*shape)
+    values, places = whole.values(), units(fmt, shape)
     assert torch.equal(values, fmt.unpack(whole.tensors))
     piece, rows, cols = whole, (0, shape[0]), (0, shape[1])
     for _ in range(2):
-        rows = data.draw(pieces(rows[1] - rows[0], units[0], rows[0]))
-        cols = data.draw(pieces(cols[1] - cols[0], units[1], cols[0]))
+        rows = data.draw(pieces(rows[1] - rows[0], places[0], rows[0]))
+        cols = data.draw(pieces(cols[1] - cols[0], places[1], cols[0]))
         piece = piece.cut(rows, cols)
         assert (piece.rows, piece.cols, piece.shape) == (rows, cols, shape)
         assert piece.size == (rows[1] - rows[0], cols[1] - cols[0])

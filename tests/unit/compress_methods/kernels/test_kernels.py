@@ -27,6 +27,7 @@ from tests.unit.compress_methods.drawn import (
     mid_integers,
     rotated,
     sparse,
+    trains,
 )
 from tests.unit.compress_methods.kernels.arithmetic import per_token, quantized
 
@@ -40,6 +41,7 @@ CASES: dict[str, st.SearchStrategy[Drawn]] = {
     "cpu_exact": matrices(st.one_of(OURS, sparse(st.just(Dense())))),
     "rotated": matrices(rotated(integers())),
     "lowrank": matrices(lowrank(st.one_of(EXACT, rotated(EXACT), st.none()))),
+    "tensor_train": matrices(trains()),
     "reference": matrices(formats()),
 }
 LOOK_UP = [name for name in CASES if name not in ("torch_int4", "rotated", "lowrank")]

@@ -261,3 +261,14 @@ def test_what_is_no_model_is_one_line(
     (compressed / ".incomplete").touch()
     with pytest.raises(CheckpointError, match="conversion is not finished"):
         inspect.read(compressed)
+
+
+def test_says_which_layers_share(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((compressed / "config.json").read_text())
+    pair = {"model.layers.13.proj": "model.layers.1.proj"}
+    config["quantization_config"]["tied"] = pair
+    (compressed / "config.json").write_text(json.dumps(config))
+    assert as_json(compressed, capsys)["shared"] == pair
+    assert cli.main(["inspect", str(compressed)]) == 0
+    said = capsys.readouterr().out
+    assert "shared      model.layers.13 has 1 matrix of model.layers.1\n" in said

@@ -26,7 +26,7 @@ from compress_methods.checkpoint.sharding import VOCABULARY, check_matrix
 from compress_methods.errors import FormatError
 from compress_methods.model.architecture import GENERIC
 from vllm_compress.operations.capacity.footprint.shapes import Matrix, ModelShape
-from vllm_compress.operations.capacity.footprint.storage import Part, Scheme
+from vllm_compress.operations.capacity.footprint.storage import UNKNOWN, Part, Scheme
 from vllm_compress.operations.capacity.hardware import Hardware
 
 UTILIZATION = 0.92
@@ -78,9 +78,22 @@ def refusal(scheme: Scheme, layout: Layout) -> str | None:
     if not shape.latent and shape.kv_heads % tp and tp % shape.kv_heads:
         return f"{shape.kv_heads} key-value heads are neither divisible by {tp} nor a divisor of it"
     for part in scheme.parts:
-        reason = _uncuttable(shape, part, tp)
+        reason = _uncuttable(shape, part, tp) or _unshareable(shape, part, layout.pp)
         if reason is not None:
             return reason
+    return None
+
+
+def _unshareable(shape: ModelShape, part: Part, stages: int) -> str | None:
+    """Say why so many pipeline stages cannot share a part's matrices, or None."""
+    if not part.shared or stages == 1:
+        return None
+    stage = [s for s, count in enumerate(stage_layers(shape.layers, stages)) for _ in range(count)]
+    for layer, owner in part.shared.items():
+        if owner == UNKNOWN:
+            return "layers that share weights cannot be on several pipeline stages"
+        if stage[layer] != stage[owner]:
+            return f"layers {owner} and {layer} share weights, but are on different pipeline stages"
     return None
 
 
@@ -126,7 +139,9 @@ def rank_shape(shape: ModelShape, matrix: Matrix, tp: int) -> tuple[int, int]:
 
 def part_bytes(shape: ModelShape, part: Part, tp: int) -> int:
     """Bytes of a part in one layer on one rank; outside the blocks, of all of it."""
-    return part.bytes_of(*rank_shape(shape, part.matrix, tp)) * part.matrix.count
+    matrix = part.matrix
+    size = (matrix.rows, matrix.cols) if part.copied else rank_shape(shape, matrix, tp)
+    return part.bytes_of(*size) * matrix.count
 
 
 def stage_weights(scheme: Scheme, layout: Layout) -> list[int]:
@@ -137,7 +152,7 @@ def stage_weights(scheme: Scheme, layout: Layout) -> list[int]:
     for part in scheme.parts:
         size = part_bytes(shape, part, tp)
         for layer in part.matrix.layers:
-            by_layer[layer] += size
+            by_layer[layer] += 0 if layer in part.shared else size
         if not part.matrix.layers:
             head = part.matrix.kind == "lm_head"
             first += 0 if head else size

@@ -225,7 +225,8 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
 def _unpacked(path: Path) -> list[Tensor]:
     """List what a compressed checkpoint holds, each matrix as one [rows, cols] tensor."""
     found = open_compressed(path)
-    tensors = [Tensor(f"{m.module}.weight", (m.rows, m.cols), 2) for m in found.matrices.values()]
+    held = found.held.items()
+    tensors = [Tensor(f"{name}.weight", (m.rows, m.cols), 2) for name, m in held]
     return tensors + [Tensor(e.name, e.shape, ITEMSIZE[e.dtype]) for e in found.dense.values()]
 
 

@@ -7,8 +7,8 @@ writes by.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.errors import FormatError, RecipeError
@@ -18,18 +18,22 @@ from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import load_staged
 from vllm_compress.names import QUANT_METHOD
 from vllm_compress.operations.capacity.footprint.open_formats import holds, rule_of, spend
-from vllm_compress.operations.capacity.footprint.shapes import Matrix, ModelShape
+from vllm_compress.operations.capacity.footprint.shapes import NUMBER, Matrix, ModelShape
 
 ORIGINAL, STORED = "original", "as stored"
+UNKNOWN = -1
+"""The layer that another will share the matrices of, before that is measured."""
 DTYPES = {1: "8-bit", 2: "bf16", 4: "fp32"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Matrices of one name that are stored alike; `format` None: kept as they are."""
+    """Matrices of one name that are stored alike; `format` None: kept as they are. `shared`: layers
+    that have the matrix of another one, by its number."""
 
     matrix: Matrix
     format: Format | None = None
+    shared: Mapping[int, int] = field(default_factory=dict)
 
     def bytes_of(self, rows: int, cols: int) -> int:
         """Bytes of [rows, cols] stored so."""
@@ -38,9 +42,18 @@ class Part:
         return self.format.nbytes(rows, cols)
 
     @property
+    def copied(self) -> bool:
+        """Whether every rank holds all of it: nothing of its tensors is cut."""
+        if self.format is None:
+            return False
+        specs = self.format.tensors(self.matrix.rows, self.matrix.cols).values()
+        return not any(spec.rows_axis or spec.cols_axis for spec in specs)
+
+    @property
     def nbytes(self) -> int:
         m = self.matrix
-        return self.bytes_of(m.rows, m.cols) * m.count * max(1, len(m.layers))
+        stored = max(1, len(m.layers)) - len(self.shared)
+        return self.bytes_of(m.rows, m.cols) * m.count * stored
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,10 @@ class Scheme:
 def as_it_is(shape: ModelShape) -> Scheme:
     """Take the model as its files hold it."""
     if shape.path is not None and shape.quantized == QUANT_METHOD:
-        found = open_compressed(shape.path).matrices
-        formats = {name: matrix.format for name, matrix in found.items()}
-        parts = _assign(shape, lambda module, matrix: formats.get(module))
+        found = open_compressed(shape.path)
+        formats = {name: matrix.format for name, matrix in found.held.items()}
+        owners = {alias: int(NUMBER.findall(o)[0]) for alias, o in found.shared.items()}
+        parts = _assign(shape, lambda module, matrix: formats.get(module), owners)
         return Scheme(STORED, _label(parts), shape, parts)
     sizes = {m.itemsize for m in shape.matrices if m.kind == "blocks"}
     label = shape.quantized or DTYPES.get(max(sizes, default=2), "mixed")
@@ -91,7 +105,7 @@ def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
         found = rule.choose(fmt, lambda f: holds(f, matrix))
         return fmt if found is None and rule.on_unfit != "keep" else found
 
-    parts = _assign(shape, spend(loaded, shape, find))
+    parts = _assign(shape, spend(loaded, shape, find), _sharing(shape, recipe))
     if all(part.format is None for part in parts):
         raise RecipeError(f"recipe {loaded.name!r} matches no module of {shape.name}")
     for part in parts:
@@ -119,8 +133,21 @@ def _packing(shape: ModelShape, recipe: str) -> Recipe:
     return staged.packing
 
 
-def _assign(shape: ModelShape, find: Callable[[str, Matrix], Format | None]) -> tuple[Part, ...]:
-    """Parts of a shape; `find(module name, matrix)` gives a format, or None to keep it."""
+def _sharing(shape: ModelShape, recipe: str) -> dict[str, int]:
+    """Modules that a recipe gives the matrix of another layer. Which one is measured later."""
+    owners = [visitor.owners(shape.layers) for visitor in load_staged(recipe).transforms]
+    shared = {i for layers in owners for i, owner in enumerate(layers) if i != owner}
+    blocks = [matrix for matrix in shape.matrices if matrix.kind == "blocks" and not matrix.experts]
+    return {m.name(i): UNKNOWN for m in blocks for i in m.layers if i in shared}
+
+
+def _assign(
+    shape: ModelShape,
+    find: Callable[[str, Matrix], Format | None],
+    owners: Mapping[str, int],
+) -> tuple[Part, ...]:
+    """Parts of a shape; `find(module name, matrix)` gives a format, or None to keep it. `owners`:
+    layers whose matrices modules share."""
     parts = []
     for matrix in shape.matrices:
         alike: dict[Format | None, list[int]] = {}
@@ -128,7 +155,9 @@ def _assign(shape: ModelShape, find: Callable[[str, Matrix], Format | None]) -> 
             layers = alike.setdefault(find(matrix.name(layer), matrix), [])
             layers += [] if layer is None else [layer]
         for fmt, layers in alike.items():
-            parts.append(Part(dataclasses.replace(matrix, layers=tuple(layers)), fmt))
+            shared = {i: owners[name] for i in layers if (name := matrix.name(i)) in owners}
+            mine = dataclasses.replace(matrix, layers=tuple(layers))
+            parts.append(Part(mine, fmt, shared if fmt is not None else {}))
     return tuple(parts)
 
 

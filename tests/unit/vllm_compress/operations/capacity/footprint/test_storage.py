@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 
+from compress_methods import convert
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.system.resources import config_path
 from tests.e2e.support.tiny import MODELS, make_model
-from vllm_compress.operations.capacity.footprint.memory import rank_shape
+from vllm_compress.operations.capacity.footprint.memory import (
+    Layout,
+    part_bytes,
+    rank_shape,
+    refusal,
+    stage_weights,
+)
 from vllm_compress.operations.capacity.footprint.shapes import (
     Tensor,
     load_shape,
@@ -228,3 +235,40 @@ def test_experts_count_alike_one_by_one_and_in_one_tensor() -> None:
 def test_configs_that_cannot_be_planned_say_why(change: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         read_shape("m", {**LLAMA, **change}, [])
+
+
+def test_shared_layers_weigh_nothing_and_are_on_one_stage(
+    novels_8m: Path, some_text: Path, tmp_path: Path
+) -> None:
+    """The plan of the recipe, and that of its result, to the byte."""
+    rule = {"match": "blocks", "format": "w"}
+    packing = {"formats": {"w": {"format": "integer", "bits": 4}}, "modules": [rule]}
+    calibration = {"samples": 2, "length": 64, "held_out": 0}
+    recipe = {"stages": [{"transform": "sharing"}, packing], "calibration": calibration}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+    report = convert(novels_8m, recipe, tmp_path / "out", calibration=some_text, quiet=True)
+    planned = apply_recipe(load_shape(str(novels_8m)), str(file))
+    stored = as_it_is(load_shape(str(tmp_path / "out")))
+    for scheme in (planned, stored):
+        assert scheme.weight_bytes == report["bytes_after"]
+        assert sum(stage_weights(scheme, Layout())) == report["bytes_after"]
+        assert refusal(scheme, Layout(tp=2)) is None
+        assert "share weights" in (refusal(scheme, Layout(pp=8)) or "")
+    whole = apply_recipe(load_shape(str(novels_8m)), "int4-rtn")
+    assert stored.shape.parameters == whole.shape.parameters
+
+
+def test_cores_of_a_table_are_copied_to_every_rank(tmp_path: Path) -> None:
+    shape, bytes_of = load_shape("llama-3.2-1b"), {}
+    for kind in ("rows", "table"):
+        train = {"format": "tensor_train", "kind": kind, "rank": 8}
+        rules = [{"match": "embedding", "format": "t"}]
+        file = tmp_path / f"{kind}.yaml"
+        file.write_text(json.dumps({"formats": {"t": train}, "modules": rules}))
+        parts = apply_recipe(shape, str(file)).parts
+        (part,) = (part for part in parts if part.format is not None)
+        bytes_of[kind] = [part_bytes(shape, part, tp) for tp in (1, 2)]
+        assert bytes_of[kind][0] == part.nbytes
+    assert bytes_of["rows"][1] == bytes_of["rows"][0] / 2
+    assert bytes_of["table"][1] == bytes_of["table"][0]
