@@ -129,10 +129,17 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.models import registry
+    from vllm.v1.engine import core
+    from vllm.v1.worker import gpu_worker
 
     # vLLM asks each class what it can do in a process of its own, lest a GPU be initialized: the
     # import of vLLM again, for every architecture.
     registry._run_in_subprocess = lambda ask: ask()
+    # Ten collections a model would look through all that these imports have made, most of the time
+    # that a small model takes. vLLM freezes its model, too, and takes all back at the end.
+    core.freeze_gc_heap = gpu_worker.freeze_gc_heap = gc.unfreeze = lambda: None
+    if not gc.get_freeze_count():
+        gc.freeze()
     options = {
         "enforce_eager": True,
         "max_model_len": 512,
