@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import BLOCK, FP8, OWN_GROUPS, Float
 from compress_methods.formats.integer import MID, Integer
 from compress_methods.formats.lookup import BITS, FITTED, FIXED, FIXED_BITS, TABLE_ROWS, Lookup
 from compress_methods.formats.lowrank import LowRank
@@ -58,6 +59,18 @@ def lookups(
     return Lookup(size, draw(st.sampled_from(GROUPS)), table, draw(st.sampled_from(table_rows)))
 
 
+@st.composite
+def floats(draw: st.DrawFn, kinds: Sequence[str] = tuple(OWN_GROUPS)) -> Float:
+    """Floats of 4 and 8 bits; those of 8 in groups and blocks, too."""
+    kind = draw(st.sampled_from(kinds))
+    if kind != FP8:
+        return Float(kind)
+    activations = draw(st.sampled_from((None, FP8)))
+    if draw(st.booleans()):
+        return Float(kind, BLOCK, BLOCK, activations)
+    return Float(kind, draw(st.sampled_from(GROUPS)), activations=activations)
+
+
 def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
     """Matrices in drawn formats, rotated."""
     return st.builds(Rotated, base, st.sampled_from(ROTATED_BLOCKS), st.integers(0, 2))
@@ -76,8 +89,9 @@ def lowrank(draw: st.DrawFn, base: st.SearchStrategy[Any]) -> LowRank:
 def columnwise() -> st.SearchStrategy[Format]:
     """Every kind of format that is filled column by column."""
     values = st.one_of(*[integers()] * 9, st.just(Dense()))
-    turned = rotated(st.one_of(integers(), lookups()))
-    return st.one_of(values, sparse(values), mid_integers(), lookups(), turned)
+    turned = rotated(st.one_of(integers(), lookups(), floats()))
+    pruned = sparse(st.one_of(values, floats()))
+    return st.one_of(values, pruned, mid_integers(), lookups(), floats(), turned)
 
 
 def formats() -> st.SearchStrategy[Format]:
@@ -91,7 +105,9 @@ def least_columns(fmt: Format) -> int:
     if isinstance(fmt, Sparse):
         unit = least_columns(fmt.values)
         return math.lcm(8, fmt.m * unit // math.gcd(unit, fmt.n))
-    if isinstance(fmt, Integer | Lookup):
+    if isinstance(fmt, Float) and fmt.bits == 8:
+        return max(1, fmt.group_size)
+    if isinstance(fmt, Integer | Lookup | Float):
         return fmt.block
     if isinstance(fmt, LowRank):
         return math.lcm(*(least_columns(f) for f in (fmt.base, fmt.factors) if f is not None))
