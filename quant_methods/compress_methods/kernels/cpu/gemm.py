@@ -1,12 +1,14 @@
 """Our own CPU product with integer weights of 2, 3, 4 and 8 bits, from any group size, with those
-of tables (`lookup.py`), and with sparse ones of integers or 16-bit floats (`sparse.py`).
+of tables (`lookup.py`), floats of 4 and 8 bits (`floats.py`), and with sparse ones of integers or
+16-bit floats (`sparse.py`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
 format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
 in bfloat16, where products are exact and sums float32. Both look rows up, too. The table takes
 `cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
 (`python -m tests.benchmarks activations`), and for formats that ask for it; 8-bit weights lose so
-little that it would treble their loss, so they get `cpu_exact`. Of sparse integers it takes all:
+little that it would treble their loss, so they get `cpu_exact`, which alone takes floats of 8 bits
+and of 16. Of sparse integers it takes all:
 what leaving weights out costs is hundreds of times that.
 
 Runtime layout: [weights uint8 [blocks, lines, bytes], scales [blocks, groups, together]], and zeros
@@ -20,7 +22,7 @@ Fails where no compiler is: the table then goes on to the next kernel.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,11 +30,13 @@ from torch import Tensor
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import Float
 from compress_methods.formats.grouped import SCALES
 from compress_methods.formats.integer import ZEROS, Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
+from compress_methods.kernels.cpu import floats as cpu_floats
 from compress_methods.kernels.cpu import lookup as cpu_lookup
 from compress_methods.kernels.cpu import sparse as cpu_sparse
 from compress_methods.kernels.cpu.library import (
@@ -74,6 +78,8 @@ class CpuGemm(Kernel):
         return (PLAIN_RANK if loaded.isa == "plain" else RANK) - self.behind
 
     def _knows(self, fmt: Format) -> bool:
+        if isinstance(fmt, Float):
+            return fmt.bits < BYTE or self.mode == Mode.EXACT
         if not isinstance(fmt, Sparse):
             return isinstance(fmt, Integer | Lookup)
         exact = isinstance(fmt.values, Dense)
@@ -83,7 +89,7 @@ class CpuGemm(Kernel):
         """Whether it may be chosen by itself: not where it would cost quality that shows."""
         if isinstance(fmt, Sparse):
             return fmt.n < fmt.m
-        if isinstance(fmt, Lookup):
+        if isinstance(fmt, Lookup | Float):
             return True
         return isinstance(fmt, Integer) and (fmt.bits <= MOST_BITS or fmt.activations == "int8")
 
@@ -93,11 +99,14 @@ class CpuGemm(Kernel):
         if isinstance(fmt, Sparse):
             tensors = cpu_sparse.prepare(stored, together)
             return Prepared(self.name, rows, cols, tensors, fmt)
-        assert isinstance(fmt, Integer | Lookup)
+        assert isinstance(fmt, Integer | Lookup | Float)
         groups = stored.tensors[SCALES].shape[1]
         if fmt.group_size > 0:
             groups = (cols + -cols % LINE) // fmt.group_size
         out = [_lines(stored, together)]
+        if isinstance(fmt, Float):
+            out += cpu_floats.terms(stored, groups, together)
+            return Prepared(self.name, rows, cols, out, fmt)
         for term in _terms(stored):
             missing = (0, groups - term.shape[1], 0, -rows % together)
             padded = torch.nn.functional.pad(term, missing, value=1)
@@ -108,6 +117,8 @@ class CpuGemm(Kernel):
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         inputs = x if x.dtype in DTYPES else x.float()
+        if quantizes(prepared.format):
+            inputs = prepared.format.quantize_activations(x.float())
         if bias is not None and bias.dtype not in DTYPES:
             bias = bias.float()
         mode = self._mode(prepared.format)
@@ -115,6 +126,8 @@ class CpuGemm(Kernel):
 
     def operator(self, prepared: Prepared) -> Operator | None:
         if len(prepared.tensors) < 2:  # values that have no scales
+            return None
+        if quantizes(prepared.format):
             return None
         settings = (self._mode(prepared.format), *_packed(prepared).settings)
         return Operator(_library().product, settings)
@@ -149,6 +162,11 @@ class CpuExact(CpuGemm):
         return True
 
 
+def quantizes(fmt: Format | None) -> TypeGuard[Float]:
+    """Whether inputs become floats of 8 bits before they are multiplied."""
+    return isinstance(fmt, Float) and fmt.activations is not None
+
+
 def _library() -> Library:
     loaded = library()
     assert loaded is not None
@@ -159,7 +177,7 @@ def _packed(prepared: Prepared) -> Packed:
     fmt = prepared.format
     if isinstance(fmt, Sparse):
         return cpu_sparse.packed(fmt, prepared)
-    assert isinstance(fmt, Integer | Lookup)
+    assert isinstance(fmt, Integer | Lookup | Float)
     weights, scales, *zeros = prepared.tensors
     settings = (prepared.rows, fmt.bits, max(0, fmt.group_size), prepared.cols)
     return Packed(weights, scales, zeros[0] if zeros else None, *settings, _kind(fmt))
@@ -178,7 +196,9 @@ def _terms(stored: Stored) -> list[Tensor]:
     return [halves if scales.dtype == torch.float16 else halves.to(scales.dtype)]
 
 
-def _kind(fmt: Integer | Lookup) -> Kind:
+def _kind(fmt: Integer | Lookup | Float) -> Kind:
+    if isinstance(fmt, Float):
+        return Kind.FLOATS
     if isinstance(fmt, Lookup):
         return Kind.LOOKUP
     return Kind.WHOLE if fmt.holds_zero else Kind.MID
@@ -187,7 +207,7 @@ def _kind(fmt: Integer | Lookup) -> Kind:
 def _lines(stored: Stored, together: int) -> Tensor:
     """Weights as the library reads them, a slab of rows at a time."""
     fmt, (rows, cols) = stored.format, stored.size
-    assert isinstance(fmt, Integer | Lookup)
+    assert isinstance(fmt, Integer | Lookup | Float)
     lines, blocks = -(-cols // LINE), -(-rows // together)
     size = together * LINE * fmt.bits // 8
     out = empty_bytes(blocks, lines, size)
@@ -200,6 +220,10 @@ def _lines(stored: Stored, together: int) -> Tensor:
         codes = fmt.solution(stored.cut(rows=(at + first, at + last)).tensors).codes
         missing = (0, lines * LINE - cols, 0, -(last - first) % together)
         codes = torch.nn.functional.pad(codes, missing)
+        if fmt.bits == BYTE and isinstance(fmt, Float):
+            by_columns = side_by_side(codes, together)
+            out[block : block + step] = by_columns.reshape(-1, lines, size)
+            continue
         if together > 1:
             codes = side_by_side(codes.view(torch.int32), together).view(torch.uint8).flatten(1)
         elif fmt.bits == BYTE:
