@@ -100,7 +100,7 @@ void use_tables(int bits, int group, int64_t table_rows) {
        Dtype::kFloat32, tables.data(), table_rows});
 }
 
-// Scales of one or four bytes, of rows or of 128 together; with and without one more of each row.
+// Scales of one or four bytes, of rows or of 128 together; E4M3 with one more of each row.
 void use_floats(int bits, int group, Dtype dtype, int64_t scale_rows) {
   const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
   const int64_t bytes = 16 * bits * kRowsTogether, padded = kBlocks * kRowsTogether;
@@ -108,10 +108,9 @@ void use_floats(int bits, int group, Dtype dtype, int64_t scale_rows) {
   const int64_t count = (scale_rows == 1 ? padded : 1) * groups;
   const auto scales = filled<uint8_t>(count * (dtype == Dtype::kFloat32 ? 4 : 1), 2);
   const auto row_scales = filled<float>(padded, 3);
-  for (const float* of_rows : {row_scales.data(), static_cast<const float*>(nullptr)}) {
-    use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
-         dtype, bits == 4 ? kTwiceE2m1 : nullptr, kRows, 1, of_rows, scale_rows});
-  }
+  const float* of_rows = dtype == Dtype::kE4m3 ? row_scales.data() : nullptr;
+  use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
+       dtype, bits == 4 ? kTwiceE2m1 : nullptr, kRows, 1, of_rows, scale_rows});
 }
 
 // Masks keep the first, the last or scattered ones of each line's places, `kept` of 128.

@@ -214,7 +214,7 @@ def test_memory_is_only_touched_where_it_should_be(name: str, tmp_path: Path) ->
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = dict(zip(*[iter(done.stdout.split())] * 2, strict=True))
-    ran = {"products": "2640", "rotated": "1760", "corrected": "1760", "look-ups": "110"}
+    ran = {"products": "3624", "rotated": "2416", "corrected": "2416", "look-ups": "151"}
     assert counts == ran
 
 
