@@ -47,10 +47,12 @@ inline void read_floats(const void* from, int64_t first, int64_t count, Dtype dt
   } else if (dtype == Dtype::kFloat16) {
     const _Float16* p = static_cast<const _Float16*>(from) + first;
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(p[i]);
+  } else if (dtype == Dtype::kE8m0) {
+    const uint8_t* p = static_cast<const uint8_t*>(from) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = power_of(p[i]);
   } else {
     const uint8_t* p = static_cast<const uint8_t*>(from) + first;
-    const bool power = dtype == Dtype::kE8m0;
-    for (int64_t i = 0; i < count; ++i) to[i] = power ? power_of(p[i]) : e4m3_of(p[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = e4m3_of(p[i]);
   }
 }
 

@@ -60,6 +60,19 @@ struct SparseFloats {
   }
 };
 
+// As `read_floats`, but E4M3 in vectors: there are many.
+inline void read_scales(const Matrix& m, int64_t first, int64_t count, float* to) {
+  int64_t i = 0;
+  if (m.scale_dtype == Dtype::kE4m3) {
+    const uint8_t* p = static_cast<const uint8_t*>(m.scales) + first;
+    for (; i + vec::kFloats <= count; i += vec::kFloats) {
+      vec::store_floats(vec::widen_e4m3(p + i), to + i);
+    }
+    for (int64_t k = 0; k < i; ++k) to[k] *= kE4m3Unit;
+  }
+  read_floats(m.scales, first + i, count - i, m.scale_dtype, to + i);
+}
+
 // What a row's groups are multiplied by: scales (ones if the row has one, which `factor` has then),
 // zeros as the decoder counts codes, and the product of the two.
 struct RowTerms {
@@ -84,7 +97,7 @@ struct RowTerms {
       scales.assign(m.lines, 1.0f);
     } else {
       scales.resize(m.groups);
-      read_floats(m.scales, at * m.groups, m.groups, m.scale_dtype, scales.data());
+      read_scales(m, at * m.groups, m.groups, scales.data());
     }
     factor *= m.factor_of(row);
     offsets.resize(centred ? 0 : m.groups);
