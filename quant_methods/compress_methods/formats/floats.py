@@ -280,7 +280,9 @@ class Float(Grouped):
 
     @property
     def cut_by(self) -> str:
-        return "group_size" if self.kind == FP8 else "group, which another kind has"
+        if self.kind != FP8:
+            return "group (another kind)"
+        return "group_rows" if self.group_rows > 1 else "group_size"
 
     def describe(self) -> str:
         activations = "" if self.activations is None else " + fp8 activations"
