@@ -2,6 +2,7 @@
 
 from compress_methods.formats import (  # noqa: F401  (registers them)
     dense,
+    floats,
     integer,
     lookup,
     lowrank,

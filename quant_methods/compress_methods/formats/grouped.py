@@ -1,13 +1,13 @@
 """grouped: what formats share that store codes of b bits, and a scale for each group of columns.
 
 A group is `group_size` consecutive columns, -1 meaning the whole row. Codes are packed in blocks of
-columns, see `codes.py`: a group, or `ROW_BLOCK` columns of whole rows.
+columns, see `codes.py`: a group, or `ROW_BLOCK` columns where groups are smaller or whole rows.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from compress_methods.errors import FormatError
@@ -18,12 +18,18 @@ GROUP_SIZES = (-1, 32, 64, 128)
 ROW_BLOCK = 32
 
 
-@dataclass(frozen=True)
 class Grouped(Format):
     """Codes and scales, to which a format adds what its values need besides."""
 
-    bits: int = 4
-    group_size: int = 128
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int:
+        """Columns that share a scale; -1: all of them."""
 
     @property
     def searches_range(self) -> bool:
@@ -38,7 +44,7 @@ class Grouped(Format):
     @property
     def block(self) -> int:
         """Columns per packing block."""
-        return self.group_size if self.group_size > 0 else ROW_BLOCK
+        return max(self.group_size, ROW_BLOCK)
 
     @property
     def per_group(self) -> Axis | None:

@@ -68,6 +68,8 @@ class IntegerSolution:
 class Integer(Grouped):
     """b-bit integers in groups of columns; weight-only unless `activations` is `int8`."""
 
+    bits: int = 4
+    group_size: int = 128
     symmetric: bool = True
     activations: str | None = None
     scale_dtype: str = "bfloat16"
@@ -98,6 +100,11 @@ class Integer(Grouped):
             shape = (by_rows.entries(rows), self.groups(cols))
             out[ZEROS] = TensorSpec(shape, "uint8", by_rows, self.per_group)
         return out
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether symmetric groups reach further on one side."""
+        return self.symmetric and self.levels == WHOLE
 
     @property
     def middle(self) -> float:

@@ -7,11 +7,17 @@ codes c fixed, tr((W - Q) H (W - Q)^T) is least where for every row
              b_g   = sum of c_j (W H)_j over j in g
 
 Rows whose error does not become smaller, once scales are rounded to their stored dtype, keep
-them.
+them. Where few values can be stored, such as powers of two, rounding all at once would lose more
+than it wins: there one group after another gets the value nearest to what is best for it,
+
+  s_g + (sum of c_j ((W - Q) H)_j over j in g) / M_gg
+
+which never makes the error larger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,24 +28,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RIDGE = 1e-6
+BLOCK = 128
 SLAB_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Unscaled:
     """What scales multiply: `values` [rows, cols] float32, and `scales` [rows, groups], each that
-    of as many consecutive columns, in the dtype they are stored in."""
+    of as many consecutive columns, in the dtype they are stored in. `nearest`: the values they can
+    take that are nearest to others, where there are fewer than the dtype has."""
 
     values: Tensor
     scales: Tensor
+    nearest: Callable[[Tensor], Tensor] | None = None
 
 
 def refit_scales(unscaled: Unscaled, weight: Tensor, hessian: Tensor) -> Tensor:
     """Scales [rows, groups] that bring the product close to `weight` [rows, cols], measured by
     `hessian` [cols, cols]."""
     rows = max(1, SLAB_ELEMENTS // weight.shape[1])
+    one = _refit if unscaled.nearest is None else _descend
     parts = [
-        _refit(Unscaled(values, scales), slab, hessian)
+        one(Unscaled(values, scales, unscaled.nearest), slab, hessian)
         for values, scales, slab in zip(
             unscaled.values.split(rows),
             unscaled.scales.split(rows),
@@ -68,6 +78,34 @@ def _refit(unscaled: Unscaled, weight: Tensor, hessian: Tensor) -> Tensor:
     old, new = unscaled.scales.float(), found.float()
     better = _error(new, gram, target) < _error(old, gram, target)
     return torch.where((good & better)[:, None], found, unscaled.scales)
+
+
+def _descend(unscaled: Unscaled, weight: Tensor, hessian: Tensor) -> Tensor:
+    """One group after another, in lazy blocks of columns."""
+    assert unscaled.nearest is not None
+    values, scales = unscaled.values.float(), unscaled.scales.clone()
+    cols, groups = values.shape[1], scales.shape[1]
+    size = cols // groups
+    pull = (weight - values * scales.float().repeat_interleave(size, 1)) @ hessian
+    block = max(size, BLOCK // size * size)
+    for start in range(0, cols, block):
+        end = min(start + block, cols)
+        moved = torch.zeros_like(values[:, start:end])
+        for first in range(start, end, size):
+            last = first + size
+            codes, old = values[:, first:last], scales[:, first // size]
+            curve = torch.linalg.vecdot(codes @ hessian[first:last, first:last], codes)
+            wanted = old + torch.linalg.vecdot(pull[:, first:last], codes) / curve
+            found = torch.where(wanted > 0, unscaled.nearest(wanted), old)
+            step = (found - old)[:, None] * codes
+            # Rounded as it is, the nearest value may be no nearer than the one there is.
+            worse = (found - wanted).abs() >= (old - wanted).abs()
+            step[worse] = 0
+            scales[:, first // size] = torch.where(worse, old, found)
+            moved[:, first - start : last - start] = step
+            pull[:, start:end] -= step @ hessian[first:last, start:end]
+        pull[:, end:] -= moved @ hessian[start:end, end:]
+    return scales
 
 
 def _error(scales: Tensor, gram: Tensor, target: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ class LookupSolution:
 class Lookup(Grouped):
     """b-bit codes of a table, which groups of columns scale; weight-only."""
 
+    bits: int = 4
+    group_size: int = 128
     table: str = LEARNED
     table_rows: int = 16
     name: ClassVar[str] = "lookup"
@@ -108,6 +110,11 @@ class Lookup(Grouped):
     @property
     def holds_zero(self) -> bool:
         return not self.learns_values
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether a fixed table, turned round, is another."""
+        return self.table == "nf4"
 
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         out = self.codes_and_scales(rows, cols, SCALE_DTYPE)

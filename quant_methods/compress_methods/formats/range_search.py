@@ -11,7 +11,7 @@ what its speed hangs on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +32,9 @@ class Ranged(Protocol):
     @property
     def symmetric(self) -> bool: ...
     @property
-    def holds_zero(self) -> bool: ...
+    def lopsided(self) -> bool:
+        """Whether a negative scale gives other values."""
+
     def extent(self, weight: Tensor) -> tuple[Tensor, Tensor]: ...
     def scales_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor: ...
@@ -40,22 +42,37 @@ class Ranged(Protocol):
 
 
 def search_scales(
-    fmt: Ranged, weight: Tensor, importance: Tensor | None = None
+    fmt: Ranged,
+    weight: Tensor,
+    importance: Tensor | None = None,
+    coarse: Sequence[float] | None = None,
+    fine: Sequence[float] = FINE,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros as `scales_of` gives, each group shrunk by its best factor.
 
-    weight [rows, cols]; importance [cols], [rows, cols] or None.
+    weight [rows, cols]; importance [cols], [rows, cols] or None. Factors `coarse`, where left out
+    from 1 to `LEAST`, then what is `fine` away from the best of them.
     """
+    factors = coarse or torch.linspace(1.0, LEAST, COARSE_STEPS).tolist()
     rows = max(1, SLAB_ELEMENTS // weight.shape[1])
     weights: Iterable[Tensor | None] = repeat(importance)
     if importance is not None and importance.dim() == 2:
         weights = importance.split(rows)
-    parts = [_search(fmt, slab, h) for slab, h in zip(weight.split(rows), weights, strict=False)]
+    parts = [
+        _search(fmt, slab, h, factors, fine)
+        for slab, h in zip(weight.split(rows), weights, strict=False)
+    ]
     scales = torch.cat([scales for scales, _ in parts])
     return scales, None if fmt.symmetric else torch.cat([z for _, z in parts if z is not None])
 
 
-def _search(fmt: Ranged, weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _search(
+    fmt: Ranged,
+    weight: Tensor,
+    importance: Tensor | None,
+    coarse: Sequence[float],
+    fine: Sequence[float],
+) -> tuple[Tensor, Tensor | None]:
     low, high = fmt.extent(weight)
     grouped = weight.reshape(*low.shape, -1)
     weights = None if importance is None else importance.reshape(-1, *grouped.shape[1:])
@@ -72,12 +89,11 @@ def _search(fmt: Ranged, weight: Tensor, importance: Tensor | None) -> tuple[Ten
         best.copy_(torch.where(better, shrink, best))
         least.copy_(torch.where(better, total, least))
 
-    # Only where 0 is a value does one side have one more than the other.
-    signs = (1.0, -1.0) if fmt.symmetric and fmt.holds_zero else (1.0,)
-    for factor in torch.linspace(1.0, LEAST, COARSE_STEPS).tolist():
+    signs = (1.0, -1.0) if fmt.lopsided else (1.0,)
+    for factor in coarse:
         for sign in signs:
             consider(torch.full_like(low, sign * factor))
     around = best.clone()
-    for offset in FINE:
-        consider((around.abs() + offset).clamp_(max=1.0).copysign(around))
+    for offset in fine:
+        consider((around.abs() + offset).clamp_(max=max(coarse)).copysign(around))
     return fmt.scales_of(low * best, high * best)

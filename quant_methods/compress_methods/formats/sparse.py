@@ -141,7 +141,7 @@ class Sparse(Format):
         inner = self.values.unscaled(solution.values)
         if inner is None or inner.values.shape[1] // inner.scales.shape[1] % self.n:
             return None  # groups that end inside a block end elsewhere in every row
-        return Unscaled(self.expand(inner.values, solution.mask), inner.scales)
+        return replace(inner, values=self.expand(inner.values, solution.mask))
 
     def rescaled(self, solution: SparseSolution, scales: Tensor) -> SparseSolution:
         return replace(solution, values=self.values.rescaled(solution.values, scales))

@@ -26,7 +26,7 @@ MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
 RECIPES = (
     *("int8", "int8-dynamic", "int8-smooth", "int8-rotation"),
     *("int4-rtn", "int4-awq", "int4-gptq", "int4-rotated", "int3-gptq", "int2-gptq"),
-    *("lookup3", "nf4", "trellis2", "int2-lowrank"),
+    *("lookup3", "nf4", "trellis2", "int2-lowrank", "fp8", "mxfp4", "nvfp4"),
     *("sparse25-int8", "sparse68", "sparse50-int8", "sparse50-int4-joint", "sparse24"),
     *("auto-3.5", "depth25", "width25-int4"),
     *("sharing25", "tensor-train-embedding"),

@@ -145,7 +145,7 @@ def ours(kernel: str, **fmt: Any) -> Callable[[int, int], Made]:
 
         form = format_from_dict({"format": "integer", **fmt})
         some = form.pack(form.nearest(torch.randn(ROWS_DRAWN, cols)))
-        tensors = {name: tensor.repeat(rows // ROWS_DRAWN, 1) for name, tensor in some.items()}
+        tensors = {name: torch.cat([t] * (rows // ROWS_DRAWN)) for name, t in some.items()}
         stored = Stored.whole(form, tensors, (rows, cols))
         size = form.nbytes(rows, cols)
         want = Want(kernel=kernel)
@@ -172,6 +172,10 @@ def lookup(name: str, table_rows: int = 16) -> dict[str, Any]:
     return {"format": "lookup", "bits": int(name[-1]), **kind}
 
 
+def floats(kind: str) -> dict[str, Any]:
+    return {"format": "float", "kind": kind}
+
+
 TABLES = ("lookup2", "lookup3", "nf4")
 CASES: dict[str, Callable[[int, int], Made | None]] = {
     "bf16, torch": bfloat16,
@@ -183,6 +187,8 @@ CASES: dict[str, Callable[[int, int], Made | None]] = {
     **{f"int{b} g128, cpu": ours("cpu", bits=b, group_size=128) for b in (2, 3, 4)},
     **{f"{name} g128, cpu": ours("cpu", **lookup(name)) for name in TABLES},
     **{f"trellis{b}, cpu": ours("cpu", format="trellis", bits=b) for b in (2, 3)},
+    **{f"{kind}, cpu": ours("cpu", **floats(kind)) for kind in ("mxfp4", "nvfp4")},
+    "fp8, cpu_exact": ours("cpu_exact", **floats("fp8")),
     "int4 g128 rotated, cpu": ours("rotated", **rotated(bits=4, group_size=128)),
     "int8 row, cpu": ours("cpu", bits=8, group_size=-1),
     "int8-dynamic, cpu": ours("cpu", bits=8, group_size=-1, activations="int8"),
@@ -195,6 +201,7 @@ MORE: dict[str, Callable[[int, int], Made | None]] = {
     **{f"int{b} g128, cpu_exact": ours("cpu_exact", bits=b, group_size=128) for b in (2, 3, 4)},
     "int8 row, cpu_exact": ours("cpu_exact", bits=8, group_size=-1),
     **{f"{name} g128, cpu_exact": ours("cpu_exact", **lookup(name)) for name in TABLES},
+    **{f"{kind}, cpu_exact": ours("cpu_exact", **floats(kind)) for kind in ("mxfp4", "nvfp4")},
     "lookup4 g128 by row, cpu": ours("cpu", **lookup("lookup4", table_rows=1)),
     "half of int8, cpu_exact": ours("cpu_exact", **half(128, bits=8, group_size=-1)),
     "half of bf16, cpu_exact": ours("cpu_exact", **half(128, format="dense")),

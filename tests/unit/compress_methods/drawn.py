@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import BLOCK, FP8, OWN_GROUPS, Float
 from compress_methods.formats.integer import MID, Integer
 from compress_methods.formats.lookup import BITS, FITTED, FIXED, FIXED_BITS, TABLE_ROWS, Lookup
 from compress_methods.formats.lowrank import LowRank
@@ -67,6 +68,18 @@ def trellises(
     return st.builds(Trellis, *map(st.sampled_from, (bits, state_bits, GROUPS)))
 
 
+@st.composite
+def floats(draw: st.DrawFn, kinds: Sequence[str] = tuple(OWN_GROUPS)) -> Float:
+    """Floats of 4 and 8 bits; those of 8 in groups and blocks, too."""
+    kind = draw(st.sampled_from(kinds))
+    if kind != FP8:
+        return Float(kind)
+    activations = draw(st.sampled_from((None, FP8)))
+    if draw(st.booleans()):
+        return Float(kind, BLOCK, BLOCK, activations)
+    return Float(kind, draw(st.sampled_from(GROUPS)), activations=activations)
+
+
 def rotated(base: st.SearchStrategy[Any]) -> st.SearchStrategy[Rotated]:
     """Matrices in drawn formats, rotated."""
     return st.builds(Rotated, base, st.sampled_from(ROTATED_BLOCKS), st.integers(0, 2))
@@ -91,8 +104,10 @@ def trains() -> st.SearchStrategy[TensorTrain]:
 def columnwise() -> st.SearchStrategy[Format]:
     """Every kind of format that is filled column by column."""
     values = st.one_of(*[integers()] * 9, st.just(Dense()))
-    turned = rotated(st.one_of(integers(), lookups(), trellises()))
-    return st.one_of(values, sparse(values), mid_integers(), lookups(), trellises(), turned)
+    turned = rotated(st.one_of(integers(), lookups(), floats(), trellises()))
+    pruned = sparse(st.one_of(values, floats()))
+    own = (mid_integers(), lookups(), floats(), trellises())
+    return st.one_of(values, pruned, *own, turned)
 
 
 def formats() -> st.SearchStrategy[Format]:
@@ -116,7 +131,9 @@ def least_columns(fmt: Format) -> int:
     if isinstance(fmt, Sparse):
         unit = least_columns(fmt.values)
         return math.lcm(8, fmt.m * unit // math.gcd(unit, fmt.n))
-    if isinstance(fmt, Integer | Lookup):
+    if isinstance(fmt, Float) and fmt.bits == 8:
+        return max(1, fmt.group_size)
+    if isinstance(fmt, Integer | Lookup | Float):
         return fmt.block
     if isinstance(fmt, Trellis):
         return max(fmt.group_size, TILE)

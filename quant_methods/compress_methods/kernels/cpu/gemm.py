@@ -1,13 +1,14 @@
 """Our own CPU product with integer weights of 2 to 6 and of 8 bits, from any group size, with those
-of tables (`lookup.py`), with trellises (`trellis.py`), and with sparse ones of integers or 16-bit
-floats (`sparse.py`).
+of tables (`lookup.py`), floats of 4 and 8 bits (`floats.py`), trellises (`trellis.py`), and with
+sparse ones of integers or 16-bit floats (`sparse.py`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
 format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
 in bfloat16, where products are exact and sums float32. Both look rows up, too. The table takes
 `cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
 (`python -m tests.benchmarks activations`), and for formats that ask for it; 8-bit weights lose so
-little that it would treble their loss, so they get `cpu_exact`. Of sparse integers it takes all:
+little that it would treble their loss, so they get `cpu_exact`, which alone takes floats of 8 bits
+and of 16. Of sparse integers it takes all:
 what leaving weights out costs is hundreds of times that.
 
 Runtime layout: [weights uint8 [blocks, lines, bytes], scales [blocks, groups, together]], and zeros
@@ -21,7 +22,7 @@ Fails where no compiler is: the table then goes on to the next kernel.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,12 +30,14 @@ from torch import Tensor
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import Float
 from compress_methods.formats.grouped import SCALES
 from compress_methods.formats.integer import ZEROS, Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
+from compress_methods.kernels.cpu import floats as cpu_floats
 from compress_methods.kernels.cpu import lookup as cpu_lookup
 from compress_methods.kernels.cpu import sparse as cpu_sparse
 from compress_methods.kernels.cpu import trellis as cpu_trellis
@@ -52,7 +55,7 @@ from compress_methods.kernels.cpu.library import (
 
 SIGNED_SHIFT = 0x80
 BYTE = 8
-CODED = Integer | Lookup | Trellis
+CODED = Integer | Lookup | Float | Trellis
 MOST_BITS = 4
 SLAB_ELEMENTS = 2**22
 RANK, PLAIN_RANK = 200, 50
@@ -78,6 +81,8 @@ class CpuGemm(Kernel):
         return (PLAIN_RANK if loaded.isa == "plain" else RANK) - self.behind
 
     def _knows(self, fmt: Format) -> bool:
+        if isinstance(fmt, Float):
+            return fmt.bits < BYTE or self.mode == Mode.EXACT
         if not isinstance(fmt, Sparse):
             return isinstance(fmt, CODED)
         exact = isinstance(fmt.values, Dense)
@@ -87,7 +92,7 @@ class CpuGemm(Kernel):
         """Whether it may be chosen by itself: not where it would cost quality that shows."""
         if isinstance(fmt, Sparse):
             return fmt.n < fmt.m
-        if isinstance(fmt, Lookup | Trellis):
+        if isinstance(fmt, Lookup | Float | Trellis):
             return True
         return isinstance(fmt, Integer) and (fmt.bits <= MOST_BITS or fmt.activations == "int8")
 
@@ -103,6 +108,9 @@ class CpuGemm(Kernel):
             groups = (cols + -cols % LINE) // fmt.group_size
         lines = cpu_trellis.lines if isinstance(fmt, Trellis) else _lines
         out = [lines(stored, together)]
+        if isinstance(fmt, Float):
+            out += cpu_floats.terms(stored, groups, together)
+            return Prepared(self.name, rows, cols, out, fmt)
         for term in _terms(stored):
             missing = (0, groups - term.shape[1], 0, -rows % together)
             padded = torch.nn.functional.pad(term, missing, value=1)
@@ -113,6 +121,8 @@ class CpuGemm(Kernel):
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         inputs = x if x.dtype in DTYPES else x.float()
+        if quantizes(prepared.format):
+            inputs = prepared.format.quantize_activations(x.float())
         if bias is not None and bias.dtype not in DTYPES:
             bias = bias.float()
         mode = self._mode(prepared.format)
@@ -120,6 +130,8 @@ class CpuGemm(Kernel):
 
     def operator(self, prepared: Prepared) -> Operator | None:
         if len(prepared.tensors) < 2:  # values that have no scales
+            return None
+        if quantizes(prepared.format):
             return None
         settings = (self._mode(prepared.format), *_packed(prepared).settings)
         return Operator(_library().product, settings)
@@ -154,6 +166,11 @@ class CpuExact(CpuGemm):
         return True
 
 
+def quantizes(fmt: Format | None) -> TypeGuard[Float]:
+    """Whether inputs become floats of 8 bits before they are multiplied."""
+    return isinstance(fmt, Float) and fmt.activations is not None
+
+
 def _library() -> Library:
     loaded = library()
     assert loaded is not None
@@ -183,9 +200,11 @@ def _terms(stored: Stored) -> list[Tensor]:
     return [halves if scales.dtype == torch.float16 else halves.to(scales.dtype)]
 
 
-def _kind(fmt: Integer | Lookup | Trellis) -> int:
+def _kind(fmt: Integer | Lookup | Float | Trellis) -> int:
     if isinstance(fmt, Trellis):
         return cpu_trellis.kind(fmt)
+    if isinstance(fmt, Float):
+        return Kind.FLOATS
     if isinstance(fmt, Lookup):
         return Kind.LOOKUP
     return Kind.WHOLE if fmt.holds_zero else Kind.MID
@@ -194,7 +213,7 @@ def _kind(fmt: Integer | Lookup | Trellis) -> int:
 def _lines(stored: Stored, together: int) -> Tensor:
     """Weights as the library reads them, a slab of rows at a time."""
     fmt, (rows, cols) = stored.format, stored.size
-    assert isinstance(fmt, Integer | Lookup)
+    assert isinstance(fmt, Integer | Lookup | Float)
     lines, blocks = -(-cols // LINE), -(-rows // together)
     size = together * LINE * fmt.bits // 8
     out = empty_bytes(blocks, lines, size)
@@ -207,6 +226,10 @@ def _lines(stored: Stored, together: int) -> Tensor:
         codes = fmt.solution(stored.cut(rows=(at + first, at + last)).tensors).codes
         missing = (0, lines * LINE - cols, 0, -(last - first) % together)
         codes = torch.nn.functional.pad(codes, missing)
+        if fmt.bits == BYTE and isinstance(fmt, Float):
+            by_columns = side_by_side(codes, together)
+            out[block : block + step] = by_columns.reshape(-1, lines, size)
+            continue
         if together > 1:
             codes = side_by_side(codes.view(torch.int32), together).view(torch.uint8).flatten(1)
         elif fmt.bits == BYTE:

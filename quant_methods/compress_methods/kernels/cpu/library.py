@@ -36,7 +36,8 @@ class Kind(IntEnum):
     SPARSE = 1
     MID = 2
     LOOKUP = 3
-    TRELLIS = 4
+    FLOATS = 4
+    TRELLIS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Packed:
     group, 0 for rows. `kind` sparse: a line is its kept values, then its mask; 16 bits are then
     floats of the dtype of `scales`, which is empty. `kind` mid: every zero is 2^(bits - 1) - 1/2,
     and `scales` are half of what they are. `kind` look-up: in place of zeros, tables uint8 [n, 16]
-    of which every row, or every 16 rows, have one. `kind` trellis: its 8th and higher bits say how
+    of which every row, or every 16 rows, have one. `kind` floats, E2M1 or E4M3: in place of zeros,
+    None or float32 [rows of all blocks] that multiply rows; scales may also be E4M3, or uint8 that
+    are E8M0, and 2-dimensional, for 128 rows each. `kind` trellis: its 8th and higher bits say how
     many bits a window has; without zeros.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +14,11 @@ from compress_methods.algorithms import Hessian
 from compress_methods.algorithms.coordinate_descent import descend
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.least_squares import Unscaled, refit_scales, refit_tables
 from compress_methods.formats.lookup import Lookup
+from compress_methods.formats.small_floats import nearest_e4m3, nearest_power
 from compress_methods.formats.sparse import Sparse
 from tests.unit.compress_methods.algorithms.test_algorithms import correlated, gathered
 
@@ -25,6 +29,10 @@ FORMATS: list[Format] = [
     Sparse(16, 32, Integer(4, 32)),
     Sparse(2, 4, Integer(3, -1)),
     Lookup(3, 64, table_rows=1),
+    Float("mxfp4"),
+    Float("nvfp4"),
+    Float("fp8", 64),
+    Sparse(2, 4, Float("nvfp4")),
 ]
 SHARED: list[Format] = [Lookup(2, 32), Lookup(3, -1, "binary"), Lookup(4, 64, "nf4")]
 COLS, ROWS = 192, 24
@@ -98,6 +106,29 @@ def test_scales_are_those_of_least_squares() -> None:
         design = torch.block_diag(*by_group).double() @ root
         expected = torch.linalg.lstsq(design.T, root.T @ weight[row].double()).solution
         torch.testing.assert_close(scales[row].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("nearest", [nearest_power, nearest_e4m3])
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_scales_of_few_values_are_the_best_of_these(
+    groups: int, nearest: Callable[[Tensor], Tensor]
+) -> None:
+    """Of one group exactly; of several no row is further away than before."""
+    weight, hessian = problem()
+    levels = torch.randint(-3, 4, (ROWS, COLS)).float()
+    weight = 0.4 * levels + 0.1 * weight
+    start = Unscaled(levels, torch.ones(ROWS, groups), nearest)
+    scales = refit_scales(start, weight, hessian)
+
+    def error(scales: Tensor) -> Tensor:
+        return errors(weight, levels * scales.repeat_interleave(COLS // groups, 1), hessian)
+
+    assert torch.equal(nearest(scales), scales)
+    assert bool((error(scales) < 0.5 * error(start.scales)).all())
+    if groups == 1:
+        for value in (0.125, 0.25, 0.375, 0.40625, 0.4375, 0.5, 1.0):
+            tried = nearest(torch.full((ROWS, 1), value))
+            assert bool((error(scales) <= error(tried) * (1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize("basis", [None, torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])])

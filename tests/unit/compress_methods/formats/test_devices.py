@@ -9,6 +9,7 @@ import torch
 from compress_methods.algorithms import Hessian, InputNorms, Statistic
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.rotated import Rotated
@@ -25,6 +26,11 @@ FORMATS = [
     Lookup(3, 128),
     Lookup(2, 32, "binary", table_rows=1),
     Lookup(4, -1, "nf4"),
+    Float(activations="fp8"),
+    Float("fp8", 64),
+    Float("mxfp8"),
+    Float("mxfp4"),
+    Float("nvfp4"),
     Rotated(Integer(4, 128)),
     Rotated(Integer(8, -1, activations="int8"), block=32),
 ]

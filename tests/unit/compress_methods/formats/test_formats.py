@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from compress_methods.errors import FormatError
 from compress_methods.formats import FORMATS, Format, dtype_name, format_from_dict
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.lowrank import LowRank
@@ -95,13 +96,18 @@ def test_what_a_format_says_of_itself() -> None:
     tables = (Lookup(3), Lookup(table="nf4"), Rotated(Lookup(2, table="binary")))
     assert [fmt.learns_values for fmt in (*kinds, *tables)] == [*[False] * 6, True, False, True]
     assert [fmt.holds_zero for fmt in tables] == [False, True, False]
-    assert {"integer", "dense", "lookup", "sparse", "rotated", "lowrank", "tensor_train"} <= set(
-        FORMATS
-    )
+    kinds = tuple(map(Float, ("fp8", "mxfp8", "mxfp4", "nvfp4")))
+    assert [fmt.searches_range for fmt in kinds] == [False, False, True, True]
+    assert [fmt.bits for fmt in kinds] == [8, 8, 4, 4]
+    assert [fmt.group_size for fmt in kinds] == [-1, 32, 32, 16]
+    assert all(fmt.rounds and fmt.holds_zero and not fmt.relaxes for fmt in kinds)
+    assert {"integer", "dense", "lookup", "sparse", "rotated", "lowrank", "float"} <= set(FORMATS)
+    assert {"tensor_train", "trellis"} <= set(FORMATS)
 
 
 INT8 = {"format": "integer", "bits": 8, "group_size": -1}
 SPARSE8 = {"format": "sparse", "n": 2, "m": 4, "values": INT8}
+MXFP4 = {"format": "float", "kind": "mxfp4"}
 TURNED = {"format": "rotated", "base": INT8}
 TRAIN = {"format": "tensor_train", "rank": 4}
 FEW = {"format": "lowrank", "rank": 8, "base": INT8}
@@ -122,6 +128,14 @@ FEW = {"format": "lowrank", "rank": 8, "base": INT8}
         ({"format": "lookup", "table": "nf3"}, ["table is 'nf3'", "learned, binary, nf4, fp4"]),
         ({"format": "lookup", "bits": 3, "table": "fp4"}, ["bits is 3", "expected 4 for fp4"]),
         ({"format": "lookup", "table_rows": 8}, ["table_rows is 8", "1, 16, 32, 64, 128"]),
+        ({"format": "float", "kind": "fp4"}, ["kind is 'fp4'", "fp8, mxfp8, mxfp4, nvfp4"]),
+        ({"format": "float", "group_size": 16}, ["group_size is 16", "-1, 32, 64, 128"]),
+        ({"format": "float", "group_rows": 128}, ["group_size is -1", "one of 128"]),
+        ({"format": "float", "group_rows": 64}, ["group_rows is 64", "one of 1, 128"]),
+        ({**MXFP4, "group_size": 64}, ["group_size is 64", "expected one of 32"]),
+        ({**MXFP4, "group_rows": 128}, ["group_rows is 128", "expected one of 1"]),
+        ({**MXFP4, "activations": "fp8"}, ["activations is 'fp8'", "expected one of None"]),
+        ({"format": "float", "bits": 4}, ["unknown key 'bits'"]),
         ({"format": "sparse", "n": 5, "m": 4, "values": INT8}, ["n is 5", "1 to 4"]),
         ({"format": "sparse", "n": 2, "m": 6, "values": INT8}, ["m is 6", "4, 8, 16, 32, 64"]),
         ({"format": "sparse", "n": 2, "values": INT8}, ["missing key 'm'"]),

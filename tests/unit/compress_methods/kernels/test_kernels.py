@@ -20,6 +20,7 @@ from compress_methods.kernels.cpu.sparse import takes
 from compress_methods.kernels.dispatch import SIDE_BY_SIDE, ZEROS
 from tests.unit.compress_methods.drawn import (
     Drawn,
+    floats,
     formats,
     integers,
     lowrank,
@@ -33,14 +34,15 @@ from tests.unit.compress_methods.kernels.arithmetic import per_token, quantized
 
 EXAMPLES = 100
 OURS = st.one_of(integers(), mid_integers(), sparse(integers(symmetric=(True,))).filter(takes))
+EIGHT_BITS = floats(("fp8", "mxfp8"))
 EXACT = integers((8,))  # multiplied as the format says, by whichever kernel
 CASES: dict[str, st.SearchStrategy[Drawn]] = {
     "torch_int4": matrices(integers((4,), (32, 64, 128), activations=(None,)), row_tile=16),
     "torch_int8": matrices(integers((8,), (-1,), (True,)), row_tile=16),
-    "cpu": matrices(OURS),
-    "cpu_exact": matrices(st.one_of(OURS, sparse(st.just(Dense())))),
+    "cpu": matrices(st.one_of(OURS, floats(("mxfp4", "nvfp4")))),
+    "cpu_exact": matrices(st.one_of(OURS, floats(), sparse(st.just(Dense())))),
     "rotated": matrices(rotated(integers())),
-    "lowrank": matrices(lowrank(st.one_of(EXACT, rotated(EXACT), st.none()))),
+    "lowrank": matrices(lowrank(st.one_of(EXACT, EIGHT_BITS, rotated(EXACT), st.none()))),
     "tensor_train": matrices(trains()),
     "reference": matrices(formats()),
 }

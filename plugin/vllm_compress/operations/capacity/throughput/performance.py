@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from compress_methods.formats import Format
+from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.lowrank import LowRank
@@ -216,7 +217,8 @@ def compute_rate(fmt: Format | None, machine: Hardware) -> float:
     """
     inner = _multiplied(fmt)
     values = inner.values if isinstance(inner, Sparse) else inner
-    few = isinstance(values, Lookup | Trellis) or (isinstance(values, Integer) and values.bits <= 4)
+    few = isinstance(values, Lookup | Trellis)
+    few |= isinstance(values, Integer | Float) and values.bits <= 4
     asked = isinstance(values, Integer) and values.activations == "int8"
     eight = asked or (few and machine.kind == "cpu")
     return machine.rate("int8", "bf16", "fp16", "fp32") if eight else dense_rate(machine)

@@ -146,11 +146,20 @@ struct Reader<Trellis<bits>> {
 };
 #endif
 
-struct Floats {  // what lines are decoded to
+struct Floats {  // what other lines are decoded to
   using Line = Values;
   static VC_INLINE void decode(const uint8_t* p, int64_t, Values& line) {
     const float* from = reinterpret_cast<const float*>(p);
 #pragma GCC unroll 16
     for (auto& value : line.v) value = vec::load_floats(from), from += vec::kFloats;
+  }
+};
+
+struct E4m3 {  // in units of `kE4m3Unit`
+  using Line = Values;
+  using Dense = Floats;
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Values& line) {
+#pragma GCC unroll 16
+    for (auto& value : line.v) value = vec::widen_e4m3(p), p += vec::kFloats;
   }
 };

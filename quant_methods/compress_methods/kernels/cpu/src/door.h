@@ -20,9 +20,17 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   return Dtype::kFloat16;
 }
 
+// Of scales, which may have 8 bits.
+inline Dtype scale_dtype_of(const Tensor& scales) {
+  const ScalarType type = scales.scalar_type();
+  if (type == ScalarType::Byte) return Dtype::kE8m0;
+  return type == ScalarType::Float8_e4m3fn ? Dtype::kE4m3 : dtype_of(scales, "scales");
+}
+
 // What `kind` says of a matrix.
-enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp, kTrellis };
-constexpr int64_t kKindBits = 8;  // above them, of a trellis, the bits of a window
+enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp, kFloats, kTrellis };
+constexpr int64_t kKindBits = 8;     // above them, of a trellis, the bits of a window
+constexpr int64_t kScaleRows = 128;  // that may share scales
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
@@ -35,6 +43,15 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dimensi
   STD_TORCH_CHECK(!is_bytes || tensor.scalar_type() == ScalarType::Byte, name, " are not uint8");
 }
 
+// Whether 128 rows have scales together: they have no rows of a block then.
+inline bool takes_shared(Matrix& m, const Tensor& scales) {
+  const int64_t count = divided_up(m.rows, kScaleRows);
+  const bool shared = scales.dim() == 2 && scales.size(0) == count && scales.size(1) == m.groups;
+  const bool taken = m.floats && shared && (kRowsTogether > 1 || count != m.rows);
+  if (taken) m.scale_rows = kScaleRows;
+  return taken;
+}
+
 // Rows of a line side by side, as scales and zeros have them too.
 inline void check_terms(const Matrix& m, const Tensor& terms, const char* name) {
   const bool blocks = kRowsTogether > 1;
@@ -43,11 +60,18 @@ inline void check_terms(const Matrix& m, const Tensor& terms, const char* name) 
                   name, " are not those of ", m.rows, " rows and ", m.groups, " groups");
 }
 
+inline bool knows_bits(const Matrix& m) {
+  const int32_t bits = m.bits;
+  if (m.sparse) return bits == 4 || bits == 8 || bits == 16;
+  if (m.floats) return bits == 4 || bits == 8;
+  if (bits >= 2 && bits <= 4) return true;
+  return (bits == 5 || bits == 6 || bits == 8) && !m.mid && !m.tables && !m.window;
+}
+
 inline void check_bits(const Matrix& m) {
   const int32_t bits = m.bits;
-  const bool few = bits >= 2 && bits <= 4, dense = few || bits == 5 || bits == 6 || bits == 8;
-  STD_TORCH_CHECK(m.sparse ? bits == 4 || bits == 8 || bits == 16 : dense && (few || !(m.mid || m.tables || m.window)),
-                  "weights of ", bits, " bits", m.sparse ? " in a sparse matrix" : "");
+  STD_TORCH_CHECK(knows_bits(m), "weights of ", bits, " bits",
+                  m.sparse ? " in a sparse matrix" : "");
   const int64_t most = kRowsTogether * kLine * bits / 8;
   if (m.sparse) {  // some values, then a bit for each place
     const int64_t values = m.bytes - kRowsTogether * kLine / 8;
@@ -69,20 +93,32 @@ inline void take_tables(Matrix& m, const std::optional<Tensor>& tables) {
   m.table_rows = count == shared ? kTableRows : 1;
 }
 
+// Of floats: a table of those of 4 bits, and the scales of rows, with those that fill a block.
+inline void take_row_scales(Matrix& m, const std::optional<Tensor>& row_scales) {
+  if (m.bits == 4) m.tables = kTwiceE2m1, m.table_rows = std::max<int64_t>(1, m.rows);
+  if (!row_scales) return;
+  check_tensor(*row_scales, "row scales", 1, false);
+  STD_TORCH_CHECK(row_scales->scalar_type() == ScalarType::Float, "row scales are not float32");
+  STD_TORCH_CHECK(row_scales->size(0) == divided_up(m.rows, kRowsTogether) * kRowsTogether,
+                  row_scales->size(0), " row scales of ", m.rows, " rows");
+  m.row_scales = static_cast<const float*>(row_scales->const_data_ptr());
+}
+
 inline void check_groups(const Matrix& m) {
   const int64_t group = m.group, columns = m.lines * kLine;
-  STD_TORCH_CHECK(group == 0 || group == 32 || group == 64 || (group > 0 && group % kLine == 0),
+  const bool inside = group == 16 || group == 32 || group == 64;
+  STD_TORCH_CHECK(group == 0 || (inside && !(m.sparse && group == 16)) ||
+                      (group > 0 && group % kLine == 0),
                   "groups of ", group, " columns");
   const int64_t expected = group ? divided_up(columns, group) : 1;
   STD_TORCH_CHECK(m.groups == expected || !columns, m.groups, " groups of ", group, " in ", columns,
                   " columns");
 }
 
-// `zeros` are the tables of a matrix that has those.
+// `zeros` are the tables of a matrix that has those, the row scales of one of floats.
 inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
                         const Tensor& weights, const Tensor& scales,
                         const std::optional<Tensor>& zeros, int64_t cols) {
-  const int64_t dimensions = kRowsTogether > 1 ? 3 : 2;
   check_tensor(weights, "weights", 3, true);
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "a matrix of ", rows, " x ", cols);
   Matrix m;
@@ -95,27 +131,30 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   STD_TORCH_CHECK(kind >= kWhole && kind <= kTrellis, "a matrix of kind ", kind);
   STD_TORCH_CHECK(kind == kTrellis ? window >= bits && window <= kTrellisMostWindow : window == 0,
                   "windows of ", window, " bits in a matrix of kind ", kind);
-  m.window = static_cast<int32_t>(window);
   const bool sparse = kind == kSparse;
+  m.sparse = sparse, m.mid = kind == kMid, m.floats = kind == kFloats;
+  m.window = static_cast<int32_t>(window);
   const int64_t stored = m.window ? divided_up(rows, kTileRows) * kTileRows : rows;
-  m.sparse = sparse, m.mid = kind == kMid;
-  m.scale_dtype = dtype_of(scales, "scales");
+  m.scale_dtype = m.floats ? scale_dtype_of(scales) : dtype_of(scales, "scales");
   STD_TORCH_CHECK(m.lines == divided_up(cols, kLine), "the input has ", cols,
                   " columns, the matrix ", m.lines, " lines of ", kLine);
   STD_TORCH_CHECK(weights.size(0) == divided_up(stored, kRowsTogether), rows, " rows in ",
                   weights.size(0), " blocks of ", kRowsTogether);
   if (kind == kLookUp) take_tables(m, zeros);
+  if (m.floats) take_row_scales(m, zeros);
   check_bits(m);
   if (sparse && bits == 16) {  // values are what they are
     STD_TORCH_CHECK(group == 0 && !zeros && m.scale_dtype != Dtype::kFloat32 && !scales.numel(),
                     "values of 16 bits have neither scales nor zeros");
     return m;
   }
+  m.scales = scales.const_data_ptr(), m.groups = scales.dim() > 1 ? scales.size(1) : 0;
+  const bool shared = takes_shared(m, scales);
+  const int64_t dimensions = kRowsTogether > 1 && !shared ? 3 : 2;
   check_tensor(scales, "scales", dimensions, false);
-  m.scales = scales.const_data_ptr(), m.groups = scales.size(1);
   check_groups(m);
-  check_terms(m, scales, "scales");
-  if (!zeros || m.tables) return m;
+  if (!shared) check_terms(m, scales, "scales");
+  if (!zeros || m.tables || m.floats) return m;
   STD_TORCH_CHECK(kind == kWhole, "a sparse matrix, or one without 0, has no zeros");
   check_tensor(*zeros, "zeros", dimensions, true);
   check_terms(m, *zeros, "zeros");

@@ -7,7 +7,8 @@
 //   value = scale * (code - zero)
 //   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
 //
-// With a table, value = scale * table[code], whose entries are the codes of 8 bits. In a trellis
+// With a table, value = scale * table[code], whose entries are the codes of 8 bits.
+// Floats of 4 bits are such codes, of one table; those of 8 are multiplied as floats. In a trellis
 // codes are computed of a window of bits.
 // A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
 
@@ -37,6 +38,7 @@ Functions functions_of(const Matrix& m) {
                                              : functions<SparseFloats<false>>(m);
   }
   if (m.sparse) return m.bits == 4 ? functions<Sparse<4>>(m) : functions<Sparse<8>>(m);
+  if (m.floats && m.bits == 8) return functions<E4m3>(m);
   if (m.window && m.bits == 2) return functions<Trellis<2>>(m);
   if (m.window) return m.bits == 3 ? functions<Trellis<3>>(m) : functions<Trellis<4>>(m);
   if (m.tables && m.bits == 2) return of_tables<2>(m);
@@ -66,7 +68,8 @@ void vc_linear(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tok
                int64_t x_stride, const float* bias, void* out, int32_t mode) {
   if (!tokens || !matrix->rows) return;
   if (!cols) return write_bias(bias, tokens, matrix->rows, out, static_cast<Dtype>(x_dtype));
-  const bool floats = matrix->sparse && matrix->bits == 16;  // activations are not quantized for
+  // Activations are not quantized for floats.
+  const bool floats = matrix->bits == 16 || (matrix->floats && matrix->bits == 8);
   const Mode how = floats ? Mode::kExact : static_cast<Mode>(mode);
   multiply({*matrix, x, static_cast<Dtype>(x_dtype), tokens, cols, x_stride, bias, out, how},
            functions_of(*matrix));

@@ -19,9 +19,18 @@ constexpr int64_t kTileRows = 16;                // rows of a trellis that bite 
 
 #ifdef VC_BLOCKS
 constexpr int64_t kRowsTogether = 16;
+constexpr uint8_t kZero = 128;
 #else
 constexpr int64_t kRowsTogether = 1;
+constexpr uint8_t kZero = 0;
 #endif
+
+// Twice the values of E2M1, as a table of `Matrix` has them.
+constexpr uint8_t e2m1(int twice) { return static_cast<uint8_t>(kZero + twice); }
+constexpr uint8_t kTwiceE2m1[kTable] = {
+    e2m1(0), e2m1(1),  e2m1(2),  e2m1(3),  e2m1(4),  e2m1(6),  e2m1(8),  e2m1(12),
+    e2m1(0), e2m1(-1), e2m1(-2), e2m1(-3), e2m1(-4), e2m1(-6), e2m1(-8), e2m1(-12),
+};
 
 // In blocks where `kRowsTogether` > 1 (`blocks/`): weights [blocks, lines, bytes], where a line is
 // 128 columns of 16 rows, scales and zeros [blocks, groups, 16].
@@ -42,10 +51,17 @@ struct Matrix {
   // Bits of a window of a trellis that count, or 0. Row by row its values are signed, else `middle`
   // more. Zeros are null then.
   int32_t window = 0;
+  int32_t floats = 0;                 // whether codes are E2M1, whose table is `kTwiceE2m1`, or E4M3
+  const float* row_scales = nullptr;  // of floats: [rows, with those that fill a block], or ones
+  int64_t scale_rows = 1;             // that share `scales`
 
   int32_t middle() const {
-    return window ? kTrellisMiddle : tables ? 128 : mid ? (1 << bits) - 1 : 1 << (bits - 1);
+    if (window) return kTrellisMiddle;
+    return tables ? 128 : floats ? 0 : mid ? (1 << bits) - 1 : 1 << (bits - 1);
   }
+  // What decoded floats are multiplied by to be what they are.
+  float unit() const { return !floats ? 1.0f : bits == 8 ? kE4m3Unit : 0.5f; }
+  float factor_of(int64_t row) const { return row_scales ? unit() * row_scales[row] : unit(); }
   Key key_of(int64_t row) const {
     const int64_t next = row % kTileRows == kTileRows - 1 ? 1 - kTileRows : 1;
     return {tables ? tables + row / table_rows * kTable : nullptr, next * lines * bytes,

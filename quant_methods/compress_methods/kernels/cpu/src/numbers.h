@@ -1,4 +1,4 @@
-// Numbers of 16 and 32 bits, and how activations become codes.
+// Numbers of 8, 16 and 32 bits, and how activations become codes.
 //
 // Quantized: int8 per token and line of 128 columns, q = round(x / scale), scale = max|x| / 127, so
 // that an outlier costs its own line only; or one scale per token, where the format says so.
@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-enum class Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+// Those of 8 bits are scales only.
+enum class Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kE8m0 = 3, kE4m3 = 4 };
 enum class Mode : int32_t { kExact = 0, kInt8PerLine = 1, kInt8PerToken = 2 };
 
 inline float from_bits(uint32_t bits) {
@@ -21,15 +22,37 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
+// E8M0, a power of two.
+inline float power_of(uint8_t code) {
+  constexpr uint32_t kLeast = 0x400000;  // 2^-127, whose exponent is 0
+  const uint32_t bits = static_cast<uint32_t>(code) << 23;
+  return from_bits(bits < kLeast ? kLeast : bits);
+}
+
+// E4M3 is float16 but for a bit of the exponent, which makes it 256 times as large.
+constexpr float kE4m3Unit = 256.0f;
+inline float e4m3_of(uint8_t code) {
+  const uint16_t bits = static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7);
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<float>(value) * kE4m3Unit;
+}
+
 inline void read_floats(const void* from, int64_t first, int64_t count, Dtype dtype, float* to) {
   if (dtype == Dtype::kFloat32) {
     std::memcpy(to, static_cast<const float*>(from) + first, count * sizeof(float));
   } else if (dtype == Dtype::kBfloat16) {
     const uint16_t* p = static_cast<const uint16_t*>(from) + first;
     for (int64_t i = 0; i < count; ++i) to[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
-  } else {
+  } else if (dtype == Dtype::kFloat16) {
     const _Float16* p = static_cast<const _Float16*>(from) + first;
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(p[i]);
+  } else if (dtype == Dtype::kE8m0) {
+    const uint8_t* p = static_cast<const uint8_t*>(from) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = power_of(p[i]);
+  } else {
+    const uint8_t* p = static_cast<const uint8_t*>(from) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = e4m3_of(p[i]);
   }
 }
 

@@ -129,6 +129,19 @@ void find_paths() {
   }
 }
 
+// Scales of one or four bytes, of rows or of 128 together; E4M3 with one more of each row.
+void use_floats(int bits, int group, Dtype dtype, int64_t scale_rows) {
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
+  const int64_t bytes = 16 * bits * kRowsTogether, padded = kBlocks * kRowsTogether;
+  const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
+  const int64_t count = (scale_rows == 1 ? padded : 1) * groups;
+  const auto scales = filled<uint8_t>(count * (dtype == Dtype::kFloat32 ? 4 : 1), 2);
+  const auto row_scales = filled<float>(padded, 3);
+  const float* of_rows = dtype == Dtype::kE4m3 ? row_scales.data() : nullptr;
+  use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
+       dtype, bits == 4 ? kTwiceE2m1 : nullptr, kRows, 0, 1, of_rows, scale_rows});
+}
+
 // Masks keep the first, the last or scattered ones of each line's places, `kept` of 128.
 void use_sparse(int bits, int group, int kept) {
   const int64_t groups = group == 0 ? 1 : (kLines * 128 + group - 1) / group;
@@ -152,10 +165,10 @@ void use_sparse(int bits, int group, int kept) {
 
 int main() {
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
-    for (const int group : {0, 32, 64, 128}) use_dense(bits, group);
+    for (const int group : {0, 16, 32, 64, 128}) use_dense(bits, group);
   }
   for (const int bits : {2, 3, 4}) {
-    for (const int group : {0, 32, 64, 128}) {
+    for (const int group : {0, 16, 32, 64, 128}) {
       use_tables(bits, group, 1), use_tables(bits, group, kTableRows);
     }
   }
@@ -163,6 +176,12 @@ int main() {
     for (const int group : {0, 32, 64, 128}) use_trellis(bits, group, 8), use_trellis(bits, group, 16);
   }
   find_paths();
+  for (const int bits : {4, 8}) {
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kE8m0, Dtype::kE4m3}) {
+      use_floats(bits, 16, dtype, 1), use_floats(bits, 0, dtype, 1);
+      use_floats(bits, 32, dtype, 1), use_floats(bits, 128, dtype, 128);
+    }
+  }
   for (const int bits : {4, 8, 16}) {
     for (const int kept : {1, 5, 64, 96, 127, 128}) {
       use_sparse(bits, 0, kept);

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compress_methods.formats import Format, Stored
+from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
@@ -24,6 +25,7 @@ ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruct
 ROWS, COLS = 32, 256
 SPARSE = Sparse(64, 128, Integer(8, -1))
 NF4 = Lookup(4, 128, "nf4")
+NVFP4, FP8, BLOCKS = Float("nvfp4"), Float("fp8"), Float("fp8", 128, 128)
 
 
 @pytest.fixture(scope="module", params=ISAS)
@@ -38,11 +40,12 @@ def stored(fmt: Format, rows: int = ROWS, cols: int = COLS) -> Stored:
 
 
 def packed(fmt: Format) -> Packed:
-    return cpu_gemm._packed(dispatch.prepare(stored(fmt), Want(kernel="cpu", embed=True)))
+    kernel = "cpu_exact" if isinstance(fmt, Float) else "cpu"
+    return cpu_gemm._packed(dispatch.prepare(stored(fmt), Want(kernel=kernel, embed=True)))
 
 
 @pytest.mark.parametrize("bad", [32, 40, -1, 2**40])
-@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE], ids=str)
+@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE, NVFP4], ids=str)
 @pytest.mark.parametrize("name", ["cpu", "cpu_exact", "torch_int8", "reference"])
 def test_no_row_is_looked_up_that_the_matrix_has_not(
     isa: Library, name: str, fmt: Format, bad: int
@@ -91,7 +94,17 @@ WRONG: list[tuple[str, Format, Callable[[Packed], dict[str, Any]]]] = [
     ("sparse lines of", SPARSE, lambda m: {"weights": m.weights[:, :, :16].contiguous()}),
     ("values of 16 bits have neither", SPARSE, lambda m: {"bits": 16}),
     ("a sparse matrix, or .* has no zeros", SPARSE, lambda m: {"zeros": m.weights}),
-    ("a matrix of kind 4", Integer(4, 128), lambda m: {"kind": 4}),
+    ("a matrix of kind 5", Integer(4, 128), lambda m: {"kind": 5}),
+    ("row scales are not float32", NVFP4, lambda m: {"zeros": m.zeros.double()}),
+    ("row scales have 2 dim", NVFP4, lambda m: {"zeros": m.zeros[None]}),
+    ("31 row scales of 32 rows", NVFP4, lambda m: {"zeros": m.zeros[:31]}),
+    ("scales are neither", NVFP4, lambda m: {"scales": m.scales.view(torch.int8)}),
+    ("scales are neither", Integer(4, 128), lambda m: {"scales": m.scales.byte()}),
+    ("scales are not those", NVFP4, lambda m: {"scales": m.scales[:-1]}),
+    ("16 groups of 32", NVFP4, lambda m: {"group": 32}),
+    ("weights of 2 bits", NVFP4, lambda m: {"bits": 2}),
+    ("lines of ", FP8, lambda m: {"bits": 4}),
+    ("scales are not contig", BLOCKS, lambda m: {"scales": _gaps(m.scales)}),
     ("kind 3 has no tables", Integer(4, 128), lambda m: {"kind": Kind.LOOKUP}),
     ("tables are not uint8", NF4, lambda m: {"zeros": m.zeros.char()}),
     ("tables have 1 dim", NF4, lambda m: {"zeros": m.zeros[0]}),
@@ -166,7 +179,7 @@ def test_products_refuse_what_would_broadcast(isa: Library, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu_exact", "torch_int4", "torch_int8", "reference"])
-@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE], ids=str)
+@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE, NVFP4], ids=str)
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(0, 32, 256), (3, 0, 256), (3, 32, 0)])
 def test_sizes_of_zero(
     isa: Library, name: str, fmt: Format, tokens: int, rows: int, cols: int

@@ -214,8 +214,8 @@ def test_memory_is_only_touched_where_it_should_be(name: str, tmp_path: Path) ->
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = dict(zip(*[iter(done.stdout.split())] * 2, strict=True))
-    ran = {"products": "3600", "rotated": "2400", "corrected": "2400"}
-    ran |= {"look-ups": "150", "paths": "6"}
+    ran = {"products": "4680", "rotated": "3120", "corrected": "3120"}
+    ran |= {"look-ups": "195", "paths": "6"}
     assert counts == ran
 
 

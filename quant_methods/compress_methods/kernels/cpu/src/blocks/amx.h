@@ -59,7 +59,9 @@ struct Adder {
       for (int b = 0; b < kTiles; ++b) {
         typename Kind::Sum sum;
         std::memcpy(&sum, (*dots)[b], sizeof sum);
-        add(sums + b * kBlock, sum, scales[b], zeros[b], in_scales, in_sums);
+        float* to = sums + b * kBlock;
+        const __m512 before = _mm512_load_ps(to);
+        _mm512_store_ps(to, with_step(before, sum, scales[b], zeros[b], in_scales, in_sums));
       }
     }
   }
@@ -122,13 +124,14 @@ void amx(const Place& p) {
       _tile_stored(3, to[kTileTokens][1], sizeof to[0]);
     }
     const int64_t terms = i * kTiles * kBlock;
+    const int32_t* zeros = p.zeros + i * p.zero_step;
     before = {to,
               p.in_scales + i * p.padded,
               p.in_sums + i * p.padded,
               p.sums,
               tokens,
               {_mm512_load_ps(p.scales + terms), _mm512_load_ps(p.scales + terms + kBlock)},
-              {_mm512_load_si512(p.zeros + terms), _mm512_load_si512(p.zeros + terms + kBlock)}};
+              {_mm512_load_si512(zeros), _mm512_load_si512(zeros + kBlock)}};
   }
   all_stored(dots);
   before.add_tokens(tokens);

@@ -94,6 +94,14 @@ inline __m512 read_16(const void* row, int64_t at, int64_t count, Dtype dtype) {
   if (dtype == Dtype::kFloat32) {
     return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + at);
   }
+  if (dtype == Dtype::kE8m0 || dtype == Dtype::kE4m3) {
+    const __m128i codes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(row) + at);
+    if (dtype == Dtype::kE4m3) {
+      return _mm512_mul_ps(vec::halves_of_e4m3(codes), _mm512_set1_ps(kE4m3Unit));
+    }
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(codes), 23);
+    return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(0x400000)));
+  }
   const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + at);
   if (dtype == Dtype::kFloat16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

@@ -26,7 +26,8 @@ struct Place {
   Key key;                 // of the first block
   int64_t next, bytes;     // from one block to the next, of a line
   const float* scales;     // [steps, blocks, 16]
-  const int32_t* zeros;    // the same: twice 16 bits, or bits of a float
+  const int32_t* zeros;    // twice 16 bits, or bits of a float: [steps, blocks, 16]
+  int64_t zero_step;       // from one step to the next; 0 where zeros are those of all steps
   const uint8_t* in;       // [tokens, kStride]
   const float* in_scales;  // [steps, padded]
   const int32_t* in_sums;  // the same
@@ -57,19 +58,56 @@ inline __m512 added(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 inline __m512i broadcast(const int32_t* x) { return _mm512_set1_epi32(*x); }
 inline __m512 broadcast(const float* x) { return _mm512_set1_ps(*x); }
 
-// Adds a step's sums of 16 rows and one token.
-VC_INLINE void add(float* to, __m512i dots, __m512 scale, __m512i zero, const float* in_scale,
-                   const int32_t* in_sum) {
+// What a step's sums of 16 rows and one token make of those before.
+VC_INLINE __m512 with_step(__m512 before, __m512i dots, __m512 scale, __m512i zero,
+                           const float* in_scale, const int32_t* in_sum) {
   const __m512i exact = _mm512_dpwssd_epi32(dots, zero, _mm512_set1_epi32(*in_sum));
   const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(*in_scale));
-  _mm512_store_ps(to, _mm512_fmadd_ps(value, scale, _mm512_load_ps(to)));
+  return _mm512_fmadd_ps(value, scale, before);
 }
-VC_INLINE void add(float* to, __m512 dots, __m512 scale, __m512i zero, const float*,
-                   const int32_t* in_sum) {
+VC_INLINE __m512 with_step(__m512 before, __m512 dots, __m512 scale, __m512i zero, const float*,
+                           const int32_t* in_sum) {
   const __m512 sum = _mm512_castsi512_ps(_mm512_set1_epi32(*in_sum));
   const __m512 value = _mm512_fnmadd_ps(_mm512_castsi512_ps(zero), sum, dots);
-  _mm512_store_ps(to, _mm512_fmadd_ps(value, scale, _mm512_load_ps(to)));
+  return _mm512_fmadd_ps(value, scale, before);
 }
+
+// Sums of 16 rows, for each token and block: in registers where they are few, so that no step waits
+// for the memory of the one before.
+template <int tokens, int blocks>
+struct Sums {
+  static constexpr bool kHeld = tokens * blocks <= 8;
+  __m512 held[tokens][blocks];
+  float* memory;
+
+  VC_INLINE explicit Sums(float* from) : memory(from) {
+    if constexpr (kHeld) each([&](int t, int b) { held[t][b] = _mm512_load_ps(at(t, b)); });
+  }
+  VC_INLINE void finish() {
+    if constexpr (kHeld) each([&](int t, int b) { _mm512_store_ps(at(t, b), held[t][b]); });
+  }
+  template <class Sum>
+  VC_INLINE void add(int t, int b, Sum dots, __m512 scale, __m512i zero, const float* in_scale,
+                     const int32_t* in_sum) {
+    if constexpr (kHeld) {
+      held[t][b] = with_step(held[t][b], dots, scale, zero, in_scale, in_sum);
+    } else {
+      const __m512 before = _mm512_load_ps(at(t, b));
+      _mm512_store_ps(at(t, b), with_step(before, dots, scale, zero, in_scale, in_sum));
+    }
+  }
+
+ private:
+  VC_INLINE float* at(int t, int b) const { return memory + (t * blocks + b) * kBlock; }
+  template <class F>
+  static VC_INLINE void each(const F& f) {
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b) f(t, b);
+    }
+  }
+};
 
 // What multiplies: vectors of a decoded line with columns of a token.
 struct Vnni {
@@ -165,6 +203,7 @@ void multiply(const Place& place) {
   const uint8_t *x = p.in, *ahead = p.ahead, *read = p.ahead;
   const float *scales = p.scales, *in_scales = p.in_scales;
   const int32_t *zeros = p.zeros, *in_sums = p.in_sums;
+  Sums<tokens, blocks> sums(p.sums);
   for (int64_t part = 0; part < p.parts;) {
     Dots<Kind, tokens, blocks> dots;
     dots.clear();
@@ -186,13 +225,14 @@ void multiply(const Place& place) {
     for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 2
       for (int b = 0; b < blocks; ++b) {
-        add(p.sums + (t * blocks + b) * kBlock, dots.of(t, b), _mm512_load_ps(scales + b * kBlock),
-            _mm512_load_si512(zeros + b * kBlock), in_scales + t, in_sums + t);
+        sums.add(t, b, dots.of(t, b), _mm512_load_ps(scales + b * kBlock),
+                 _mm512_load_si512(zeros + b * kBlock), in_scales + t, in_sums + t);
       }
     }
-    scales += blocks * kBlock, zeros += blocks * kBlock;
+    scales += blocks * kBlock, zeros += p.zero_step;
     in_scales += p.padded, in_sums += p.padded;
   }
+  sums.finish();
 }
 
 // By the number of tokens, from one on.
@@ -236,23 +276,46 @@ void decode(const Matrix& m, int64_t block, int64_t line, int64_t lines, uint8_t
   }
 }
 
-// Scales and zero points of one of `blocks` blocks, for every step: as products take them.
-inline void lay_out_terms(const Matrix& m, int64_t block, const Inputs& in, int64_t blocks,
-                          float* scales, int32_t* zeros) {
+// Scales of a group in the 16 rows of a block, which may share one.
+inline __m512 scales_of(const Matrix& m, int64_t block, int64_t group) {
+  if (!m.scales) return _mm512_set1_ps(1.0f);
+  if (m.scale_rows == 1) {
+    return read_16(m.scales, (block * m.groups + group) * kBlock, kBlock, m.scale_dtype);
+  }
+  float scale;
+  const int64_t at = block * kBlock / m.scale_rows * m.groups + group;
+  read_floats(m.scales, at, 1, m.scale_dtype, &scale);
+  return _mm512_set1_ps(scale);
+}
+
+// Scales of one of `blocks` blocks, for `count` steps from one on: as products take them.
+inline void lay_out_scales(const Matrix& m, int64_t block, const Inputs& in, int64_t step,
+                           int64_t count, int64_t blocks, float* out) {
+  __m512 factor = _mm512_set1_ps(m.unit());
+  if (m.row_scales) {
+    factor = _mm512_mul_ps(factor, _mm512_loadu_ps(m.row_scales + block * kBlock));
+  }
+  for (const int64_t end = step + count; step < end; ++step, out += blocks * kBlock) {
+    const int64_t group = m.group == 0 ? 0 : step * in.step / m.group;
+    _mm512_store_ps(out, _mm512_mul_ps(scales_of(m, block, group), factor));
+  }
+}
+
+// Zero points likewise: only of the first step where the matrix has none.
+inline void lay_out_zeros(const Matrix& m, int64_t block, const Inputs& in, int64_t step,
+                          int64_t count, int64_t blocks, int32_t* out) {
   const int32_t middle = m.sparse && in.size > 1 ? 0 : m.middle();
-  const int64_t steps = in.steps();
-  for (int64_t i = 0; i < steps; ++i, scales += blocks * kBlock, zeros += blocks * kBlock) {
-    const int64_t group = m.group == 0 ? 0 : i * in.step / m.group;
-    const int64_t at = (block * m.groups + group) * kBlock;
-    const __m512 scale =
-        m.scales ? read_16(m.scales, at, kBlock, m.scale_dtype) : _mm512_set1_ps(1.0f);
-    __m512i zero = _mm512_set1_epi32(middle);
+  __m512i zero = _mm512_set1_epi32(middle);
+  for (const int64_t end = step + (m.zeros ? count : 1); step < end; ++step) {
+    const int64_t group = m.group == 0 ? 0 : step * in.step / m.group;
     if (m.zeros) {
-      zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m.zeros + at)));
+      const uint8_t* at = m.zeros + (block * m.groups + group) * kBlock;
+      zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
     }
-    zero = in.size == 1 ? _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16))
-                        : _mm512_castps_si512(_mm512_cvtepi32_ps(zero));
-    _mm512_store_ps(scales, scale), _mm512_store_si512(zeros, zero);
+    const __m512i laid = in.size == 1 ? _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16))
+                                      : _mm512_castps_si512(_mm512_cvtepi32_ps(zero));
+    _mm512_store_si512(out, laid);
+    out += blocks * kBlock;
   }
 }
 

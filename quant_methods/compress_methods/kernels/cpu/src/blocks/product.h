@@ -25,7 +25,7 @@ constexpr int64_t kMostAtOnce = 2 * kTileTokens;  // tokens of a tile
 
 // What a thread keeps from one call to the next.
 struct Scratch {
-  Buffer<float> scales;     // [steps, blocks, 16]
+  Buffer<float> scales;     // [steps of a chunk, blocks, 16]
   Buffer<int32_t> zeros;    // the same
   Buffer<float> sums;       // [tokens, blocks, 16]
   Buffer<uint8_t> decoded;  // [blocks, lines of a chunk, bytes]
@@ -47,9 +47,9 @@ struct Batch {
   void stream(int64_t from, int64_t last) const {
     Scratch& scratch = scratch_of(1);
     for (int64_t at = from; at < last; ++at) {
-      begin(scratch, 1, {at});
+      clear_sums(scratch, 1);
       for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {
-        Place place = place_of(scratch, 1, chunk);
+        Place place = place_of(scratch, chunk, {at});
         place.weights = place.ahead = line_of(at, chunk), place.key = m.key_of(at * kBlock);
         place.bytes = m.bytes, place.ahead_step = m.bytes / kParts;
         streamed[in.tokens - 1](place);
@@ -66,9 +66,9 @@ struct Batch {
     start_tiles();
     for (int64_t at = from; at < last; at += 2) {
       const int64_t blocks[] = {at, std::min(at + 1, last - 1)};
-      begin(scratch, 2, {blocks[0], blocks[1]});
+      clear_sums(scratch, 2);
       for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {
-        Place place = place_of(scratch, 2, chunk);
+        Place place = place_of(scratch, chunk, {blocks[0], blocks[1]});
         const int64_t line = chunk * in.chunk() / kLine;
         for (int b = 0; b < 2; ++b) {
           decode(m, blocks[b], line, place.parts / kParts, decoded + b * kDecoded);
@@ -98,14 +98,8 @@ struct Batch {
 #endif
   }
 
-  void begin(Scratch& s, int64_t count, std::initializer_list<int64_t> blocks) const {
-    const int64_t terms = in.steps() * count * kBlock, sums = in.padded * count * kBlock;
-    float* scales = s.scales.of(terms);
-    int32_t* zeros = s.zeros.of(terms);
-    for (const int64_t b : blocks) {
-      lay_out_terms(m, b, in, count, scales, zeros);
-      scales += kBlock, zeros += kBlock;
-    }
+  void clear_sums(Scratch& s, int64_t count) const {
+    const int64_t sums = in.padded * count * kBlock;
     std::memset(s.sums.of(sums), 0, sums * sizeof(float));
   }
 
@@ -115,13 +109,22 @@ struct Batch {
     return m.weights + (block * m.lines + line) * m.bytes;
   }
 
-  // A chunk for all tokens; weights are left to the caller.
-  Place place_of(const Scratch& s, int64_t count, int64_t chunk) const {
-    const int64_t step = in.chunk() / in.step * chunk, at = step * in.padded;
+  // A chunk of some blocks for all tokens; weights are left to the caller. Scales are laid out one
+  // chunk at a time, to be in the first-level cache when they are used.
+  Place place_of(Scratch& s, int64_t chunk, std::initializer_list<int64_t> blocks) const {
+    const int64_t count = static_cast<int64_t>(blocks.size()), steps = in.chunk() / in.step;
+    const int64_t first = steps * chunk, held = std::min(steps, in.steps() - first);
+    const int64_t at = first * in.padded;
     const int64_t columns = std::min(in.chunk(), in.lines * kLine - chunk * in.chunk());
     Place p = {};
-    p.scales = s.scales.data() + step * count * kBlock;
-    p.zeros = s.zeros.data() + step * count * kBlock;
+    float* scales = s.scales.of(steps * count * kBlock);
+    int32_t* zeros = s.zeros.of(steps * count * kBlock);
+    p.scales = scales, p.zeros = zeros, p.zero_step = m.zeros ? count * kBlock : 0;
+    for (const int64_t block : blocks) {
+      lay_out_scales(m, block, in, first, held, count, scales);
+      lay_out_zeros(m, block, in, first, held, count, zeros);
+      scales += kBlock, zeros += kBlock;
+    }
     p.in = in.data.data() + chunk * in.padded * kStride;
     p.in_scales = in.scales.data() + at, p.in_sums = in.sums.data() + at;
     p.padded = in.padded;
@@ -197,7 +200,9 @@ void look_up(const Matrix& m, int64_t row, int64_t cols, float* out) {
   for (int64_t column = 0; column < cols; column += kColumns) {
     if (column % step == 0 && m.scales) {
       const int64_t at = (block * m.groups + column / step) * kBlock + lane;
-      read_floats(m.scales, at, 1, m.scale_dtype, &scale);
+      const int64_t shared = row / m.scale_rows * m.groups + column / step;
+      read_floats(m.scales, m.scale_rows > 1 ? shared : at, 1, m.scale_dtype, &scale);
+      scale *= m.factor_of(row);
       if (!m.sparse) zero = static_cast<float>(m.zeros ? m.zeros[at] : m.middle());
     }
     typename Code::Line part;

@@ -60,7 +60,20 @@ struct SparseFloats {
   }
 };
 
-// What a row's groups are multiplied by: scales (ones if the row has one, which is `factor` then),
+// As `read_floats`, but E4M3 in vectors: there are many.
+inline void read_scales(const Matrix& m, int64_t first, int64_t count, float* to) {
+  int64_t i = 0;
+  if (m.scale_dtype == Dtype::kE4m3) {
+    const uint8_t* p = static_cast<const uint8_t*>(m.scales) + first;
+    for (; i + vec::kFloats <= count; i += vec::kFloats) {
+      vec::store_floats(vec::widen_e4m3(p + i), to + i);
+    }
+    for (int64_t k = 0; k < i; ++k) to[k] *= kE4m3Unit;
+  }
+  read_floats(m.scales, first + i, count - i, m.scale_dtype, to + i);
+}
+
+// What a row's groups are multiplied by: scales (ones if the row has one, which `factor` has then),
 // zeros as the decoder counts codes, and the product of the two.
 struct RowTerms {
   std::vector<float> scales, zeros, offsets;
@@ -70,22 +83,23 @@ struct RowTerms {
   void load(const Matrix& m, int64_t row) {
     key = m.key_of(row);
     const float shift = m.bits == 8 ? 128.0f : m.bits == 6 ? 32.0f : 0.0f;
-    const bool centred = m.sparse || m.tables || m.window;
+    const int64_t at = row / m.scale_rows;
+    const bool centred = m.sparse || m.tables || m.floats || m.window;
     const float middle = centred ? 0.0f : static_cast<float>(m.middle()) - shift;
     zeros.assign(m.groups, middle);
     if (m.zeros) {
       const uint8_t* stored = m.zeros + row * m.groups;
       for (int64_t g = 0; g < m.groups; ++g) zeros[g] = static_cast<float>(stored[g]) - shift;
     }
+    factor = 1;
     if (m.group == 0) {
-      factor = 1;
-      if (m.scales) read_floats(m.scales, row, 1, m.scale_dtype, &factor);
+      if (m.scales) read_floats(m.scales, at, 1, m.scale_dtype, &factor);
       scales.assign(m.lines, 1.0f);
     } else {
-      factor = 1;
       scales.resize(m.groups);
-      read_floats(m.scales, row * m.groups, m.groups, m.scale_dtype, scales.data());
+      read_scales(m, at * m.groups, m.groups, scales.data());
     }
+    factor *= m.factor_of(row);
     offsets.resize(centred ? 0 : m.groups);
     for (size_t g = 0; g < offsets.size(); ++g) offsets[g] = scales[g] * zeros[g];
     if (m.group > kLine) {  // from here on one for each line
@@ -190,7 +204,7 @@ float value_of(const typename Code::Line& line, int64_t column) {
 template <class Code, int group, bool exact, int tokens>
 void row_times_tokens(const uint8_t* p, int64_t bytes, const RowTerms& terms, const Activations& in,
                       int64_t token, float* totals) {
-  // A vector of 64 columns may hold two groups of 32.
+  // A vector of 32 columns may hold two groups.
   constexpr int kWide = group < vec::kBytes ? vec::kBytes : group;
   constexpr int kParts = kLine / kWide, kPerPart = kWide / vec::kBytes, kSplit = kWide / group;
   const int64_t width = in.width();
@@ -325,6 +339,7 @@ struct Functions {
 
 template <class Code, bool exact>
 Body body_of(int group) {
+  if (group == 16) return rows_times_tokens<Code, 16, exact>;
   if (group == 32) return rows_times_tokens<Code, 32, exact>;
   if (group == 64) return rows_times_tokens<Code, 64, exact>;
   return rows_times_tokens<Code, kLine, exact>;
@@ -333,7 +348,7 @@ Body body_of(int group) {
 template <class Code>
 Functions functions(const Matrix& m) {
   if constexpr (std::is_same_v<typename Code::Line, Values>) {
-    const Body exact = rows_times_tokens<Code, kLine, true>;
+    const Body exact = body_of<Code, true>(m.group);
     return {exact, exact, look_up<Code>};
   } else {
     return {body_of<Code, true>(m.group), body_of<Code, false>(m.group), look_up<Code>};

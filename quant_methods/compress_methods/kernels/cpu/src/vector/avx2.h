@@ -198,6 +198,11 @@ inline Floats multiply_add(Floats a, Floats b, Floats sum) {
 inline Floats scale_add(Floats a, float factor, Floats sum) {
   return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(factor), sum.v)};
 }
+// The same with a factor of its own for each half of the lanes.
+inline Floats scale_add_halves(Floats a, const float* factors, Floats sum) {
+  const __m256 both = _mm256_set_m128(_mm_set1_ps(factors[1]), _mm_set1_ps(factors[0]));
+  return {_mm256_fmadd_ps(a.v, both, sum.v)};
+}
 inline Floats scale(Ints a, float factor) {
   return {_mm256_mul_ps(_mm256_cvtepi32_ps(a.v), _mm256_set1_ps(factor))};
 }
@@ -208,6 +213,14 @@ inline Floats widen(Bytes a) {
   __m128i half = part < 2 ? _mm256_castsi256_si128(a.v) : _mm256_extracti128_si256(a.v, 1);
   if constexpr (part % 2 == 1) half = _mm_srli_si128(half, 8);
   return {_mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(half) : _mm256_cvtepu8_epi32(half))};
+}
+
+// 8 E4M3 numbers as float16 takes them, see `numbers.h`.
+inline Floats widen_e4m3(const uint8_t* p) {
+  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+  const __m128i sign_and_rest = _mm_set1_epi16(static_cast<short>(0xbf80));
+  return {_mm256_cvtph_ps(_mm_and_si128(shifted, sign_and_rest))};
 }
 
 // Shuffles that move the first bytes (or pairs of bytes) of a vector to where a bit of a byte is

@@ -193,6 +193,15 @@ VC_INLINE Floats butterflies(Floats x) {
   return {pairs(a, _mm512_shuffle_f32x4(a, a, 0x4e), 0xff00)};
 }
 
+// 16 E4M3 numbers as float16 takes them, see `numbers.h`.
+inline __m512 halves_of_e4m3(__m128i codes) {
+  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xbf80))));
+}
+inline Floats widen_e4m3(const uint8_t* p) {
+  return {halves_of_e4m3(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
 // The next bytes of `from`, in order, where a bit of 64 is set, else those of `rest`. Reads no
 // others.
 VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask, Bytes rest) {

@@ -98,7 +98,7 @@ inline Ints dot(const Bytes* w, const int8_t* x, Ints sum) {
   for (int i = 0; i < count; ++i) {
     for (int j = 0; j < 32; ++j) {
       const int code = is_signed ? static_cast<int8_t>(w[i].v[j]) : w[i].v[j];
-      sum.v[j % 8] += code * x[32 * i + j];
+      sum.v[j / 4] += code * x[32 * i + j];
     }
   }
   return sum;
@@ -138,6 +138,11 @@ inline Floats scale_add(Floats a, float factor, Floats sum) {
   for (int i = 0; i < 8; ++i) sum.v[i] += a.v[i] * factor;
   return sum;
 }
+// The same with a factor of its own for each half of the lanes.
+inline Floats scale_add_halves(Floats a, const float* factors, Floats sum) {
+  for (int i = 0; i < 8; ++i) sum.v[i] += a.v[i] * factors[i / 4];
+  return sum;
+}
 inline Floats scale(Ints a, float factor) {
   Floats out;
   for (int i = 0; i < 8; ++i) out.v[i] = static_cast<float>(a.v[i]) * factor;
@@ -165,6 +170,14 @@ inline float half_to_float(uint16_t bits) {
   _Float16 value;
   std::memcpy(&value, &bits, sizeof value);
   return static_cast<float>(value);
+}
+// 8 E4M3 numbers as float16 takes them, see `numbers.h`.
+inline Floats widen_e4m3(const uint8_t* p) {
+  Floats out;
+  for (int i = 0; i < 8; ++i) {
+    out.v[i] = half_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7));
+  }
+  return out;
 }
 template <bool is_bfloat16>
 VC_INLINE Floats expand_floats(const uint8_t*& from, const uint8_t* which) {

@@ -99,6 +99,18 @@ def test_tables_take_eight_bytes_for_sixteen_rows_on_every_rank(ways: int) -> No
         assert part.bytes_of(rows, cols) == expected
 
 
+@pytest.mark.parametrize("ways", [1, 2, 4, 8])
+def test_floats_take_a_byte_a_group_and_rows_their_scales_on_every_rank(ways: int) -> None:
+    shape = load_shape("llama-3.1-8b")
+    for recipe, bits, group, of_rows in (("mxfp4", 4, 32, 0), ("nvfp4", 4, 16, 4)):
+        parts = [part for part in apply_recipe(shape, recipe).parts if part.format is not None]
+        assert len(parts) == 7
+        for part in parts:
+            rows, cols = rank_shape(shape, part.matrix, ways)
+            expected = rows * cols * bits // 8 + rows * cols // group + of_rows * rows
+            assert part.bytes_of(rows, cols) == expected
+
+
 @pytest.mark.parametrize("recipe", ["depth25", "width25-int4", "pack-sparse", "a file"])
 def test_what_shapes_or_weights_decide_has_to_be_converted_first(
     recipe: str, tmp_path: Path

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import Rotated
@@ -77,10 +78,19 @@ def test_formats_without_a_gpu_kernel_are_planned_for_cpus_only() -> None:
     assert "no GPU kernel for int3 g128" in (kernel_refusal(three, H100) or "")
     assert kernel_refusal(three, find_hardware("epyc-genoa-2s")) is None
     assert "no GPU kernel for nf4 g128" in (kernel_refusal(scheme("nf4"), H100) or "")
+    assert "no GPU kernel for nvfp4" in (kernel_refusal(scheme("nvfp4"), H100) or "")
     assert kernel_refusal(scheme("int4-gptq"), H100) is None
     assert kernel_refusal(scheme("int4-rotated"), H100) is None
     refusal = kernel_refusal(scheme("int2-lowrank"), H100) or ""
     assert "no GPU kernel for int2 g128 mid + rank 32 int4 row" in refusal
+
+
+def test_floats_of_four_bits_meet_int8_activations_on_cpus_alone() -> None:
+    epyc = find_hardware("epyc-genoa-2s")
+    for kind in ("mxfp4", "nvfp4"):
+        assert compute_rate(Float(kind), epyc) == compute_rate(Integer(4, 128), epyc)
+        assert compute_rate(Float(kind), H100) == compute_rate(None, H100)
+    assert compute_rate(Float("fp8"), epyc) == compute_rate(None, epyc)
 
 
 def test_a_low_rank_product_is_planned_as_its_base() -> None:
