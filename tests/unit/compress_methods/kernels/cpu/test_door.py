@@ -15,6 +15,7 @@ from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.trellis import Trellis
 from compress_methods.kernels import Prepared, Want, composite, dispatch
 from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import gemm as cpu_gemm
@@ -25,6 +26,7 @@ ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruct
 ROWS, COLS = 32, 256
 SPARSE = Sparse(64, 128, Integer(8, -1))
 NF4 = Lookup(4, 128, "nf4")
+TRELLIS = Trellis(2, 8)
 NVFP4, FP8, BLOCKS = Float("nvfp4"), Float("fp8"), Float("fp8", 128, 128)
 
 
@@ -45,7 +47,9 @@ def packed(fmt: Format) -> Packed:
 
 
 @pytest.mark.parametrize("bad", [32, 40, -1, 2**40])
-@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE, NVFP4], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE, NVFP4, TRELLIS], ids=str
+)
 @pytest.mark.parametrize("name", ["cpu", "cpu_exact", "torch_int8", "reference"])
 def test_no_row_is_looked_up_that_the_matrix_has_not(
     isa: Library, name: str, fmt: Format, bad: int
@@ -74,7 +78,7 @@ WRONG: list[tuple[str, Format, Callable[[Packed], dict[str, Any]]]] = [
     ("weights are not contig", Integer(4, 128), lambda m: {"weights": m.weights[:, :, ::2]}),
     ("lines of .* bytes, not", Integer(4, 128), lambda m: {"bits": 8}),
     ("lines of .* bytes, not", Integer(4, 128), lambda m: {"bits": 3}),
-    ("weights of 5 bits", Integer(4, 128), lambda m: {"bits": 5}),
+    ("weights of 7 bits", Integer(4, 128), lambda m: {"bits": 7}),
     ("weights of 16 bits", Integer(4, 128), lambda m: {"bits": 16}),
     ("80 rows in", Integer(4, 128), lambda m: {"rows": 80}),
     ("a matrix of -16", Integer(4, 128), lambda m: {"rows": -16}),
@@ -94,7 +98,12 @@ WRONG: list[tuple[str, Format, Callable[[Packed], dict[str, Any]]]] = [
     ("sparse lines of", SPARSE, lambda m: {"weights": m.weights[:, :, :16].contiguous()}),
     ("values of 16 bits have neither", SPARSE, lambda m: {"bits": 16}),
     ("a sparse matrix, or .* has no zeros", SPARSE, lambda m: {"zeros": m.weights}),
-    ("a matrix of kind 5", Integer(4, 128), lambda m: {"kind": 5}),
+    ("a matrix of kind 6", Integer(4, 128), lambda m: {"kind": 6}),
+    ("windows of 0 bits", Integer(4, 128), lambda m: {"kind": Kind.TRELLIS}),
+    ("windows of 12 bits", Integer(4, 128), lambda m: {"kind": Kind.WHOLE | 12 << 8}),
+    ("windows of 17 bits", TRELLIS, lambda m: {"kind": Kind.TRELLIS | 17 << 8}),
+    ("80 rows in", TRELLIS, lambda m: {"rows": 80}),
+    ("has no zeros", TRELLIS, lambda m: {"zeros": m.weights}),
     ("row scales are not float32", NVFP4, lambda m: {"zeros": m.zeros.double()}),
     ("row scales have 2 dim", NVFP4, lambda m: {"zeros": m.zeros[None]}),
     ("31 row scales of 32 rows", NVFP4, lambda m: {"zeros": m.zeros[:31]}),
@@ -179,7 +188,9 @@ def test_products_refuse_what_would_broadcast(isa: Library, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu_exact", "torch_int4", "torch_int8", "reference"])
-@pytest.mark.parametrize("fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE, NVFP4], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Integer(4, 128), Integer(8, -1), NF4, SPARSE, NVFP4, TRELLIS], ids=str
+)
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(0, 32, 256), (3, 0, 256), (3, 32, 0)])
 def test_sizes_of_zero(
     isa: Library, name: str, fmt: Format, tokens: int, rows: int, cols: int
