@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,6 @@ def mixed(novels_8m: Path, validation_text: Path, tmp_path_factory: pytest.TempP
     return out
 
 
-@pytest.fixture(scope="module")
-def parallel() -> Iterator[Engine]:
-    with Engine({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}) as running:
-        yield running
-
-
 def worst(result: Result, logprobs: list[list[float]]) -> float:
     assert not result.error, result.error
     pairs = zip(chain(*result.logprobs), chain(*logprobs), strict=True)
@@ -83,10 +76,10 @@ def test_served_as_transformers_computes(
 
 
 def test_two_ranks_share_the_factors(
-    parallel: Engine, mixed: Path, novel_tokens: list[list[int]]
+    two_ranks: Engine, mixed: Path, novel_tokens: list[list[int]]
 ) -> None:
     logprobs, _ = reference(mixed, novel_tokens[:4])
-    result = parallel.run(
+    result = two_ranks.run(
         mixed, novel_tokens[:4], dtype="float32", env=EXACT, tensor_parallel_size=2
     )
     print(f"two ranks: at worst {worst(result, logprobs):.6f} nats")

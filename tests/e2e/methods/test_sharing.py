@@ -14,7 +14,6 @@ from tests.e2e.support.tiny import reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
 INT4 = {"format": "integer", "bits": 4, "group_size": 64}
 
@@ -34,23 +33,24 @@ def model(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_served_as_transformers_computes(
-    model: Path, novel_tokens: list[list[int]], ranks: int
+    engine: Engine, two_ranks: Engine, model: Path, novel_tokens: list[list[int]], ranks: int
 ) -> None:
     logprobs, top = reference(model, novel_tokens[:2])
-    with Engine(TWO_RANKS if ranks == 2 else {}) as engine:
-        options = {"dtype": "float32", "tensor_parallel_size": ranks, "env": EXACT}
-        result = engine.run(model, novel_tokens[:2], **options)
+    running = engine if ranks == 1 else two_ranks
+    options = {"dtype": "float32", "tensor_parallel_size": ranks, "env": EXACT}
+    result = running.run(model, novel_tokens[:2], **options)
     difference, agreement = compare(result, logprobs, top)
     print(f"{ranks} ranks: {difference:.6f} nats, {agreement:.2%} same top token")
     assert difference < 1e-3
     assert agreement > 0.95
 
 
-def test_pipeline_stages_are_refused(model: Path, novel_tokens: list[list[int]]) -> None:
-    with Engine(TWO_RANKS) as engine:
-        result = engine.run(
-            model, novel_tokens[:1], dtype="float32", pipeline_parallel_size=2, env=EXACT
-        )
-        log = engine.log
+def test_pipeline_stages_are_refused(
+    two_ranks: Engine, model: Path, novel_tokens: list[list[int]]
+) -> None:
+    result = two_ranks.run(
+        model, novel_tokens[:1], dtype="float32", pipeline_parallel_size=2, env=EXACT
+    )
     assert result.error
-    assert "shared by layers of several pipeline ranks, which cannot share weights" in log
+    said = "shared by layers of several pipeline ranks, which cannot share weights"
+    assert said in two_ranks.log

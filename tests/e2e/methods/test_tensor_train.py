@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROWS = {"format": "tensor_train", "kind": "rows", "modes": 2, "rank": 4}
 TABLE = {"format": "tensor_train", "kind": "table", "rank": 24, "dtype": "float32"}
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 WORST = 1e-3
 PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 410, 33, 34], [1, 511, 255, 256, 0, 3]]
 
@@ -37,12 +36,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_served_as_transformers_computes(models: list[Path], ranks: int) -> None:
-    with Engine(TWO_RANKS if ranks == 2 else {}) as engine:
-        for model in models:
-            logprobs, top = reference(model, PROMPTS)
-            result = engine.run(model, PROMPTS, dtype="float32", tensor_parallel_size=ranks, env={})
-            difference, agreement = compare(result, logprobs, top)
-            print(f"{ranks} ranks, {model.name}: {difference:.6f} nats, {agreement:.1%} same")
-            assert difference < WORST
-            assert agreement > 0.9
+def test_served_as_transformers_computes(
+    engine: Engine, two_ranks: Engine, models: list[Path], ranks: int
+) -> None:
+    running = engine if ranks == 1 else two_ranks
+    for model in models:
+        logprobs, top = reference(model, PROMPTS)
+        result = running.run(model, PROMPTS, dtype="float32", tensor_parallel_size=ranks, env={})
+        difference, agreement = compare(result, logprobs, top)
+        print(f"{ranks} ranks, {model.name}: {difference:.6f} nats, {agreement:.1%} same")
+        assert difference < WORST
+        assert agreement > 0.9
