@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.errors import FormatError
 from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
+from compress_methods.formats.dense import Dense
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.relaxed import Relaxed
 from compress_methods.formats.rounder import Grid, Rounder
@@ -65,6 +66,8 @@ class Sparse(Format):
             raise FormatError("values is rotated, expected a dense or integer format")
         if not self.values.holds_zero:
             raise FormatError(f"values is {self.values.describe()}, expected a format that holds 0")
+        if not (self.values.rounds or isinstance(self.values, Dense)):
+            raise FormatError(f"values is {self.values.name}, expected a dense or integer format")
 
     def kept(self, cols: int) -> int:
         """Columns stored for `cols` columns of the matrix."""
