@@ -3,6 +3,8 @@
     python -m tests.benchmarks [quality] [parts] [bits] [rtn] [gptq] [layers] [refine]
         [activations] [kernels] [serving] [profile] [planner] [peers]
 
+`COMPRESS_MISSING=1` measures of `quality` and `parts` only the rows that their results lack.
+
 Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
 to tests/benchmarks/results/NAME.json, with the machine they were measured on, and NAME.png.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.benchmarks.loss import quality
+from tests.benchmarks.readme import RESULTS
 from tests.benchmarks.speed import sparse_cases
 
 TWO_PASSES = "50% sparse, 4 bits, sparsegpt, then gptq"
@@ -55,7 +56,7 @@ def cases() -> list[quality.Case]:
 
 
 def run() -> dict[str, Any]:
-    return quality.measure_all(cases())
+    return quality.measure_all(cases(), RESULTS / "parts.json")
 
 
 def table(results: dict[str, Any]) -> str:
