@@ -89,6 +89,13 @@ def add_parser(subparsers: Any) -> None:
     add("--temperature", type=float, metavar="T", help="default: icl 0, cot 0.7, instruct 1 and 0")
     add("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"ends an answer, \n is a line's end; may be repeated (--completions: an empty line)",
+    )
+    add(
         "--logprobs",
         type=int,
         metavar="K",
@@ -158,6 +165,7 @@ def _settings(args: argparse.Namespace) -> TeachSettings:
         completions=args.completions,
         temperature=args.temperature,
         max_tokens=args.max_tokens,
+        stop=tuple(text.replace(r"\n", "\n") for text in args.stop),
         logprobs=args.logprobs,
         parallel=args.parallel,
         rate=args.rate,
@@ -185,6 +193,7 @@ def _check(settings: TeachSettings) -> None:
         ("rate", settings.rate is None or 0 < settings.rate < 1e6, "a number above 0"),
         ("price_in", _within(settings.price_in, 0, 1e9), "a number from 0"),
         ("price_out", _within(settings.price_out, 0, 1e9), "a number from 0"),
+        ("stop", all(settings.stop), "text"),
         ("mark", bool(settings.mark.strip()), "text"),
     ]
     for name, good, expected in checks:

@@ -1,7 +1,8 @@
 """A chat as plain text, for models that know no chats.
 
 Each question stands with its answer in a block of its own, an empty line between blocks, and what
-the model is to write follows the last question. So an empty line ends an answer.
+the model is to write follows the last question. So an empty line ends an answer, unless the user
+says what does.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Line:
     text: str
     answer: str
     seeds: tuple[int, ...]
-    logprobs: dict[str, Any] | None
+    logprobs: str | None
 
 
 @dataclass

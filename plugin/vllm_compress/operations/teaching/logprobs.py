@@ -1,7 +1,7 @@
 """The log-probabilities of an answer, as lines of the data keep them.
 
     ids            true where tokens are ids of the teacher's vocabulary, false where they are text
-    tokens         those of the answer in order; a server may count the one that ends it
+    tokens         those of the answer in order; a server may add those that end it
     logprobs       of each
     top_tokens     for each position the likeliest tokens, likeliest first
     top_logprobs   of each of them

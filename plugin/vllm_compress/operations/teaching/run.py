@@ -35,7 +35,7 @@ from vllm_compress.operations.abtest.scoring.scores import Scorer, load_scorer
 from vllm_compress.operations.journal import Journal, Words
 from vllm_compress.operations.teaching import styles
 from vllm_compress.operations.teaching.cost import Bill
-from vllm_compress.operations.teaching.layout import as_text
+from vllm_compress.operations.teaching.layout import BETWEEN, as_text
 from vllm_compress.operations.teaching.lesson import ASKED, TEACHER, Lesson, Line
 from vllm_compress.operations.teaching.overlap import HeldOut, read_held_out
 from vllm_compress.operations.teaching.seeds import Seed, Seeds, SeedsError, read_seeds
@@ -93,6 +93,7 @@ def _teacher(settings: TeachSettings) -> Teacher:
         settings.max_tokens,
         settings.logprobs,
         settings.rate,
+        settings.stop or ((BETWEEN,) if settings.completions else ()),
         say,
     )
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.parallel)
@@ -195,7 +196,7 @@ def _encode(line: Line, settings: TeachSettings) -> bytes:
         block = {"messages": [*line.messages, {"role": "assistant", "content": line.text}]}
     block |= {"style": settings.style, "seed": list(line.seeds), "answer": line.answer}
     if line.logprobs is not None:
-        block["logprobs"] = line.logprobs
+        block["logprobs"] = json.loads(line.logprobs)
     text = json.dumps(block, ensure_ascii=False)
     # Tokens may be parts of characters; JSON has an escape for those.
     return text.encode(errors="backslashreplace") + b"\n"

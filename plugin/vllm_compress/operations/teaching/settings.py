@@ -40,6 +40,7 @@ class TeachSettings:
     count: int = 100
     temperature: float | None = None
     max_tokens: int = 512
+    stop: tuple[str, ...] = ()
     logprobs: int | None = None
     parallel: int = 8
     rate: float | None = None
@@ -70,6 +71,7 @@ class TeachSettings:
             "--held-out": self.held_out and [_digest(self.held_out), self.overlap],
             "--completions": self.completions,
             "--max-tokens": self.max_tokens,
+            "--stop": list(self.stop),
             "--temperature": self.temperature,
             "--logprobs": self.logprobs,
             "--seed": self.seed,

@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
 
 from vllm_compress.operations.teaching.lesson import Lesson, Line
 from vllm_compress.operations.teaching.seeds import Message, Seed, SeedsError
@@ -71,9 +74,9 @@ def choose(seeds: Sequence[Seed], k: int, how: str, chance: int) -> list[list[Se
     similarity = Similarity([seed.question for seed in seeds])
     found = []
     for i in range(len(seeds)):
-        alike = similarity.to(i)
-        order = sorted((j for j in known if j != i), key=lambda j: (-alike[j], j))
-        found.append([seeds[j] for j in reversed(order[:k])])
+        nearest = np.argsort(-similarity.to(i), kind="stable").tolist()
+        order = (j for j in nearest if j != i and seeds[j].answer is not None)
+        found.append([seeds[j] for j in islice(order, k)][::-1])
     return found
 
 

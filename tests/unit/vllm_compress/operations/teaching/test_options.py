@@ -27,6 +27,7 @@ NOWHERE = "http://127.0.0.1:9"
         ("cot", "--rate", "0", "--rate is 0.0, expected a number above 0"),
         ("cot", "--price-in", "-1", "--price-in is -1.0, expected a number from 0"),
         ("cot", "--parallel", "0", "--parallel is 0, expected a number from 1"),
+        ("cot", "--stop", "", "--stop is ('',), expected text"),
         ("cot", "--logprobs", "-1", "--logprobs is -1, expected a number from 0"),
         ("cot", "--held-out", "none.txt", "none.txt: no such file"),
         ("cot", "--seeds", "none.jsonl", "none.jsonl: no such file"),

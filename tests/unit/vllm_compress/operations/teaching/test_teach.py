@@ -240,6 +240,10 @@ def test_a_model_that_knows_no_chats_gets_plain_text(teach: Teach, server: Serve
     line = teach.lines[1]
     assert (line["prompt"], line["completion"], line["answer"]) == ("Add 1 and 7.", " 8", "8")
     assert len(line["logprobs"]["top_tokens"][0]) == 20
+    assert {tuple(body["stop"]) for body in server.seen} == {("\n\n",)}
+    teach.out = teach.out.with_name("other.jsonl")
+    teach(server, "icl", "--stop", r"\n", "--stop", ".")
+    assert server.seen[-1]["stop"] == ["\n", "."]
 
 
 def test_progress_and_summary_are_for_people(
