@@ -47,7 +47,7 @@ prices may be changed, and --samples and --count raised.
   retries                       of this run
   answers, tokens_in, tokens_out, cost    of all runs; cost with both prices, else null
   answers_without_counts        whose tokens the endpoint does not tell
-  grown                         with instruct: new instructions
+  grown, wanted                 with instruct: new instructions, and --count
   refusal                       the last refusal of single requests, if any
 
 VLLM_API_KEY is sent where it is set.
@@ -227,6 +227,11 @@ def render(result: dict[str, Any]) -> str:
         f"{result['answers']:,} answers, {least}{result['tokens_in']:,} tokens in, "
         f"{result['tokens_out']:,} out{cost}; {result['retries']:,} retries",
     ]
+    if result.get("grown", 0) < result.get("wanted", 0):
+        lines.append(
+            f"grew {result['grown']:,} of {result['wanted']:,} instructions; then nothing new came "
+            "any more"
+        )
     if "refusal" in result:
         lines.append(f"the last refusal: {result['refusal']}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 OPENINGS = ["It was a dark night, and", "She looked at him and said", "The old man sat by the"]
 TOLERANCE = 0.2
-"""Of a log-probability: the server computes in bfloat16. Those of other positions are units away."""
+"""Of a log-probability: the server computes in bfloat16; other positions are units away."""
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,8 @@ class Lesson:
             reason = "answers cut off"
         elif not answer.text.strip() or not _is_text(answer.text):
             reason = "answers without text"
-        self.dropped[reason] += bool(reason)
+        if reason:
+            self.dropped[reason] += 1
         return not reason
 
     def right(self, seed: Seed, answer: str) -> bool:

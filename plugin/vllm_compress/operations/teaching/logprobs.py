@@ -11,7 +11,8 @@ p (log p - log q), with one more term for all others, whose p is what the k leav
 ids, or texts that the student's tokenizer turns into one token each.
 
 vLLM returns ids, other services texts. Values are those of the model before sampling (vLLM's
-default) and rounded to five decimals.
+default) and rounded to five decimals; one below -9999, such as of a token that is ruled out, is
+-9999.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 ID = "token_id:"
 """What vLLM puts before an id that it returns instead of a text."""
-DECIMALS = 5
+DECIMALS, LEAST = 5, -9999.0
 
 
 def read_logprobs(choice: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -53,7 +54,11 @@ def _columns(positions: Sequence[tuple[str, float, list[tuple[str, float]]]]) ->
     return {
         "ids": ids,
         "tokens": [name(token) for token, _, _ in positions],
-        "logprobs": [round(value, DECIMALS) for _, value, _ in positions],
+        "logprobs": [_rounded(value) for _, value, _ in positions],
         "top_tokens": [[name(token) for token, _ in top] for top in sorted_tops],
-        "top_logprobs": [[round(value, DECIMALS) for _, value in top] for top in sorted_tops],
+        "top_logprobs": [[_rounded(value) for _, value in top] for top in sorted_tops],
     }
+
+
+def _rounded(value: float) -> float:
+    return round(max(value, LEAST), DECIMALS)

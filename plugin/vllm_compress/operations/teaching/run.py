@@ -29,6 +29,7 @@ import httpx
 from compress_methods.errors import OutputError
 from compress_methods.evaluation.served import ServerError
 from compress_methods.system.files import replacing
+from compress_methods.system.http import KEY_VARIABLE
 from compress_methods.system.progress import Progress
 from compress_methods.system.user_file import require_path
 from vllm_compress.operations.abtest.scoring.scores import Scorer, load_scorer
@@ -54,6 +55,7 @@ WORDS = Words(
 def teach(settings: TeachSettings) -> dict[str, Any]:
     """Run, continue or filter again; write the data and return the summary. Raises a
     `CompressError`."""
+    _check_url(settings.url)
     _check_out(settings)
     check, exact = _check(settings)
     read = read_seeds(settings.seeds)
@@ -118,6 +120,12 @@ def _lines(lesson: Lesson) -> list[Line]:
             f"{problem}; {lesson.bill.answers:,} answers are kept in {lesson.settings.work}, the "
             "same command continues"
         ) from problem
+
+
+def _check_url(url: str) -> None:
+    """Refuse a password in a URL, which errors and the journal would tell."""
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ServerError(f"URL holds a user or a password, expected the key in {KEY_VARIABLE}")
 
 
 def _check_out(settings: TeachSettings) -> None:

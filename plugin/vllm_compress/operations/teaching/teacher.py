@@ -39,7 +39,7 @@ LONGEST_NUMBER = 12
 PATIENCE = 600.0
 """Seconds; a server that wants more of it, or only limits for so long, is asked another day."""
 AGAIN = (408, 425, BUSY)
-NOT_THERE = (404, 405)
+NOT_THERE, UNPAID = (404, 405), 402
 TOP = 20
 NEW_LIMIT, OLD_LIMIT = "max_completion_tokens", "max_tokens"
 
@@ -133,14 +133,14 @@ class Teacher:
                 continue
             except _Later as problem:
                 tries += 1
-                self.retries += 1
-                if problem.busy:
-                    self.endpoint.say(f"{self.endpoint.url} limits rates ({problem}); waiting")
                 wanted, wait = problem.wait, _wait(tries, problem.wait)
                 silent = time.monotonic() - self._answered
                 gone = silent > PATIENCE if problem.busy else tries >= TRIES
                 if gone or wait > PATIENCE or self.stopped:
                     raise ServerError(f"{self.endpoint.url}: {_gave_up(problem, tries)}") from None
+                if problem.busy:
+                    self.endpoint.say(f"{self.endpoint.url} limits rates (HTTP {BUSY}); waiting")
+            self.retries += 1
             if wanted:
                 self._pace.pause(wait)
             else:
@@ -187,7 +187,7 @@ class Teacher:
             raise _Later(reason, wait, busy=status == BUSY)
         if status in REFUSED:
             raise ServerError(f"{self.endpoint.url}: {reason} ({_held()})")
-        if status in NOT_THERE or not 400 <= status < 500:
+        if status in (*NOT_THERE, UNPAID) or not 400 <= status < 500:
             raise ServerError(f"{self.endpoint.url}: {reason}")
         if NEW_LIMIT in said and OLD_LIMIT in body:
             self._limit = NEW_LIMIT
@@ -267,14 +267,21 @@ def _read(block: Any) -> Answer:
     if text is not None and not isinstance(text, str):
         raise TypeError(f"content of the kind {type(text).__name__}")
     usage = block.get("usage") or {}
-    logprobs = read_logprobs(choice)
+    try:
+        logprobs = read_logprobs(choice)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        logprobs = None  # in a form of the endpoint's own; the answer is one all the same
     return Answer(
         text or "",
         choice.get("finish_reason") != "length",
-        usage.get("prompt_tokens"),
-        usage.get("completion_tokens"),
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
         None if logprobs is None else json.dumps(logprobs, separators=(",", ":")),
     )
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def _held() -> str:

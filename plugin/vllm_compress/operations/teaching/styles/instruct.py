@@ -93,7 +93,7 @@ async def grow(lesson: Lesson) -> list[Grown]:
             progress.step(len(grown) - before, lesson.bill.note())
             number += 1
             vain = 0 if len(grown) > before else vain + 1
-    lesson.notes["grown"] = len(grown)
+    lesson.notes |= {"grown": len(grown), "wanted": count}
     return grown
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.unit.vllm_compress.operations.teaching.openai_server import logprobs
@@ -33,6 +35,15 @@ def test_the_likeliest_come_first_and_a_text_like_an_id_makes_all_texts() -> Non
         "top_tokens": [["b", "token_id:5"]],
         "top_logprobs": [[-0.12346, -9.0]],
     }
+
+
+def test_what_is_ruled_out_can_be_written_as_json() -> None:
+    top = [{"token": "a", "logprob": 0.0}, {"token": "b", "logprob": -math.inf}]
+    found = read_logprobs(
+        {"logprobs": {"content": [{"token": "a", "logprob": 0.0, "top_logprobs": top}]}}
+    )
+    assert found is not None
+    assert found["top_logprobs"] == [[0.0, -9999.0]]
 
 
 @pytest.mark.parametrize("choice", [{}, {"logprobs": None}, {"logprobs": {"content": None}}])

@@ -48,6 +48,13 @@ def test_nearly_all_that_is_alike_is_found() -> None:
     assert missed <= alike / 20
 
 
+def test_another_ending_makes_no_new_text_and_another_subject_does() -> None:
+    novelty = Novelty()
+    assert novelty.add("Write a poem about the rain in Paris.")
+    assert not novelty.add("Write a poem about the rain in Paris, please!")
+    assert novelty.add("Write a poem about the bridges of London.")
+
+
 def test_texts_without_letters_are_alike() -> None:
     novelty = Novelty()
     assert novelty.add("!!")

@@ -49,6 +49,13 @@ def test_a_seed_without_an_answer_is_named(teach: Teach) -> None:
         assert "seeds.jsonl:2: has no answer to check by" in said
 
 
+def test_a_password_in_the_url_is_refused_and_not_said(teach: Teach) -> None:
+    said = teach.fails("http://me:secret@127.0.0.1:9", "cot")
+    assert "expected the key in VLLM_API_KEY" in said
+    assert "secret" not in said
+    assert not teach.journal.parent.exists()
+
+
 def test_chats_are_not_plain_text(teach: Teach) -> None:
     row = {"messages": [{"role": "user", "content": "a"}], "answer": 1}
     teach.seeds.write_text(json.dumps(row) + "\n")

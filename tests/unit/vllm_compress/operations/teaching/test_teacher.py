@@ -157,6 +157,19 @@ def test_a_server_without_counts_makes_the_bill_a_least_one(teach: Teach, server
     assert result["answers_without_counts"] == COUNT
 
 
+@pytest.mark.parametrize("odd", [{"content": [{"token": "a"}]}, {"tokens": ["a"]}, [1]])
+def test_odd_log_probabilities_and_counts_cost_no_answer(odd: object) -> None:
+    choice = {"message": {"content": "a"}, "finish_reason": "stop", "logprobs": odd}
+    answer = teacher._read({"choices": [choice], "usage": {"prompt_tokens": "many"}})
+    assert answer == teacher.Answer("a", True)
+
+
+def test_no_money_left_stops_the_run(teach: Teach, server: Server) -> None:
+    server.first.extend([(402, None)] * 40)
+    assert "HTTP 402: Later." in teach.fails(server, "cot")
+    assert len(server.asked) <= 8
+
+
 def test_an_answer_that_is_none_is_tried_again_and_named(teach: Teach, server: Server) -> None:
     server.answer = lambda question, number: 7  # type: ignore[assignment,return-value]
     assert "an answer that is not OpenAI's" in teach.fails(server, "cot", "--logprobs", 0)

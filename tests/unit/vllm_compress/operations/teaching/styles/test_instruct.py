@@ -11,6 +11,7 @@ import pytest
 
 from tests.unit.vllm_compress.operations.teaching.conftest import Teach
 from tests.unit.vllm_compress.operations.teaching.openai_server import Server
+from vllm_compress.commands.teach import render
 from vllm_compress.operations.teaching.novelty import THRESHOLD, jaccard, runs
 
 THINGS = ["rivers", "cats", "bridges", "poems", "stars", "clocks"]
@@ -81,6 +82,10 @@ def test_a_greater_count_uses_what_there_is(teach: Teach, server: Server) -> Non
     answered = [text for text in server.questions() if text in first]
     assert answered == []
     assert len(teach.lines) == 20
+    grown = teach.out.read_bytes()
+    teach.out = teach.out.with_name("at-once.jsonl")
+    teach(server, "instruct", "--count", 20)
+    assert teach.out.read_bytes() == grown
 
 
 def test_a_teacher_that_repeats_itself_stops_early(teach: Teach, server: Server) -> None:
@@ -91,6 +96,7 @@ def test_a_teacher_that_repeats_itself_stops_early(teach: Teach, server: Server)
     )
     result = teach(server, "instruct", "--count", 50)
     assert result["grown"] == result["lines"] == 1
+    assert "grew 1 of 50 instructions" in render(result)
     server.answer = lambda question, number: "I will not."
     teach.out = teach.out.with_name("other.jsonl")
     assert "no line is left of it" in teach.fails(server, "instruct", "--count", 5)
