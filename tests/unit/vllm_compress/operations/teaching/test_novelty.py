@@ -14,7 +14,7 @@ WORDS += ["short", "long", "why", "how", "seven", "red"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=4, max_size=30).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=8))
 def test_whatever_is_kept_differs_and_whatever_is_not_has_its_like(texts: list[str]) -> None:
     novelty, kept = Novelty(), list[str]()
@@ -31,7 +31,7 @@ def test_nearly_all_that_is_alike_is_found() -> None:
     """As an exact comparison of all with all has it."""
     chance = random.Random(0)
     missed = alike = 0
-    for _ in range(200):
+    for _ in range(80):
         words = chance.choices(WORDS, k=40)
         changed = list(words)
         for place in chance.sample(range(40), chance.randint(1, 4)):
@@ -44,7 +44,7 @@ def test_nearly_all_that_is_alike_is_found() -> None:
             missed += novelty.add(other)
         else:
             assert novelty.add(other)
-    assert alike > 50
+    assert alike > 20
     assert missed <= alike / 20
 
 
