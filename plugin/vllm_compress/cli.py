@@ -33,6 +33,7 @@ COMMANDS = {
     "rollout": "change the split of a running gateway",
     "drain": "take a variant's server out of service before it stops",
     "dashboard": "draw the metrics of deployments, alone and compared",
+    "teach": "have a served model write training data for a smaller one",
     "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }

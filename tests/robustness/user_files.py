@@ -21,6 +21,8 @@ from vllm_compress.operations.capacity.calibration.fit import read_calibration
 from vllm_compress.operations.capacity.footprint.shapes import load_shape
 from vllm_compress.operations.capacity.hardware import read_hardware
 from vllm_compress.operations.deployment_file import load_deployment
+from vllm_compress.operations.teaching.overlap import read_held_out
+from vllm_compress.operations.teaching.seeds import read_seeds
 
 SLOWEST, LONGEST = 2.0, 2000
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -54,6 +56,10 @@ def report(path: Path) -> None:
 def shape(path: Path) -> None:
     load_shape(str(path.parent))
     quantization_method(path.parent)
+
+
+def held_out(path: Path) -> None:
+    read_held_out(path, 13)
 
 
 def seeds_of(folder: str) -> list[bytes]:
@@ -94,6 +100,11 @@ MEASURED = {
     **{"weight_bytes": 9, "tokens": [[1, 0.1], [2, 0.2]], "head": [[1, 0.1]], "per_context": 0.1},
     **{"per_pair": 0.1, "request_seconds": 0.1, "devices": 1, "kv_tokens": 9},
 }
+SEEDS: list[dict[str, Any]] = [
+    {"prompt": "What is two plus two?", "answer": 4},
+    {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+    {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]},
+]
 READERS: dict[str, tuple[str, Read, list[bytes]]] = {
     "recipe": ("recipe.yaml", recipe, []),
     "deployment": ("deployment.yaml", load_deployment, []),
@@ -103,6 +114,8 @@ READERS: dict[str, tuple[str, Read, list[bytes]]] = {
     "index": ("model.safetensors.index.json", index, []),
     "report": ("report.json", report, []),
     "calibration": ("calibration.json", read_calibration, encoded(MEASURED)),
+    "seeds": ("seeds.jsonl", read_seeds, encoded(*SEEDS)),
+    "held-out": ("held.jsonl", held_out, encoded(*SEEDS)),
 }
 
 

@@ -37,6 +37,8 @@ def test_a_full_disk_behind_standard_output_is_one_line(arguments: list[str]) ->
         ["serve", "--config", LONG],
         ["inspect", LONG],
         ["plan", LONG],
+        ["teach", "URL", "--style", "cot", "-o", "OUT.jsonl", "--seeds", f"{LONG}.jsonl"],
+        ["teach", "URL", "--style", "cot", "-o", f"{LONG}.jsonl", "--seeds", "SEEDS"],
         ["plan", "MODEL", "--recipe", LONG],
     ],
 )
@@ -50,6 +52,7 @@ def test_a_path_that_cannot_be_is_one_line(
 ) -> None:
     places = {"MODEL": str(novels_8m), "OUT": str(tmp_path / "out"), LONG: name}
     places[f"{LONG}.txt"] = f"{name}.txt"
+    places[f"{LONG}.jsonl"] = f"{name}.jsonl"
     try:
         code = main([places.get(a, a) for a in arguments])
     except SystemExit as left:

@@ -32,7 +32,6 @@ from vllm_compress.operations.abtest.harness import (
     read_tasks,
     run_tasks,
 )
-from vllm_compress.operations.abtest.journal import Journal
 from vllm_compress.operations.abtest.metrics import read_limits
 from vllm_compress.operations.abtest.replay.client import Server, open_server
 from vllm_compress.operations.abtest.replay.measure import measure_metrics, read_pairs
@@ -48,6 +47,7 @@ from vllm_compress.operations.abtest.replay.replay import (
 from vllm_compress.operations.abtest.report import document
 from vllm_compress.operations.abtest.report.page import page
 from vllm_compress.operations.abtest.scoring.scores import load_scorer
+from vllm_compress.operations.journal import Journal
 
 SERVERS, PROMPTS, LOOKS = "servers", "prompts", "looks"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"

@@ -24,9 +24,9 @@ from compress_methods.evaluation.harness import (
 from compress_methods.evaluation.statistics import bounded_difference
 from compress_methods.system.http import headers
 from compress_methods.system.progress import Progress
-from vllm_compress.operations.abtest.journal import Journal
 from vllm_compress.operations.abtest.replay.client import Server
 from vllm_compress.operations.abtest.replay.measure import Measurement
+from vllm_compress.operations.journal import Journal
 
 CONCURRENT = 8
 

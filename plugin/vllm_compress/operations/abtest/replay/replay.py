@@ -32,7 +32,6 @@ import httpx
 from compress_methods.evaluation.served import ServerError, prompt_logprobs
 from compress_methods.system.http import HttpError
 from compress_methods.system.progress import Progress
-from vllm_compress.operations.abtest.journal import Journal
 from vllm_compress.operations.abtest.replay.client import (
     TIMEOUT,
     Answer,
@@ -43,6 +42,7 @@ from vllm_compress.operations.abtest.replay.client import (
 )
 from vllm_compress.operations.abtest.replay.prompts import Prompt
 from vllm_compress.operations.abtest.scoring.logprobs import compare_logprobs
+from vllm_compress.operations.journal import Journal
 
 ANSWERS, SCORES, GONE = "answers", "scores", "gone"
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)

@@ -33,12 +33,12 @@ def exact_match(row: Mapping[str, Any], output: str) -> bool:
     return output.strip() == str(row["answer"]).strip()
 
 
-def load_scorer(spec: str) -> Scorer:
-    """The function that `file.py:function` names; raises `ScorerError`."""
+def load_scorer(spec: str, option: str = "--scorer") -> Scorer:
+    """The function that `file.py:function` names; raises `ScorerError`, naming the `option`."""
     file, colon, name = spec.rpartition(":")
     path = Path(file)
     if not colon or path.suffix != ".py" or not name:
-        raise ScorerError(f"--scorer is {spec!r}, expected file.py:function")
+        raise ScorerError(f"{option} is {spec!r}, expected file.py:function")
     if not path.is_file():
         raise ScorerError(f"{path}: no such file")
     module_spec = importlib.util.spec_from_file_location("vllm_compress_scorer", path)

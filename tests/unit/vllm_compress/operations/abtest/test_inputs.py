@@ -12,10 +12,10 @@ from compress_methods.errors import CompressError
 from tests.unit.vllm_compress.operations.abtest.conftest import WARM_UP, Compare
 from tests.unit.vllm_compress.operations.abtest.streaming_server import Server
 from vllm_compress.operations.abtest import comparison
-from vllm_compress.operations.abtest.journal import Journal
 from vllm_compress.operations.abtest.metrics import METRICS, read_limits
 from vllm_compress.operations.abtest.replay import replay
 from vllm_compress.operations.abtest.replay.prompts import digest_prompts, read_prompts
+from vllm_compress.operations.journal import Journal
 
 
 def test_what_cannot_be_compared_is_one_line(

@@ -1,0 +1,1 @@
+"""The ways of asking a teacher, one a file."""
