@@ -63,6 +63,7 @@ from compress_methods.system.files import copy_file, write_text
 from compress_methods.system.memory import available_bytes, peak_bytes
 from compress_methods.system.progress import Progress
 from compress_methods.system.words import size_text
+from compress_methods.training.student import Student
 
 TRAINING, RESULT, CHECKPOINTS = "training", "result", "checkpoints"
 FLOAT = 4
@@ -108,6 +109,11 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
     """Both checkpoints and the text, checked before anything runs; a `CompressError` says what is
     wrong with them."""
     require_trainer()
+    if running.device.index:
+        raise RecipeError(
+            f"training runs on the first GPU, not on {running.device}; choose it by "
+            "CUDA_VISIBLE_DEVICES"
+        )
     sources = [_open(model), _open(teacher)]
     (mine, theirs), names = sources, [source.directory for source in sources]
     tokenizers = [load_tokenizer(directory) for directory in names]
@@ -155,8 +161,7 @@ def _vocabulary(directory: Path) -> Any:
 
 def _make(pair: Pair, journal: Journal) -> None:
     """Train, write and measure; the result is then in the work folder, and journaled."""
-    from compress_methods.training.student import Student
-    from compress_methods.training.trainer import train
+    from compress_methods.training.trainer import train  # seconds, and only to train
 
     began, settings, running = time.monotonic(), pair.settings, pair.running
     device = running.device
@@ -189,21 +194,32 @@ def _make(pair: Pair, journal: Journal) -> None:
             "held_out": after.to_dict(),
         }
     )
+    seconds = time.monotonic() - began
+    report = _reported(pair, facts, seconds) | {"fingerprint": journal.fingerprint}
+    write_text(place / CARD, model_card(report))
+    write_text(place / REPORT, json.dumps(seal(report, place), indent=2) + "\n")
+    journal.record(RESULT, f"{place.relative_to(journal.directory)}/{REPORT}", {})
+
+
+def _reported(pair: Pair, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The student's report, with what this training did."""
+    device, report = pair.running.device, _report_of(pair)
     run = {
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
         "peak_memory_bytes": peak_bytes(),
         "device": signature(device),
         "peak_device_bytes": peak_device_bytes(device),
         "bytes_per_second": None,
         "tool_version": __version__,
     }
-    report = {**_report_of(pair), "fingerprint": journal.fingerprint, "run": run}
-    report[TRAINING] = [*report.get(TRAINING, ()), facts]
-    report["stages"] = [*report.get("stages", ()), _stage(facts, report)]
-    report |= {"held_out": facts["held_out"], "held_out_halves": []}
-    write_text(place / CARD, model_card(report))
-    write_text(place / REPORT, json.dumps(seal(report, place), indent=2) + "\n")
-    journal.record(RESULT, f"{place.relative_to(journal.directory)}/{REPORT}", {})
+    return {
+        **report,
+        TRAINING: [*report.get(TRAINING, ()), facts],
+        "stages": [*report.get("stages", ()), _stage(facts, report)],
+        "held_out": facts["held_out"],
+        "held_out_halves": [],
+        "run": run,
+    }
 
 
 def _tokens(pair: Pair, work: Path) -> Tensor:

@@ -44,7 +44,7 @@ from compress_methods.recipe.training import DISTILL, QAT
 
 TINY = 1e-30
 MATRIX_DIMENSIONS = 2
-CODES_RATE = 0.2
+CODES_RATE = 0.6
 """Of codes, in steps from one to the next, when that of a scale is 1."""
 FAR = 0.5
 """Beyond this relative error a matrix of the same name is not what another was rounded from."""

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import Adafactor
 from transformers.trainer_callback import PrinterCallback
 
-from compress_methods.recipe.training import Training
+from compress_methods.model.skeleton import quiet_transformers
+from compress_methods.recipe.training import QAT, Training
 from compress_methods.system.progress import Progress
 from compress_methods.training.losses import divergence
 from compress_methods.training.student import Student
 
 CHECKS = 10
+MOMENTUM = 0.9
 WARM_UP = 0.05
 WORST = 2.0
 NOTICEABLE = 1e-4
@@ -68,7 +71,8 @@ def train(
     trainer.teacher, trainer.settings, trainer.watcher = teacher, settings, watcher
     trainer.remove_callback(PrinterCallback)
     begun = _last_checkpoint(work)
-    trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
     outcome = _outcome(trainer.state.log_history, watcher)
     if outcome.best == 0:
         with torch.no_grad():
@@ -119,7 +123,13 @@ class _Distiller(Trainer):
 
     def create_optimizer(self, *_: Any, **__: Any) -> Any:
         groups = self.model.groups(self.settings.learning_rate)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        if self.settings.train == QAT:
+            # Of codes only those are to change whose gradient is large beside their row's and
+            # column's; Adam would move all alike.
+            fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+            self.optimizer = Adafactor(groups, beta1=MOMENTUM, **fixed)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
 
     def compute_loss(
@@ -143,7 +153,7 @@ class _Distiller(Trainer):
 
 def _arguments(settings: Training, work: Path, device: torch.device) -> TrainingArguments:
     interval = max(1, settings.steps // CHECKS)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
@@ -170,6 +180,9 @@ def _arguments(settings: Training, work: Path, device: torch.device) -> Training
         disable_tqdm=True,
         report_to="none",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or it would split batches over all GPUs, and the teacher has but one
+    return arguments
 
 
 def _last_checkpoint(work: Path) -> Path | None:

@@ -135,14 +135,18 @@ def test_a_step_against_the_gradient_of_codes_lowers_the_kl(
     assert (old[name] != new[name]).sum() == 1
 
 
-def test_a_pruned_model_heals_and_stays_a_plain_one(novels_8m: Path, tmp_path: Path) -> None:
+def test_a_pruned_model_heals_on_text_of_the_users_and_stays_a_plain_one(
+    novels_8m: Path, some_text: Path, tmp_path: Path
+) -> None:
     calibration = {"samples": 4, "length": 64, "held_out": 2}
     recipe = {"stages": [{"transform": "depth", "drop": 2}], "calibration": calibration}
     convert(novels_8m, recipe, tmp_path / "pruned", quiet=True)
-    settings = quick("distill", beta=0.5, rate=0.005)
+    settings = quick("distill", beta=0.5, rate=0.005, data=str(some_text))
     report = recover(tmp_path / "pruned", novels_8m, tmp_path / "out", settings, quiet=True)
     facts = report["training"][0]
     assert facts["loss"] == {"jsd": 0.5}
+    assert facts["data"] == some_text.name
+    assert facts["text"].startswith(some_text.name)
     assert facts["held_out"]["kl"] < 0.9 * facts["before"]["kl"]
     assert report["dropped"]
     assert [stage["stage"] for stage in report["stages"]] == ["depth", "train distill"]
