@@ -1,6 +1,6 @@
 """`train`: stages of a recipe that win back what compression lost, by gradients.
 
-    - {train: scales, loss: kl, steps: 500, rate: 0.002, data: self}
+    - {train: scales, loss: kl, steps: 500, rate: 0.005, data: self}
 
 `train` is `scales`, `distill` or `qat`, as `compress_methods.training` describes them. `loss` is
 `kl`, `reverse_kl` or `{jsd: 0.5}`. `data` is `self` (the teacher writes it; `self:code` and the
@@ -24,7 +24,7 @@ from compress_methods.registry import build_dataclass
 
 TRAIN = "train"
 SCALES, DISTILL, QAT = "scales", "distill", "qat"
-RATES = MappingProxyType({SCALES: 0.002, DISTILL: 0.005, QAT: 0.002})
+RATES = MappingProxyType({SCALES: 0.005, DISTILL: 0.005, QAT: 0.002})
 """Of Adam, by method; a parameter's own size is 1."""
 LOSSES = MappingProxyType({"kl": 0.0, "reverse_kl": 1.0})
 """The `beta` of `training/losses.py` that each is."""
