@@ -319,7 +319,7 @@ def _parse(block: Any, where: str, name: str) -> StagedRecipe:
             done = len(transforms) + (packing is not None)
             training.append((done, parse_training(stage, at)))
         elif packing is not None:
-            raise RecipeError(f"{at}: only training can follow the packing (stages[{i - 1}])")
+            raise RecipeError(f"{at}: nothing can follow the packing but training")
         elif isinstance(stage, Mapping) and "transform" in stage:
             transforms.append(TRANSFORMS.build(_shares(stage), "transform", at, RecipeError))
         elif isinstance(stage, Mapping) and "formats" in stage:

@@ -135,7 +135,7 @@ def test_a_killed_recipe_goes_on_with_the_segment_it_was_at(
     [
         (chain(HEAL, PACKING), "the original itself has nothing to win back"),
         (chain(PACKING), "stages has only the packing"),
-        (chain(PACKING, DEPTH), "only training can follow the packing"),
+        (chain(PACKING, DEPTH), "nothing can follow the packing but training"),
         (
             {"stages": [DEPTH, HEAL], "accept": {"kl": 1.0}},
             "accept cannot judge recipes that train",
