@@ -17,7 +17,7 @@ EPILOG = """\
 --train says what may move:
   scales   scales, norms and biases; codes stay (PEQA). For quantized models: quick and safe
   distill  every value stored as a float. For pruned models, which are plain ones
-  qat      scales and codes. For 2 and 3 bits; wants thousands of sequences
+  qat      scales and codes. An experiment: not yet seen to win more than scales
 
 examples:
   vllm-compress recover out/int2 --teacher path/to/model -o out/int2-scales

@@ -16,7 +16,8 @@ A parameter is measured in its own size (the root mean square of its tensor), so
 rate fits all. Zero points and lookup tables, which are stored as whole numbers, stay.
 
 Needs memory for all values in float32, their gradients, and of what is trained four times as much.
-Fails where: nothing that can be trained is stored.
+Fails where: nothing that can be trained is stored. Codes of 2 bits take long: a step from one to
+the next is as large as a value, so at high rates noise turns more of them than gradients do.
 """
 
 from __future__ import annotations
