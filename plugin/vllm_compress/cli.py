@@ -23,6 +23,7 @@ from compress_methods.errors import CompressError, named, nearest
 PROGRAM = "vllm-compress"
 COMMANDS = {
     "convert": "compress a model as a recipe says",
+    "recover": "train what compression lost back, towards the original",
     "check": "find what will go wrong before converting or serving",
     "inspect": "show formats, bytes and bits per weight of a model",
     "eval": "measure what compression lost",

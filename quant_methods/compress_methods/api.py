@@ -1,4 +1,5 @@
-"""convert: from a checkpoint and a recipe to a compressed checkpoint."""
+"""convert and recover: from a checkpoint and a recipe to a compressed checkpoint, and from that and
+its original to a better one."""
 
 from __future__ import annotations
 
@@ -20,9 +21,12 @@ from compress_methods.errors import OutputError, RecipeError
 from compress_methods.model.device import AUTO, resolve_device
 from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import StagedRecipe, load_staged
+from compress_methods.recipe.training import Training
 from compress_methods.search.gate import Gate
 from compress_methods.search.prune_to import Search
 from compress_methods.system.user_file import require_path
+from compress_methods.training.recover import recover as train_towards
+from compress_methods.training.staged import Trained
 
 
 def convert(
@@ -57,6 +61,8 @@ def convert(
     written = OWN if layout is None else LAYOUTS.get(layout, "layout", RecipeError)({})
     if staged.accept is not None:
         return Gate(staged, Path(out), calibration, opening, written, running).run()
+    if staged.training:
+        return Trained(staged, Path(out), calibration, opening, written, running).run()
     if staged.search is not None:
         return Search(staged, Path(out), calibration, opening, running).run()
     stages = open_stages(
@@ -67,3 +73,20 @@ def convert(
     if staged.transforms and not quiet:
         print(statement(stages), file=sys.stderr, flush=True)
     return carry_out(staged, stages, Path(out), text, running)
+
+
+def recover(
+    model: str | Path,
+    teacher: str | Path,
+    out: str | Path,
+    settings: Training,
+    *,
+    device: str = AUTO,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train `model`, compressed or pruned, towards its original `teacher` (directories or hub ids)
+    into `out`; returns the report. Needs the extra `train`. Raises a `CompressError` subclass for
+    anything the user can fix; the same call goes on from where a killed one was."""
+    require_path(out, OutputError)
+    running = Running(resolve_device(device), torch.float32, quiet)
+    return train_towards(model, teacher, settings, Path(out), running)

@@ -28,8 +28,9 @@ examples:
 --json before converting: model, recipe, modules, bytes_before, bytes_after, disk, disk_free,
 memory, memory_free (bytes), device_memory (null without --hardware), seconds, calibration (how much
 of what text; null where none is used); advice, where it is short; note, where chats became text;
-of several stages, stages (a line each); of a search, levels (how many there are; bytes_after is
-that of the first) and bytes_after_least (of the last).
+of several stages, stages (a line each); training, where there is some, which the others leave out;
+of a search, levels (how many there are; bytes_after is that of the first) and bytes_after_least (of
+the last).
 --json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
 on --hardware or else here), device, device_memory (null without --hardware), files (how many were
 read against their checksums; null without --deep).
@@ -71,6 +72,7 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     from compress_methods.recipe.stages import load_staged
     from compress_methods.search.prune_to import find_levels
     from compress_methods.system.memory import available_bytes
+    from compress_methods.training.recover import require_trainer
 
     if args.deep:
         raise CompressError("--deep reads the files of a result; leave out --recipe")
@@ -114,6 +116,10 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     }
     if recipe.transforms:
         result["stages"] = statement(stages).splitlines()[:-1]
+    if recipe.training:
+        require_trainer()
+        told = (f"{one.train} for {one.steps} steps" for _, one in recipe.training)
+        result["training"] = f"{', '.join(told)}; its memory and seconds come on top"
     if levels:
         result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
     return result

@@ -24,6 +24,10 @@ that searched adds `search`: target, chosen level, and the `points` it saw (leve
 perplexity, increase, kl, within). One that had to pass a gate adds `gate`: the recipe that was
 asked for, its `accept`, and of all `tries` what was measured (`bounds`, `held_out`, `tasks`), which
 `layers` have the largest errors and whether it was `accepted`; the rest speaks of the last of them.
+One that was trained adds `training`: of each training its settings, the step that was kept
+(`best`), `loss_curve` and `held_out_curve` ([step, value], the latter KL on text that decided when
+to stop), a `note` where it diverged, and quality on other text `before` and after it; errors of
+modules are those before it. `segments`: of how many conversions and trainings it was made.
 """
 
 from __future__ import annotations
@@ -170,7 +174,7 @@ def model_card(report: dict[str, Any]) -> str:
         lines += [*_module_rows(report), "", *_budget(report), _kept(report)]
     if "refined" in report:
         lines.append(f"Refined block by block: {refined_text(report['refined'])}.")
-    lines += [_calibration(report), ""]
+    lines += [_calibration(report), *_training(report), ""]
     lines += _gate(report)
     lines += _serving(report)
     return "\n".join(lines)
@@ -297,6 +301,21 @@ def _calibration(report: dict[str, Any]) -> str:
         f"Calibrated on {facts['sequences']} sequences of {facts['length']} tokens "
         f"({facts['source']}){errors}.{chats}"
     )
+
+
+def _training(report: dict[str, Any]) -> list[str]:
+    """A line for each training: what it won back."""
+    lines = []
+    for facts in report.get("training", ()):
+        before, after = (_number(facts[key]["kl"], ".4f") for key in ("before", "held_out"))
+        note = f" It {facts['note']}." if facts["note"] else ""
+        lines.append(
+            f"Trained (`{facts['train']}`) towards {facts['teacher']} on {facts['sequences']} "
+            f"sequences of {facts['length']} tokens ({facts['text']}), {facts['best']} of "
+            f"{facts['steps']} steps kept: KL on held-out text {before} before, {after} after."
+            f"{note}"
+        )
+    return lines
 
 
 def _gate(report: dict[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ from compress_methods.formats.codes import PLANES, pack_codes, unpack_codes
 from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.range_search import search_scales
-from compress_methods.formats.relaxed import Relaxed, stored_as
+from compress_methods.formats.relaxed import WITHIN, Relaxed, rounded, stored_as
 from compress_methods.formats.rounder import entries_at
 from compress_methods.lazy import torch
 
@@ -268,12 +268,28 @@ class RelaxedInteger(Relaxed):
         offset = self.fmt.middle if zeros is None else zeros[..., None]
         return ((parameters["codes"] - offset) * scales).reshape(self._shape)
 
+    def whole(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {n: v if n == "factors" else rounded(v) for n, v in parameters.items()}
+
+    def hold(self, solution: IntegerSolution) -> None:
+        codes = self.parameters["codes"]
+        own = solution.codes.float().reshape(codes.shape)
+        torch.clamp(codes, own - WITHIN, own + WITHIN, out=codes)
+        self.limit(self.parameters)
+
+    def limit(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, value in parameters.items():
+            value.clamp_(
+                *((LEAST_FACTOR, 1 / LEAST_FACTOR) if name == "factors" else (0, self._top))
+            )
+
     def move(self, steps: Mapping[str, Tensor]) -> None:
         codes, zeros = self.parameters["codes"], self.parameters.get("zeros")
-        codes.sub_(steps["codes"].masked_fill(self._settled, 0)).clamp_(0, self._top)
-        self.parameters["factors"].sub_(steps["factors"]).clamp_(LEAST_FACTOR, 1 / LEAST_FACTOR)
+        codes.sub_(steps["codes"].masked_fill(self._settled, 0))
+        self.parameters["factors"].sub_(steps["factors"])
         if zeros is not None and not self._settled.any():
-            zeros.sub_(steps["zeros"]).clamp_(0, self._top)
+            zeros.sub_(steps["zeros"])
+        self.limit(self.parameters)
 
     def state(self) -> dict[str, Tensor]:
         return {**self.parameters, "settled": self._settled}

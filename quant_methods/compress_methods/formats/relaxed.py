@@ -39,6 +39,17 @@ class Relaxed(ABC):
     def settle(self, share: float) -> None:  # noqa: B027
         """Have at least this share of what must be whole be so from now on; 1 is everything."""
 
+    def whole(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parameters with all that has to be whole rounded; gradients pass as if nothing was
+        rounded."""
+        return parameters
+
+    def hold(self, solution: Any) -> None:  # noqa: B027
+        """Bring what has to be whole to where it is rounded to a solution's own."""
+
+    def limit(self, parameters: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Bring parameters back, in place, to where what is stored reaches."""
+
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, in place."""
         return self.parameters
@@ -62,3 +73,12 @@ class Relaxed(ABC):
 def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
     """What `dtype` holds of values, as float32; gradients pass as if nothing was rounded."""
     return values.detach().to(dtype).float() + (values - values.detach())
+
+
+WITHIN = 0.4
+"""How far from a whole number what is held may be."""
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Whole numbers; gradients pass as if nothing was rounded."""
+    return values.detach().round() + (values - values.detach())

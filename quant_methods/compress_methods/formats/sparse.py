@@ -264,6 +264,15 @@ class RelaxedSparse(Relaxed):
     def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
         return self.fmt.expand(self._kept.matrix(parameters), self._mask)
 
+    def whole(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._kept.whole(parameters)
+
+    def hold(self, solution: SparseSolution) -> None:
+        self._kept.hold(solution.values)
+
+    def limit(self, parameters: Mapping[str, Tensor]) -> None:
+        self._kept.limit(parameters)
+
     def move(self, steps: Mapping[str, Tensor]) -> None:
         self._kept.move(steps)
 

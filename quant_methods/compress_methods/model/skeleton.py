@@ -160,7 +160,7 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
         if getattr(config.get_text_config(), "attn_logit_softcapping", None):
             # torch's attention, which transformers takes where it can, leaves the cap out.
             options["attn_implementation"] = "eager"
-        with _meta_parameters(), _quiet():
+        with _meta_parameters(), quiet_transformers():
             model = getattr(transformers, architecture.auto_class).from_config(config, **options)
     except (OSError, ValueError, KeyError, ImportError) as problem:
         reason = " ".join(str(problem).split())[:300]
@@ -225,8 +225,8 @@ def _meta_parameters() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' own notices while a model is built."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own notices, of a model that is built or trained."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -4,6 +4,7 @@
       - {transform: width, ffn: 25%, attention: 25%}
       - formats: {w4: {format: integer, bits: 4, group_size: 128}}
         modules: [{match: blocks, format: w4, algorithm: gptq}]
+      - {train: scales, loss: kl, steps: 500}                     # optional, anywhere but first
     calibration: {samples: auto, length: 512, seed: 0, held_out: 8}
     prune_to: {perplexity_increase: 5%, size: 60%, steps: 20}   # optional; one bound or more
 
@@ -45,6 +46,7 @@ from compress_methods.recipe.schema import (
     parse_recipe,
     read_recipe,
 )
+from compress_methods.recipe.training import TRAIN, Training, parse_training
 from compress_methods.registry import build_dataclass
 from compress_methods.system.user_file import require_path
 from compress_methods.transforms import TRANSFORMS, Pass
@@ -87,7 +89,8 @@ class PruneTo:
 @dataclass(frozen=True)
 class StagedRecipe:
     """A validated recipe of any number of stages. `block` is what it was read from; `fallback` are
-    the recipes to try where the result does not pass `accept`."""
+    the recipes to try where the result does not pass `accept`; `training` are `train` stages, each
+    with the number of other stages before it."""
 
     name: str
     transforms: tuple[Pass, ...]
@@ -98,6 +101,21 @@ class StagedRecipe:
     block: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     accept: Accept | None = None
     fallback: tuple[StagedRecipe, ...] = ()
+    training: tuple[tuple[int, Training], ...] = ()
+
+    @property
+    def segments(self) -> list[StagedRecipe | Training]:
+        """Training, and what is converted before it, between and after it, in order."""
+        found: list[StagedRecipe | Training] = []
+        done, count = 0, len(self.transforms) + (self.packing is not None)
+        for until, training in (*self.training, (count, None)):
+            if until > done:
+                packing = self.packing if until > len(self.transforms) else None
+                own = (self.name, self.transforms[done:until], packing, self.calibration)
+                found.append(StagedRecipe(*own))
+            found += [] if training is None else [training]
+            done = until
+        return found
 
     @property
     def candidates(self) -> list[StagedRecipe]:
@@ -113,11 +131,13 @@ class StagedRecipe:
             named = {"calibration": self.calibration.to_dict()} if self.calibration.files else {}
             return {**self.block, **named}
         packing = self.packing.to_dict() if self.packing is not None else {}
-        if not self.transforms:
+        if not self.transforms and not self.training:
             return packing
         stages = [{"transform": t.name, **dataclasses.asdict(t)} for t in self.transforms]
         if packing:
             stages.append({key: packing[key] for key in PACKING_KEYS if key in packing})
+        for place, training in reversed(self.training):
+            stages.insert(place, training.to_dict())
         return {"stages": stages, "calibration": self.calibration.to_dict()}
 
     @property
@@ -163,7 +183,9 @@ def load_staged(recipe: str | Path | Mapping[str, Any] | Recipe | StagedRecipe) 
     staged = parse_staged(block, where, name, folder)
     settings = staged.calibration.beside(folder)
     others = tuple(one.calibrated(settings) for one in staged.fallback)
-    return dataclasses.replace(staged.calibrated(settings), fallback=others)
+    training = tuple((place, one.beside(folder)) for place, one in staged.training)
+    staged = dataclasses.replace(staged, fallback=others, training=training)
+    return staged.calibrated(settings)
 
 
 def parse_staged(block: Any, where: str, name: str, folder: Path = Path()) -> StagedRecipe:
@@ -189,9 +211,10 @@ def parse_staged(block: Any, where: str, name: str, folder: Path = Path()) -> St
             f"{' of either half' if ways > 1 else ''}; calibration.held_out is {found}, "
             f"expected {least} or more"
         )
-    return dataclasses.replace(
-        staged, accept=accept, fallback=_fallbacks(block, rest, where, folder)
-    )
+    fallback = _fallbacks(block, rest, where, folder)
+    if any(one.training for one in (staged, *fallback)):
+        raise RecipeError(f"{where}: {ACCEPT} cannot judge recipes that train yet")
+    return dataclasses.replace(staged, accept=accept, fallback=fallback)
 
 
 def _accept(values: Any, where: str, folder: Path) -> Accept:
@@ -267,6 +290,8 @@ def _parse_searched(block: Any, where: str, name: str) -> StagedRecipe:
 
 def _can_search(staged: StagedRecipe, key: str, where: str) -> StagedRecipe:
     """The recipe; `RecipeError` where there is too little text to search by."""
+    if staged.search is not None and staged.training:
+        raise RecipeError(f"{where}: {key} cannot search recipes that train yet")
     if staged.search is not None and staged.calibration.held_out < 2:
         raise RecipeError(
             f"{where}: {key} chooses by one half of the held-out text and reports on the other; "
@@ -283,12 +308,19 @@ def _parse(block: Any, where: str, name: str) -> StagedRecipe:
     stages = block["stages"]
     if not isinstance(stages, list) or not stages:
         raise RecipeError(f"{where}: stages is {stages!r}, expected a non-empty list")
-    transforms, packing = [], None
+    transforms: list[Pass] = []
+    training: list[tuple[int, Training]] = []
+    packing = None
     for i, stage in enumerate(stages):
         at = f"{where}: stages[{i}]"
-        if packing is not None:
-            raise RecipeError(f"{at}: nothing can follow the packing (stages[{i - 1}])")
-        if isinstance(stage, Mapping) and "transform" in stage:
+        if isinstance(stage, Mapping) and TRAIN in stage:
+            if i == 0:
+                raise RecipeError(f"{at}: the original itself has nothing to win back by training")
+            done = len(transforms) + (packing is not None)
+            training.append((done, parse_training(stage, at)))
+        elif packing is not None:
+            raise RecipeError(f"{at}: nothing can follow the packing but training")
+        elif isinstance(stage, Mapping) and "transform" in stage:
             transforms.append(TRANSFORMS.build(_shares(stage), "transform", at, RecipeError))
         elif isinstance(stage, Mapping) and "formats" in stage:
             known_keys(stage, (*PACKING_KEYS, "on_unfit"), at)
@@ -296,11 +328,12 @@ def _parse(block: Any, where: str, name: str) -> StagedRecipe:
             packing = parse_recipe({**stage, **shared}, at, name)
         else:
             raise RecipeError(
-                f"{at}: expected a transform, or formats and modules; found {stage!r}"
+                f"{at}: expected a transform, or formats and modules, or train; found {stage!r}"
             )
-    if not transforms:
+    if not transforms and not training:
         raise RecipeError(f"{where}: stages has only the packing; write formats and modules alone")
-    return StagedRecipe(name, tuple(transforms), packing, parse_calibration(block, where))
+    calibration = parse_calibration(block, where)
+    return StagedRecipe(name, tuple(transforms), packing, calibration, training=tuple(training))
 
 
 def _shares(values: Mapping[str, Any]) -> dict[str, Any]:

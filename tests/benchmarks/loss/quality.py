@@ -31,6 +31,7 @@ RECIPES = (
     *("sparse25-int8", "sparse68", "sparse50-int8", "sparse50-int4-joint", "sparse24"),
     *("auto-3.5", "depth25", "width25-int4"),
     *("sharing25", "tensor-train-embedding"),
+    *("depth25-healed", "int2-healed", "int2-scales"),
 )
 OUTLIERS = {
     f"(with outliers, {name})": name
@@ -39,7 +40,7 @@ OUTLIERS = {
 TOKENS = 20_000
 Case = tuple[str, Any]
 """A row's name and its recipe; None for two passes over one model, see `sparse_cases`."""
-PARTS = ("algorithms", "conversion", "formats", "transforms")
+PARTS = ("algorithms", "conversion", "formats", "training", "transforms")
 SOURCES = (
     *(f"quant_methods/compress_methods/{part}/**/*.py" for part in PARTS),
     "configs/recipes/*.yaml",

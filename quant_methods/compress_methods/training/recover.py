@@ -1,0 +1,308 @@
+"""A checkpoint, compressed or not, trained towards its original and written anew.
+
+Files, names, shapes and formats of the result are those of the checkpoint; only values differ. The
+held-out figures are measured on what was written, read again, on text that neither trained nor
+stopped the training. In the output directory, as `conversion/journal.py` has it:
+
+    .work/tokens.safetensors   text, where the teacher writes it
+    .work/checkpoints/         of transformers' Trainer; a killed training goes on from the last
+    .work/result/              what will be published
+
+Needs both models in memory. Fails where: the two do not share a vocabulary, or their predictions
+are not of the next token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_methods import __version__
+from compress_methods.calibration.self_generated import sample_from_model
+from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
+from compress_methods.checkpoint.compressed import INCOMPLETE, INDEX, read_entries, read_json
+from compress_methods.checkpoint.integrity import REPORT, seal
+from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.safetensors import Writer, read_header
+from compress_methods.checkpoint.source import (
+    Source,
+    companion_files,
+    fingerprint,
+    name_of,
+    open_source,
+    resolve_model,
+)
+from compress_methods.checkpoint.tied import open_skeleton
+from compress_methods.conversion.driver import Running
+from compress_methods.conversion.job import TOKENS, Text, check_calibration
+from compress_methods.conversion.journal import Journal
+from compress_methods.conversion.recovery import verified
+from compress_methods.conversion.report import model_card
+from compress_methods.errors import CheckpointError, RecipeError
+from compress_methods.evaluation.fit import parameters
+from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
+from compress_methods.evaluation.offline import all_logits
+from compress_methods.formats import TensorSpec
+from compress_methods.model.architecture import NEXT_TOKEN
+from compress_methods.model.device import peak_device_bytes, signature
+from compress_methods.recipe.training import Training
+from compress_methods.search.publish import CARD, opened, publish
+from compress_methods.system.files import copy_file, write_text
+from compress_methods.system.memory import available_bytes, peak_bytes
+from compress_methods.system.progress import Progress
+from compress_methods.system.words import size_text
+from compress_methods.training.student import Student
+
+TRAINING, RESULT, CHECKPOINTS = "training", "result", "checkpoints"
+FLOAT = 4
+COPIES = 7
+"""Of all values in float32, at most: teacher, student, its values, gradients, two moments, best."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student's directory and its teacher's, that fit each other."""
+
+    student: Source
+    teacher: Source
+    text: Text
+    settings: Training
+    running: Running
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything the result depends on."""
+        told = json.dumps(self.settings.to_dict(), sort_keys=True)
+        parts = [TRAINING, fingerprint(self.student), fingerprint(self.teacher), told]
+        parts += [self.text.identity or "model", __version__, signature(self.running.device)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def recover(
+    model: str | Path, teacher: str | Path, settings: Training, out: Path, running: Running
+) -> dict[str, Any]:
+    """Train `model` towards `teacher` into `out`, or go on; returns the report."""
+    pair = open_pair(model, teacher, settings, running)
+    with opened(out, pair.fingerprint) as journal:
+        if journal.complete:
+            found = verified(journal, pair.student.directory, None, running.quiet)
+            if found is not None:
+                return found
+        if RESULT not in journal.finished or not journal.holds(RESULT):
+            _make(pair, journal)
+        return publish(journal, RESULT, TRAINING, lambda report, _: report)
+
+
+def open_pair(model: str | Path, teacher: str | Path, settings: Training, running: Running) -> Pair:
+    """Both checkpoints and the text, checked before anything runs; a `CompressError` says what is
+    wrong with them."""
+    require_trainer()
+    if running.device.index:
+        raise RecipeError(
+            f"training runs on the first GPU, not on {running.device}; choose it by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    sources = [_open(model), _open(teacher)]
+    (mine, theirs), names = sources, [source.directory for source in sources]
+    tokenizers = [load_tokenizer(directory) for directory in names]
+    check_vocabulary(tokenizers[1], tokenizers[0], names[1], names[0])
+    sizes = [_vocabulary(directory) for directory in names]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{names[0]}: predicts {sizes[0]} tokens, expected the {sizes[1]} of its teacher "
+            f"{names[1]}"
+        )
+    if open_skeleton(theirs.directory).architecture.loss != NEXT_TOKEN:
+        raise CheckpointError(f"{names[1]}: does not predict the next token, so it cannot teach")
+    check_length(theirs.directory, settings.length)
+    check_length(mine.directory, settings.length)
+    needed = COPIES * FLOAT * sum(parameters(theirs.directory).values())
+    if running.device.type == "cpu" and needed > available_bytes():
+        raise RecipeError(
+            f"training {mine.name} towards {theirs.name} takes about {size_text(needed)} of "
+            f"memory, {size_text(available_bytes())} are free"
+        )
+    text = check_calibration(theirs.directory, settings.text, settings.data)
+    return Pair(mine, theirs, text, settings, running)
+
+
+def require_trainer() -> None:
+    """`RecipeError` where the optional packages are not installed."""
+    if find_spec("accelerate") is None:
+        raise RecipeError("training needs accelerate; pip install 'vllm-compress[train]'")
+
+
+def _open(model: str | Path) -> Source:
+    directory = resolve_model(model)
+    if (directory / INCOMPLETE).exists():
+        raise CheckpointError(
+            f"{directory}: is not finished ({INCOMPLETE} is there); run the command that makes it "
+            "again to complete it"
+        )
+    return open_source(directory, open_skeleton(directory), name_of(model), allow_pickle=False)
+
+
+def _vocabulary(directory: Path) -> Any:
+    config = read_json(directory / "config.json")
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def _make(pair: Pair, journal: Journal) -> None:
+    """Train, write and measure; the result is then in the work folder, and journaled."""
+    from compress_methods.training.trainer import train  # seconds, and only to train
+
+    began, settings, running = time.monotonic(), pair.settings, pair.running
+    device = running.device
+    tokens = _tokens(pair, journal.work)
+    teacher = load_model(pair.teacher.directory, torch.float32, device)
+    student = Student(pair.student.directory, settings.train, device, pair.teacher)
+    reported = tokens[settings.sequences + settings.held_out :]
+    before = measure(teacher, student.model, reported)
+    checkpoints, place = journal.work / CHECKPOINTS, journal.work / RESULT
+    with Progress(settings.steps, f"training ({settings.train})", quiet=running.quiet) as progress:
+        outcome = train(student, teacher, tokens, settings, checkpoints, progress)
+        if outcome.note:
+            progress.say(outcome.note)
+    changed = student.stored()
+    del student
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    write_changed(pair.student.directory, place, changed)
+    after = measure(teacher, load_model(place, torch.float32, device), reported)
+    facts = _finite(
+        {
+            **settings.to_dict(),
+            "teacher": pair.teacher.name,
+            "text": pair.text.source,
+            "best": outcome.best,
+            "loss_curve": [list(point) for point in outcome.loss],
+            "held_out_curve": [list(point) for point in outcome.kl],
+            "note": outcome.note,
+            "before": before.to_dict(),
+            "held_out": after.to_dict(),
+        }
+    )
+    seconds = time.monotonic() - began
+    report = _reported(pair, facts, seconds) | {"fingerprint": journal.fingerprint}
+    write_text(place / CARD, model_card(report))
+    write_text(place / REPORT, json.dumps(seal(report, place), indent=2) + "\n")
+    journal.record(RESULT, f"{place.relative_to(journal.directory)}/{REPORT}", {})
+
+
+def _reported(pair: Pair, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The student's report, with what this training did."""
+    device, report = pair.running.device, _report_of(pair)
+    run = {
+        "seconds": seconds,
+        "peak_memory_bytes": peak_bytes(),
+        "device": signature(device),
+        "peak_device_bytes": peak_device_bytes(device),
+        "bytes_per_second": None,
+        "tool_version": __version__,
+    }
+    return {
+        **report,
+        TRAINING: [*report.get(TRAINING, ()), facts],
+        "stages": [*report.get("stages", ()), _stage(facts, report)],
+        "held_out": facts["held_out"],
+        "held_out_halves": [],
+        "run": run,
+    }
+
+
+def _tokens(pair: Pair, work: Path) -> Tensor:
+    """int64 [sequences + 2 * held_out, length]."""
+    if pair.text.tokens is not None:
+        return pair.text.tokens
+    settings = dataclasses.replace(pair.settings.text, preset=pair.text.preset)
+    tokenizer = load_tokenizer(pair.teacher.directory)
+    with Progress(1, "the teacher writes text", quiet=pair.running.quiet) as progress:
+        return sample_from_model(
+            pair.teacher, tokenizer, settings, progress, work / TOKENS, pair.running.device
+        )
+
+
+def measure(teacher: Any, model: Any, tokens: Tensor) -> Evaluation:
+    """How far a model in memory is from its teacher on sequences [n, length]."""
+    sums: list[Sums] = []
+    for row in tokens:
+        expected, found = all_logits(teacher, row), all_logits(model, row)
+        sums.append(compare_predictions(expected, found, row, shift=True))
+    return summarize(sums)
+
+
+def write_changed(directory: Path, place: Path, changed: Mapping[str, Tensor]) -> None:
+    """The checkpoint of `directory` in `place`, with other values for the tensors `changed`."""
+    entries = read_entries(directory)
+    for path in sorted({entry.path for entry in entries.values()}):
+        held = read_header(path)
+        specs = {name: TensorSpec(entry.shape, entry.dtype) for name, entry in held.items()}
+        with Writer(place / path.name, specs) as writer:
+            for name, entry in held.items():
+                if name in changed:
+                    writer.put(name, changed[name])
+                    continue
+                for _, slab in entry.slabs():
+                    writer.put(name, slab)
+    for path in [*companion_files(directory), directory / "config.json", directory / INDEX]:
+        if path.exists():
+            copy_file(path, place / path.name)
+
+
+def _report_of(pair: Pair) -> dict[str, Any]:
+    """What is known of the student: its own report, or of a plain checkpoint what its files say."""
+    directory = pair.student.directory
+    if (directory / REPORT).exists():
+        return read_json(directory / REPORT)
+    weights = sum(math.prod(entry.shape) for entry in pair.student.held)
+    size = sum(entry.nbytes for entry in read_entries(directory).values())
+    before = pair.teacher.nbytes
+    return {
+        "base_model": pair.teacher.name,
+        "recipe": {"name": pair.settings.train, **pair.settings.to_dict()},
+        "bytes_before": before,
+        "bytes_after": size,
+        "original_parameters": sum(math.prod(entry.shape) for entry in pair.teacher.held),
+        "bits_per_weight": 8 * size / weights,
+        "compressed_bits_per_weight": None,
+        "parameters": weights,
+        "modules": {},
+        "kept": size,
+        "dense": {},
+        "dropped": {},
+        "calibration": None,
+    }
+
+
+def _stage(facts: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """The training among the report's stages."""
+    size = report["bytes_after"]
+    return {
+        "stage": f"train {facts['train']}",
+        "settings": {key: facts[key] for key in ("loss", "steps", "rate", "data", "best")},
+        "changes": {},
+        "bytes_before": size,
+        "bytes_after": size,
+        "held_out": facts["held_out"],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,285 @@
+"""A checkpoint as a model whose stored numbers gradients can move.
+
+The model computes at every step with exactly the values that would be stored: a float is rounded to
+its stored dtype, a code to a whole number, and gradients pass as if nothing was rounded (the
+straight-through estimator, Bengio et al., 2013, arXiv:1308.3432). So what is written at the end is
+what was trained, to the last bit.
+
+    scales   floats among the tensors of packed matrices (scales, cores, factors), biases and norms;
+             codes stay. PEQA, Kim et al., 2023, arXiv:2305.14152
+    distill  every float the checkpoint holds, token table and head among them
+    qat      the same as `scales`, and the codes of formats that `relax` can take: LLM-QAT (Liu et
+             al., 2023, arXiv:2305.17888), started from the codes there are. A scale's gradient is
+             that of LSQ (Esser et al., 2019, arXiv:1902.08153) for a code that stays
+
+A parameter is measured in its own size (the root mean square of its tensor), so that one learning
+rate fits all. Zero points and lookup tables, which are stored as whole numbers, stay.
+
+Needs memory for all values in float32, their gradients, and of what is trained four times as much.
+Fails where: nothing that can be trained is stored. Codes of 2 bits take long: a step from one to
+the next is as large as a value, so at high rates noise turns more of them than gradients do.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress_methods.checkpoint.compressed import CompressedCheckpoint, Matrix, open_compressed
+from compress_methods.checkpoint.loading import is_compressed, load_model
+from compress_methods.checkpoint.safetensors import Entry
+from compress_methods.checkpoint.source import Source, open_source
+from compress_methods.checkpoint.tied import open_skeleton
+from compress_methods.errors import RecipeError
+from compress_methods.formats import torch_dtype
+from compress_methods.formats.relaxed import stored_as
+from compress_methods.model.skeleton import Skeleton
+from compress_methods.model.slot import Slot
+from compress_methods.recipe.training import DISTILL, QAT
+
+TINY = 1e-30
+MATRIX_DIMENSIONS = 2
+CODES_RATE = 0.6
+"""Of codes, in steps from one to the next, when that of a scale is 1."""
+FAR = 0.5
+"""Beyond this relative error a matrix of the same name is not what another was rounded from."""
+Leaves = Mapping[str, Tensor]
+
+
+class Piece(ABC):
+    """Something stored that is trained: `leaves` are its parameters as training begins, `slots`
+    where its values go in the model, and `rates` how fast a leaf moves, 1 unless given."""
+
+    leaves: dict[str, Tensor]
+    slots: Sequence[Slot | str]
+    rates: Mapping[str, float] = MappingProxyType({})
+
+    @abstractmethod
+    def value(self, leaves: Leaves) -> Tensor:
+        """What the model computes with, differentiable in `leaves`."""
+
+    @abstractmethod
+    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
+        """Tensors of the checkpoint, by name."""
+
+    def limit(self, leaves: Leaves) -> None:  # noqa: B027
+        """Bring leaves back, in place, to where what is stored reaches."""
+
+
+class Floats(Piece):
+    """A tensor kept as floats. `slot`: the matrix that it is, or the parameter's name."""
+
+    def __init__(self, entry: Entry, slot: Slot | str, device: torch.device) -> None:
+        self.name, self.slots, self.dtype = entry.name, [slot], torch_dtype(entry.dtype)
+        tensor = entry.read().to(device).float()
+        self.unit = _size(tensor)
+        self.leaves = {"values": tensor / self.unit}
+
+    def value(self, leaves: Leaves) -> Tensor:
+        return stored_as(leaves["values"] * self.unit, self.dtype)
+
+    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
+        return {self.name: self.value(leaves).to(self.dtype)}
+
+
+class Packed(Piece):
+    """A packed matrix, of which the floats move."""
+
+    def __init__(self, matrix: Matrix, slots: Sequence[Slot], device: torch.device) -> None:
+        self.module, self.format, self.slots = matrix.module, matrix.format, slots
+        self.tensors = {name: e.read().to(device) for name, e in matrix.entries.items()}
+        moving = {n: t.float() for n, t in self.tensors.items() if t.is_floating_point()}
+        self.units = {name: _size(tensor) for name, tensor in moving.items()}
+        self.leaves = {name: tensor / self.units[name] for name, tensor in moving.items()}
+
+    def value(self, leaves: Leaves) -> Tensor:
+        return self.format.unpack({**self.tensors, **self._moved(leaves)})
+
+    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
+        moved = self._moved(leaves)
+        found = {n: moved[n].to(t.dtype) if n in moved else t for n, t in self.tensors.items()}
+        return {f"{self.module}.{name}": tensor for name, tensor in found.items()}
+
+    def _moved(self, leaves: Leaves) -> dict[str, Tensor]:
+        return {
+            name: stored_as(leaf * self.units[name], self.tensors[name].dtype)
+            for name, leaf in leaves.items()
+        }
+
+
+class Coded(Piece):
+    """A packed matrix, of which the codes move, too. `weight` is what it was rounded from, if that
+    is known: a code that was chosen narrowly is then the first to change."""
+
+    rates = MappingProxyType({"codes": CODES_RATE})
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        slots: Sequence[Slot],
+        device: torch.device,
+        weight: Tensor | None = None,
+    ) -> None:
+        self.module, self.format, self.slots = matrix.module, matrix.format, slots
+        tensors = {name: entry.read().to(device) for name, entry in matrix.entries.items()}
+        solution = matrix.format.solution(tensors)
+        values = matrix.format.matrix(solution)
+        if weight is None or _relative_error(weight.to(values), values) > FAR:
+            weight = values
+        self.relaxed = matrix.format.relax(solution, weight.to(values))
+        self.relaxed.hold(solution)
+        self.leaves = self.relaxed.parameters
+
+    def value(self, leaves: Leaves) -> Tensor:
+        return self.relaxed.matrix(self.relaxed.whole(leaves))
+
+    def limit(self, leaves: Leaves) -> None:
+        self.relaxed.limit(leaves)
+
+    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
+        whole = self.relaxed.whole(leaves)
+        for name, value in self.relaxed.parameters.items():
+            value.copy_(whole[name])
+        packed = self.format.pack(self.relaxed.solution())
+        return {f"{self.module}.{name}": tensor for name, tensor in packed.items()}
+
+
+class Student(nn.Module):
+    """The model of a directory; its parameters are what `method` trains. `teacher`: whose matrices
+    it was made of."""
+
+    def __init__(
+        self, directory: Path, method: str, device: torch.device, teacher: Source | None = None
+    ) -> None:
+        super().__init__()
+        # Not a submodule: what is trained lies beside it, and nothing else is saved.
+        self._model = (load_model(directory, torch.float32, device),)
+        self.pieces = list(_pieces(directory, method, device, teacher))
+        if not any(piece.leaves for piece in self.pieces):
+            raise RecipeError(f"{directory}: holds nothing that {method} could train")
+        leaves = [leaf for piece in self.pieces for leaf in piece.leaves.values()]
+        self.trained = nn.ParameterList(nn.Parameter(leaf.clone()) for leaf in leaves)
+
+    @property
+    def model(self) -> Any:
+        return self._model[0]
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """The parameters with their learning rates, as torch's optimizers take them."""
+        parameters, by_rate = iter(self.trained), dict[float, list[Tensor]]()
+        for piece in self.pieces:
+            for name in piece.leaves:
+                by_rate.setdefault(piece.rates.get(name, 1.0), []).append(next(parameters))
+        return [{"params": found, "lr": rate * own} for own, found in by_rate.items()]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits [batch, length, vocab]."""
+        arguments = {"input_ids": input_ids, "use_cache": False}
+        out = torch.func.functional_call(self.model, self._values(), args=(), kwargs=arguments)
+        logits: Tensor = out.logits
+        return logits
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Bring parameters back to where what is stored reaches."""
+        for piece, leaves in self._paired():
+            piece.limit(leaves)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """Every tensor of the checkpoint that training changes, as it is to be written."""
+        found = [piece.stored(leaves) for piece, leaves in self._paired()]
+        return {name: t.cpu().contiguous() for tensors in found for name, t in tensors.items()}
+
+    def _paired(self) -> Iterator[tuple[Piece, Leaves]]:
+        parameters = iter(self.trained)
+        for piece in self.pieces:
+            yield piece, {name: next(parameters) for name in piece.leaves}
+
+    def _values(self) -> dict[str, Tensor]:
+        """The model's parameters, as they come from what is trained."""
+        found: dict[str, Tensor] = {}
+        for piece, leaves in self._paired():
+            value = piece.value(leaves)
+            for slot in piece.slots:
+                if isinstance(slot, str):
+                    found[slot] = value
+                elif not slot.index:
+                    found[slot.parameter] = value.T if slot.transposed else value
+                else:
+                    name = slot.parameter
+                    whole = found.setdefault(name, self.model.get_parameter(name).clone())
+                    slot.of(whole).copy_(value)
+        return found
+
+
+def _pieces(
+    directory: Path, method: str, device: torch.device, teacher: Source | None
+) -> Iterator[Piece]:
+    skeleton = open_skeleton(directory)
+    source = open_source(directory, skeleton, directory.name, allow_pickle=False)
+    checkpoint = open_compressed(directory) if is_compressed(directory) else None
+    packed: set[str] = set()
+    if checkpoint is not None:
+        for module, matrix in checkpoint.matrices.items():
+            slots = _slots(skeleton, checkpoint, module)
+            packed |= {slot.parameter for slot in slots}
+            if method == QAT and matrix.format.relaxes:
+                yield Coded(matrix, slots, device, _original(skeleton, teacher, module))
+            else:
+                yield Packed(matrix, slots, device)
+    yield from _floats(skeleton, source, packed, method, device)
+
+
+def _original(skeleton: Skeleton, teacher: Source | None, module: str) -> Tensor | None:
+    """The teacher's matrix of that name and shape."""
+    slot = skeleton.slots.get(module)
+    if slot is None or teacher is None:
+        return None
+    if slot.parameter not in teacher.names and slot.parameter not in teacher.parts:
+        return None
+    found = teacher.read_slot(slot)
+    return found if found.shape == (slot.rows, slot.cols) else None
+
+
+def _relative_error(weight: Tensor, values: Tensor) -> float:
+    error = (weight - values).square().sum() / weight.square().sum().clamp(min=TINY)
+    return float(error)
+
+
+def _slots(skeleton: Skeleton, checkpoint: CompressedCheckpoint, module: str) -> list[Slot]:
+    """Where a packed matrix goes: its own place, and those of modules that share it."""
+    shared = (alias for alias, owner in checkpoint.shared.items() if owner == module)
+    return [skeleton.slots[name] for name in (module, *shared) if name in skeleton.slots]
+
+
+def _floats(
+    skeleton: Skeleton, source: Source, packed: set[str], method: str, device: torch.device
+) -> Iterator[Floats]:
+    """What is kept as floats and trained: matrices only where everything is."""
+    known = dict(skeleton.model.named_parameters())
+    for name, shape in skeleton.parameter_names().items():
+        if name in packed or name not in known:
+            continue
+        if len(shape) >= MATRIX_DIMENSIONS and method != DISTILL:
+            continue
+        places: list[Slot | str] = [name]
+        if name in source.parts:
+            places = list(source.parts[name].slots)
+        for place in places:
+            tensor = source.names[name] if isinstance(place, str) else source.tensor_of(place)
+            entry = source.entries[tensor]
+            if torch_dtype(entry.dtype).is_floating_point:
+                yield Floats(entry, place, device)
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """The root mean square, 1 for zeros."""
+    size = tensor.square().mean().sqrt()
+    return torch.where(size > TINY, size, torch.ones_like(size))

@@ -1,0 +1,205 @@
+"""transformers' Trainer with a divergence from the teacher as its loss.
+
+Ten times on the way the held-out KL is measured and a checkpoint written, from which a training
+that was killed goes on. The best of them is what is left at the end; that may be the start. A loss
+that is not finite, or a KL of more than `WORST` times its start, ends the training.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import Adafactor
+from transformers.trainer_callback import PrinterCallback
+
+from compress_methods.model.skeleton import quiet_transformers
+from compress_methods.recipe.training import QAT, Training
+from compress_methods.system.progress import Progress
+from compress_methods.training.losses import divergence
+from compress_methods.training.student import Student
+
+CHECKS = 10
+MOMENTUM = 0.9
+WARM_UP = 0.05
+WORST = 2.0
+NOTICEABLE = 1e-4
+"""KL of a start that is nearly perfect may grow by so much without a word."""
+WHOLE = "whole"
+"""A file in a checkpoint that was written to its end."""
+KL = "eval_loss"
+
+
+@dataclass
+class Outcome:
+    """What a training came to. Curves are [step, value] pairs: the `loss` on what it learns from
+    and the `kl` on what it is judged by; `best` is the step that was kept."""
+
+    best: int = 0
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    kl: list[tuple[int, float]] = field(default_factory=list)
+    note: str = ""
+
+
+def train(
+    student: Student,
+    teacher: Any,
+    tokens: Tensor,
+    settings: Training,
+    work: Path,
+    progress: Progress,
+) -> Outcome:
+    """Train on the first of `tokens` [sequences + 2 * held_out, length], judged by those after
+    them; the student is then the best that there was. Checkpoints go to `work`."""
+    learned = [{"input_ids": row} for row in tokens[: settings.sequences]]
+    judged = tokens[settings.sequences : settings.sequences + settings.held_out]
+    start = [parameter.detach().clone() for parameter in student.trained]
+    watcher = _Watcher(progress)
+    trainer = _Distiller(
+        student,
+        _arguments(settings, work, student.trained[0].device),
+        train_dataset=learned,
+        eval_dataset=[{"input_ids": row} for row in judged],
+        callbacks=[watcher],
+    )
+    trainer.teacher, trainer.settings, trainer.watcher = teacher, settings, watcher
+    trainer.remove_callback(PrinterCallback)
+    begun = _last_checkpoint(work)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
+    outcome = _outcome(trainer.state.log_history, watcher)
+    if outcome.best == 0:
+        with torch.no_grad():
+            for parameter, value in zip(student.trained, start, strict=True):
+                parameter.copy_(value)
+    return outcome
+
+
+class _Watcher(TrainerCallback):
+    """Progress, limits of what is stored, the mark of a whole checkpoint, and the end of a training
+    that makes things worse."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.note, self.last = progress, "", ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.skip(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        given["model"].limit()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.step(1, self.last)
+        if self.note:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        kl = metrics[KL]
+        self.last = f"held-out KL {kl:.4f}"
+        first = next((line[KL] for line in state.log_history if KL in line), kl)
+        if not kl <= max(WORST * first, first + NOTICEABLE):
+            self.stop(f"held-out KL was {kl:.4f} after {state.global_step} steps")
+            control.should_training_stop = True
+
+    def stop(self, why: str) -> None:
+        self.note = self.note or f"diverged: {why}; the best until then was kept, try a lower rate"
+
+
+class _Distiller(Trainer):
+    """`teacher`, `settings` and `watcher` are set before it trains."""
+
+    teacher: Any
+    settings: Training
+    watcher: _Watcher
+
+    def create_optimizer(self, *_: Any, **__: Any) -> Any:
+        groups = self.model.groups(self.settings.learning_rate)
+        if self.settings.train == QAT:
+            # Of codes only those are to change whose gradient is large beside their row's and
+            # column's; Adam would move all alike.
+            fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+            self.optimizer = Adafactor(groups, beta1=MOMENTUM, **fixed)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+    ) -> Tensor:
+        tokens = inputs["input_ids"]
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        beta = self.settings.beta if model.training else 0.0
+        loss = divergence(wanted, model(tokens), beta)
+        if model.training and not loss.isfinite():
+            self.watcher.stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def _arguments(settings: Training, work: Path, device: torch.device) -> TrainingArguments:
+    interval = max(1, settings.steps // CHECKS)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(WARM_UP * settings.steps),
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        eval_strategy="steps",
+        eval_steps=interval,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=KL,
+        greater_is_better=False,
+        logging_steps=max(1, interval // 2),
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=device.type != "cpu",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or it would split batches over all GPUs, and the teacher has but one
+    return arguments
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    """The last whole one; those that are not are deleted."""
+    found = []
+    for path in work.glob("checkpoint-*"):
+        if (path / WHOLE).exists():
+            found.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _outcome(lines: list[dict[str, Any]], watcher: _Watcher) -> Outcome:
+    """Curves from the trainer's own log, a step that was logged twice once."""
+    loss = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    kl = {line["step"]: line[KL] for line in reversed(lines) if KL in line}
+    finite = {step: value for step, value in kl.items() if math.isfinite(value)}
+    best = min(sorted(finite), key=lambda step: finite[step], default=0)
+    return Outcome(best, sorted(loss.items()), sorted(kl.items()), watcher.note)
