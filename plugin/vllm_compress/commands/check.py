@@ -72,7 +72,6 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     from compress_methods.recipe.stages import load_staged
     from compress_methods.search.prune_to import find_levels
     from compress_methods.system.memory import available_bytes
-    from compress_methods.training.recover import require_trainer
 
     if args.deep:
         raise CompressError("--deep reads the files of a result; leave out --recipe")
@@ -116,13 +115,20 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     }
     if recipe.transforms:
         result["stages"] = statement(stages).splitlines()[:-1]
-    if recipe.training:
-        require_trainer()
-        told = (f"{one.train} for {one.steps} steps" for _, one in recipe.training)
-        result["training"] = f"{', '.join(told)}; its memory and seconds come on top"
     if levels:
         result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
-    return result
+    return result | _training(recipe)
+
+
+def _training(recipe: StagedRecipe) -> dict[str, Any]:
+    """What a recipe that trains has still to be told of."""
+    from compress_methods.training.recover import require_trainer
+
+    if not recipe.training:
+        return {}
+    require_trainer()
+    told = (f"{one.train} for {one.steps} steps" for _, one in recipe.training)
+    return {"training": f"{', '.join(told)}; its memory and seconds come on top"}
 
 
 def _check_gate(recipe: StagedRecipe, opening: tuple[str | Path, bool, int]) -> bool:
