@@ -13,7 +13,8 @@ what was trained, to the last bit.
              that of LSQ (Esser et al., 2019, arXiv:1902.08153) for a code that stays
 
 A parameter is measured in its own size (the root mean square of its tensor), so that one learning
-rate fits all. Zero points and lookup tables, which are stored as whole numbers, stay.
+rate fits all. Zero points and lookup tables, which are stored as whole numbers, stay; so do floats
+of 8 bits.
 
 Needs memory for all values in float32, their gradients, and of what is trained four times as much.
 Fails where: nothing that can be trained is stored. Codes of 2 bits take long: a step from one to
@@ -94,7 +95,7 @@ class Packed(Piece):
     def __init__(self, matrix: Matrix, slots: Sequence[Slot], device: torch.device) -> None:
         self.module, self.format, self.slots = matrix.module, matrix.format, slots
         self.tensors = {name: e.read().to(device) for name, e in matrix.entries.items()}
-        moving = {n: t.float() for n, t in self.tensors.items() if t.is_floating_point()}
+        moving = {n: t.float() for n, t in self.tensors.items() if _moves(t)}
         self.units = {name: _size(tensor) for name, tensor in moving.items()}
         self.leaves = {name: tensor / self.units[name] for name, tensor in moving.items()}
 
@@ -111,6 +112,11 @@ class Packed(Piece):
             name: stored_as(leaf * self.units[name], self.tensors[name].dtype)
             for name, leaf in leaves.items()
         }
+
+
+def _moves(tensor: Tensor) -> bool:
+    """Floats of one byte are codes, or scales as coarse as those."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 class Coded(Piece):
