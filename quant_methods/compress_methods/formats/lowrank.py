@@ -65,8 +65,8 @@ class LowRank(Format):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise FormatError(f"rank is {self.rank}, expected at least 1")
-        if self.base is not None and not (self.base.rounds or self.base.prunes):
-            raise FormatError(f"base is {self.base.name}, expected one that rounds or prunes")
+        if isinstance(self.base, LowRank | Dense):
+            raise FormatError(f"base is {self.base.name}, expected a format that loses something")
         plain = isinstance(self.factors, Integer) and self.factors.activations is None
         if not (plain or isinstance(self.factors, Dense)):
             raise FormatError(

@@ -60,9 +60,10 @@ MEANINGLESS = {
     *(("sparse", name) for name in ("int2", "learned", "trellis", "sparse", "rotated", "lowrank")),
     *(("rotated", name) for name in ("dense", "sparse", "rotated", "lowrank")),
     *(("lowrank", name) for name in ("dense", "lowrank")),
-    *((outer, "tensor_train") for outer in OUTSIDE),
+    *((outer, "tensor_train") for outer in ("sparse", "rotated")),
 }
-PAIRS = [pair for pair in product(OUTSIDE, INSIDE) if pair not in MEANINGLESS]
+FOR_TABLES = ("lowrank", "tensor_train")
+PAIRS = [p for p in product(OUTSIDE, INSIDE) if p not in MEANINGLESS and p != FOR_TABLES]
 ALONE = [name for name in INSIDE if name not in (*OUTSIDE, "dense", "tensor_train")]
 PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 410, 33, 34], [1, 511, 255, 256, 0, 3]]
 EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
