@@ -45,7 +45,7 @@ from compress_methods.formats.base import (
     torch_dtype,
 )
 from compress_methods.formats.codes import pack_codes, unpack_codes
-from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
+from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known, spread
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.range_search import search_scales
 from compress_methods.formats.rounder import entries_at
@@ -219,14 +219,14 @@ class Float(Grouped):
     ) -> FloatSolution:
         scales, of_rows = self.fit(weight, importance)
         whole = self.whole_scales(scales, of_rows, len(weight))
-        codes = self.encode(weight, _spread(whole, weight.shape[1]))
+        codes = self.encode(weight, spread(whole, weight.shape[1]))
         return FloatSolution(codes, scales, of_rows)
 
     def matrix(self, solution: FloatSolution) -> Tensor:
         """[rows, cols] float32 values of a solution."""
         rows, cols = solution.codes.shape
         whole = self.whole_scales(solution.scales, solution.of_rows, rows)
-        return self.floats(solution.codes) * _spread(whole, cols)
+        return self.floats(solution.codes) * spread(whole, cols)
 
     def grid_of(self, solution: FloatSolution) -> FloatGrid:
         return FloatGrid(self, len(solution.codes), solution.scales, solution.of_rows)
@@ -288,7 +288,7 @@ class Float(Grouped):
         activations = "" if self.activations is None else " + fp8 activations"
         if self.kind != FP8:
             return self.kind
-        group = "row" if self.group_size < 0 else f"g{self.group_size}"
+        group = self.group_name
         if self.group_rows > 1:
             group = f"{self.group_rows}x{self.group_size}"
         return f"{self.kind} {group}{activations}"
@@ -309,8 +309,3 @@ class FloatGrid:
 
     def solution(self, codes: Tensor) -> FloatSolution:
         return FloatSolution(codes, self.scales, self.of_rows)
-
-
-def _spread(scales: Tensor, cols: int) -> Tensor:
-    """[rows, groups] -> [rows, cols]."""
-    return scales.repeat_interleave(cols // scales.shape[1], 1)

@@ -211,7 +211,7 @@ class Integer(Grouped):
         return RelaxedInteger(self, solution, weight)
 
     def describe(self) -> str:
-        group = "row" if self.group_size < 0 else f"g{self.group_size}"
+        group = self.group_name
         kind = " mid" if self.levels == MID else "" if self.symmetric else " asym"
         activations = "" if self.activations is None else " + int8 activations"
         return f"int{self.bits} {group}{kind}{activations}"

@@ -42,7 +42,14 @@ from compress_methods.formats.base import (
     torch_dtype,
 )
 from compress_methods.formats.codes import pack_codes, unpack_codes
-from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
+from compress_methods.formats.grouped import (
+    GROUP_SIZES,
+    SCALES,
+    Grouped,
+    require_known,
+    spread,
+    stored_scales,
+)
 from compress_methods.formats.least_squares import Unscaled, refit_tables
 from compress_methods.formats.range_search import search_scales
 from compress_methods.formats.rounder import entries_at
@@ -173,13 +180,13 @@ class Lookup(Grouped):
     def round_to(self, weight: Tensor, scales: Tensor, table: Tensor) -> LookupSolution:
         """Every value of `weight` rounded to the nearest of given scales and tables."""
         tables = Tables(self.by_row(table, len(weight)))
-        codes = tables.encode(over(weight, _spread(scales.float(), weight.shape[1])))
+        codes = tables.encode(over(weight, spread(scales.float(), weight.shape[1])))
         return LookupSolution(codes, scales, table)
 
     def matrix(self, solution: LookupSolution) -> Tensor:
         """[rows, cols] float32 values of a solution."""
         values = self._table_values(solution)
-        return values * _spread(solution.scales.float(), values.shape[1])
+        return values * spread(solution.scales.float(), values.shape[1])
 
     def _table_values(self, solution: LookupSolution) -> Tensor:
         return Tables(self.by_row(solution.table, len(solution.codes))).decode(solution.codes)
@@ -199,16 +206,14 @@ class Lookup(Grouped):
         if not self.learns_values:
             return solution
         basis = binary_basis(self.bits, weight) if self.table == BINARY else None
-        scales = _spread(solution.scales.float(), weight.shape[1])
+        scales = spread(solution.scales.float(), weight.shape[1])
         table = refit_tables(
             solution.codes, scales, solution.table, self.table_rows, weight, hessian, basis
         )
         return replace(solution, table=table)
 
     def pack(self, solution: LookupSolution) -> dict[str, Tensor]:
-        scales = solution.scales.to(torch_dtype(SCALE_DTYPE)).contiguous()
-        if not scales.isfinite().all():
-            raise FormatError(f"a scale does not fit {SCALE_DTYPE}")
+        scales = stored_scales(solution.scales, SCALE_DTYPE)
         out = {MAIN_TENSOR: pack_codes(solution.codes, self.bits, self.block), SCALES: scales}
         if self.learns_values:
             out[TABLE] = solution.table.contiguous()
@@ -225,7 +230,7 @@ class Lookup(Grouped):
         return "group_size or table_rows" if self.learns_values else "group_size"
 
     def describe(self) -> str:
-        group = "row" if self.group_size < 0 else f"g{self.group_size}"
+        group = self.group_name
         if not self.learns_values:
             return f"{self.table} {group}"
         kind = "lookup" if self.table == LEARNED else self.table
@@ -279,8 +284,3 @@ class TableGrid:
 
     def solution(self, codes: Tensor) -> LookupSolution:
         return LookupSolution(codes, self.scales, self.table)
-
-
-def _spread(scales: Tensor, cols: int) -> Tensor:
-    """[rows, groups] -> [rows, cols]."""
-    return scales.repeat_interleave(cols // scales.shape[1], 1)

@@ -39,12 +39,18 @@ from compress_methods.errors import FormatError
 from compress_methods.formats.base import (
     MAIN_TENSOR,
     Axis,
-    Format,
     TensorSpec,
     register_format,
     torch_dtype,
 )
-from compress_methods.formats.grouped import GROUP_SIZES, SCALES, require_known
+from compress_methods.formats.grouped import (
+    GROUP_SIZES,
+    SCALES,
+    Scaled,
+    require_known,
+    spread,
+    stored_scales,
+)
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.table_search import over
 from compress_methods.formats.viterbi import encode
@@ -76,7 +82,7 @@ class TrellisSolution:
 
 @register_format
 @dataclass(frozen=True)
-class Trellis(Format):
+class Trellis(Scaled):
     """b bits per weight, windows of `state_bits`; weight-only."""
 
     bits: int = 2
@@ -98,16 +104,11 @@ class Trellis(Format):
         if cols % unit:
             raise FormatError(f"{cols} columns are no multiple of {unit}")
 
-    def groups(self, cols: int) -> int:
-        """Scales of a row."""
-        return 1 if self.group_size < 0 else cols // self.group_size
-
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         self.check_shape(rows, cols)
         tiles, packed = Axis(0, TILE), Axis(1, TILE, PLACES * self.bits // 8)
-        per_group = Axis(1, self.group_size) if self.group_size > 0 else None
         shape = (tiles.entries(rows), packed.entries(cols))
-        scales = TensorSpec((rows, self.groups(cols)), SCALE_DTYPE, Axis(0), per_group)
+        scales = self.scales_spec(rows, cols, SCALE_DTYPE)
         return {MAIN_TENSOR: TensorSpec(shape, "uint8", tiles, packed), SCALES: scales}
 
     @property
@@ -130,7 +131,7 @@ class Trellis(Format):
         scales = self.scales_of(weight)
         if importance is None:
             importance = torch.ones_like(weight)
-        codes = self.encode(weight, importance, self.spread(scales, weight.shape[1]))
+        codes = self.encode(weight, importance, spread(scales.float(), weight.shape[1]))
         return TrellisSolution(codes, scales)
 
     def scales_of(self, weight: Tensor) -> Tensor:
@@ -172,13 +173,9 @@ class Trellis(Format):
         window &= 2**self.state_bits - 1
         return from_sequences(self.values(codes)[window], *codes.shape)
 
-    def spread(self, scales: Tensor, cols: int) -> Tensor:
-        """[rows, groups] -> float32 [rows, cols]."""
-        return scales.float().repeat_interleave(cols // scales.shape[1], 1)
-
     def matrix(self, solution: TrellisSolution) -> Tensor:
         values = self._unscaled_values(solution)
-        return values * self.spread(solution.scales, values.shape[1])
+        return values * spread(solution.scales.float(), values.shape[1])
 
     def _unscaled_values(self, solution: TrellisSolution) -> Tensor:
         return self.decode(solution.codes)[: len(solution.scales)]
@@ -190,9 +187,7 @@ class Trellis(Format):
         return replace(solution, scales=scales)
 
     def pack(self, solution: TrellisSolution) -> dict[str, Tensor]:
-        scales = solution.scales.to(torch_dtype(SCALE_DTYPE)).contiguous()
-        if not scales.isfinite().all():
-            raise FormatError(f"a scale does not fit {SCALE_DTYPE}")
+        scales = stored_scales(solution.scales, SCALE_DTYPE)
         rows = len(solution.codes) // TILE
         sequences = to_sequences(solution.codes)
         packed = _to_bytes(sequences, self.bits).reshape(rows, -1)
@@ -212,8 +207,7 @@ class Trellis(Format):
         return "group_size or tiles of 16"
 
     def describe(self) -> str:
-        group = "row" if self.group_size < 0 else f"g{self.group_size}"
-        return f"trellis{self.bits} {group}"
+        return f"trellis{self.bits} {self.group_name}"
 
 
 class TrellisRounder:
@@ -225,7 +219,7 @@ class TrellisRounder:
         self.fmt, self.scales = fmt, scales
         rows, cols = shape
         self.codes = torch.zeros(rows + -rows % TILE, cols, dtype=torch.uint8, device=scales.device)
-        self._scales = fmt.spread(scales, cols)
+        self._scales = spread(scales.float(), cols)
         self._first, self._values = 0, scales
 
     def begin(self, columns: Tensor, weights: Tensor, pivots: Tensor) -> None:
