@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.serving.test_quality import compare
 from tests.e2e.support.engine import Engine
-from tests.e2e.support.tiny import compress, reference
+from tests.e2e.support.served import check_served
+from tests.e2e.support.tiny import compress
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -49,16 +49,6 @@ def test_served_as_transformers_computes(
     ranks: int,
     kernel: str,
 ) -> None:
-    logprobs, top = reference(model, novel_tokens[:2])
     running = engine if ranks == 1 else two_ranks
-    result = running.run(
-        model,
-        novel_tokens[:2],
-        dtype="float32",
-        tensor_parallel_size=ranks,
-        env={"VLLM_COMPRESS_KERNEL": kernel},
-    )
-    difference, agreement = compare(result, logprobs, top)
-    print(f"{ranks} ranks, {kernel}: {difference:.6f} nats, {agreement:.2%} same top token")
-    assert difference < (1e-3 if kernel == "cpu_exact" else INT8_ACTIVATIONS)
-    assert agreement > 0.95
+    bound = 1e-3 if kernel == "cpu_exact" else INT8_ACTIVATIONS
+    check_served(running, model, novel_tokens[:2], bound, ranks=ranks, kernel=kernel)

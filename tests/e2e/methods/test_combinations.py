@@ -15,9 +15,9 @@ from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.errors import FormatError
 from compress_methods.formats import format_from_dict
-from tests.e2e.serving.test_quality import compare
 from tests.e2e.support.engine import Engine
-from tests.e2e.support.tiny import compress, make_model, reference
+from tests.e2e.support.served import check_served
+from tests.e2e.support.tiny import compress, make_model
 from vllm_compress.operations.capacity.footprint.shapes import load_shape
 from vllm_compress.operations.capacity.footprint.storage import apply_recipe
 
@@ -66,7 +66,6 @@ FOR_TABLES = ("lowrank", "tensor_train")
 PAIRS = [p for p in product(OUTSIDE, INSIDE) if p not in MEANINGLESS and p != FOR_TABLES]
 ALONE = [name for name in INSIDE if name not in (*OUTSIDE, "dense", "tensor_train")]
 PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 410, 33, 34], [1, 511, 255, 256, 0, 3]]
-EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
 WORST = 1e-3
 
 
@@ -126,15 +125,8 @@ def test_the_planner_weighs_every_pair_to_the_byte(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_pair_is_served(engine: Engine, two_ranks: Engine, packed: Path, ranks: int) -> None:
-    logprobs, top = reference(packed, PROMPTS)
     running = two_ranks if ranks == 2 else engine
-    options = {"dtype": "float32", "tensor_parallel_size": ranks, "env": EXACT}
-    result = running.run(packed, PROMPTS, **options)
-    assert not result.error, result.error
-    difference, agreement = compare(result, logprobs, top)
-    print(f"{ranks} ranks, {len(PAIRS) + len(ALONE)} formats: {difference:.6f} nats")
-    assert difference < WORST
-    assert agreement > 0.9
+    check_served(running, packed, PROMPTS, WORST, ranks=ranks, kernel="cpu_exact", agree=0.9)
 
 
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -175,10 +167,4 @@ def test_stages_of_several_kinds_are_served(
     recipe = {"stages": STAGES[name], "calibration": calibration}
     out = tmp_path / "out"
     convert(model, recipe, out, calibration=some_text, quiet=True)
-    logprobs, top = reference(out, PROMPTS)
-    result = engine.run(out, PROMPTS, dtype="float32", env=EXACT)
-    assert not result.error, result.error
-    difference, agreement = compare(result, logprobs, top)
-    print(f"{name}: {difference:.6f} nats")
-    assert difference < WORST
-    assert agreement > 0.9
+    check_served(engine, out, PROMPTS, WORST, kernel="cpu_exact", agree=0.9)

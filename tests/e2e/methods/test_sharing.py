@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from compress_methods import convert
-from tests.e2e.serving.test_quality import compare
 from tests.e2e.support.engine import Engine
-from tests.e2e.support.tiny import reference
+from tests.e2e.support.served import check_served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -35,14 +34,8 @@ def model(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_served_as_transformers_computes(
     engine: Engine, two_ranks: Engine, model: Path, novel_tokens: list[list[int]], ranks: int
 ) -> None:
-    logprobs, top = reference(model, novel_tokens[:2])
     running = engine if ranks == 1 else two_ranks
-    options = {"dtype": "float32", "tensor_parallel_size": ranks, "env": EXACT}
-    result = running.run(model, novel_tokens[:2], **options)
-    difference, agreement = compare(result, logprobs, top)
-    print(f"{ranks} ranks: {difference:.6f} nats, {agreement:.2%} same top token")
-    assert difference < 1e-3
-    assert agreement > 0.95
+    check_served(running, model, novel_tokens[:2], 1e-3, ranks=ranks, kernel="cpu_exact")
 
 
 def test_pipeline_stages_are_refused(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving.test_quality import compare
 from tests.e2e.support.engine import Engine
-from tests.e2e.support.tiny import compress, make_model, reference
+from tests.e2e.support.served import check_served
+from tests.e2e.support.tiny import compress, make_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -41,9 +41,4 @@ def test_served_as_transformers_computes(
 ) -> None:
     running = engine if ranks == 1 else two_ranks
     for model in models:
-        logprobs, top = reference(model, PROMPTS)
-        result = running.run(model, PROMPTS, dtype="float32", tensor_parallel_size=ranks, env={})
-        difference, agreement = compare(result, logprobs, top)
-        print(f"{ranks} ranks, {model.name}: {difference:.6f} nats, {agreement:.1%} same")
-        assert difference < WORST
-        assert agreement > 0.9
+        check_served(running, model, PROMPTS, WORST, ranks=ranks, agree=0.9)

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from compress_methods.formats import Format
+from compress_methods import kernels
+from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
+from compress_methods.kernels import Want
 from compress_methods.kernels.cpu import gemm as cpu_gemm
 from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import LINE, Library, library
@@ -36,6 +39,25 @@ def quantized(x: Tensor, per_token: bool) -> Tensor:
     inverse = torch.tensor(127.0) / most  # `127 / most` would round twice
     codes = (padded * torch.where(most > 0, inverse, 0)).round()
     return (codes.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
+def check_sums(out: Tensor, expected: Tensor, size: Tensor, terms: int) -> None:
+    """Assert that a product is what it should be, but for what float32 and the dtype of `out` round
+    off sums of `terms` numbers whose magnitudes add up to `size`."""
+    bound = (terms + 8) * 2**-24 * size + torch.finfo(out.dtype).eps * expected.abs() + 1e-30
+    found = out.double()
+    if out.dtype == torch.float16:
+        expected, bound = expected.clamp(-65504, 65504), bound + 2**-24
+        found = found.clamp(-65504, 65504)
+    assert bool(((found - expected).abs() <= bound).all())
+
+
+def check_rows(stored: Stored, kernel: str, data: st.DataObject) -> None:
+    """Assert that drawn rows of a matrix are looked up as they are."""
+    rows = stored.size[0]
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=9)), dtype=int)
+    prepared = kernels.prepare(stored, Want(kernel=kernel, embed=True))
+    assert torch.equal(kernels.embed(ids, prepared, torch.float32), stored.values()[ids])
 
 
 def per_token(fmt: Format) -> bool:

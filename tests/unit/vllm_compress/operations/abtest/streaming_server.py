@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+
+from tests.unit.vllm_compress.operations.mortal_server import MortalHandler
 
 VOCABULARY = 64
 
@@ -59,14 +59,11 @@ class Server(ThreadingHTTPServer):
         return [body for body in self.seen if body.get("stream")]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(MortalHandler):
     server: Server
 
-    def log_message(self, *args: object) -> None:
-        pass
-
     def do_GET(self) -> None:
-        if self._dead():
+        if self.is_dead(self.server):
             return
         if self.path == "/metrics":
             self._send(200, self.server.metrics.encode())
@@ -77,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self._dead():
+        if self.is_dead(self.server):
             return
         server = self.server
         with server.lock:
@@ -89,14 +86,6 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.running -= 1
-
-    def _dead(self) -> bool:
-        server = self.server
-        dead = 0 <= server.dies_after <= len(server.seen)
-        if dead:
-            linger = struct.pack("ii", 1, 0)  # closing resets the connection
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        return dead
 
     def _complete(self, body: dict[str, Any]) -> None:
         server = self.server

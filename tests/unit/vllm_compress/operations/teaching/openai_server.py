@@ -8,15 +8,15 @@ that a number counts how often it was.
 from __future__ import annotations
 
 import json
-import socket
-import struct
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.unit.vllm_compress.operations.mortal_server import MortalHandler
 
 Answer = Callable[[str, int], str]
 
@@ -64,15 +64,12 @@ def last(body: dict[str, Any]) -> str:
     return text
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(MortalHandler):
     server: Server
-
-    def log_message(self, *args: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         self.server.keys.add(self.headers["Authorization"])
-        if self._dead():
+        if self.is_dead(self.server):
             return
         cards = [{"id": name, "owned_by": self.server.owner} for name in self.server.models]
         self._send(200, {"data": cards})
@@ -80,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
-        if self._dead():
+        if self.is_dead(self.server):
             return
         with server.lock:
             server.asked.append(time.monotonic())
@@ -93,14 +90,6 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.running -= 1
-
-    def _dead(self) -> bool:
-        server = self.server
-        dead = 0 <= server.dies_after <= len(server.seen)
-        if dead:
-            linger = struct.pack("ii", 1, 0)  # closing resets the connection
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        return dead
 
     def _complete(self, body: dict[str, Any], status: int, wait: str | None) -> None:
         server = self.server
