@@ -189,22 +189,25 @@ def check_counts(told: dict[str, float], answers: list[Answer]) -> None:
 
 
 def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
-    """Counts always; times in one of the loads, as a client that is held up times itself. Later
-    loads are longer, so that what holds it up weighs less; a machine that is busy with others in
-    all of them is no place to compare clocks."""
-    off: dict[str, float] = {}
+    """Counts always; each kind of time in one of the loads, as a client that is held up times
+    itself, and what holds it up in one load need not be what does in another. Later loads are
+    longer, so that it weighs less; a machine that is busy with others in all of them is no place
+    to compare clocks. (A series of another meaning is off in every load.)"""
+    nearest: dict[str, float] = {}
     for tokens in TOKENS:
-        off = differing_times(demo_a, tokens)
+        for kind, error in errors_of_times(demo_a, tokens).items():
+            nearest[kind] = min(error, nearest.get(kind, error), key=abs)
+        off = {kind: error for kind, error in nearest.items() if abs(error) > WITHIN}
         if not off:
             return
     wanted, cores = os.getloadavg()[0], os.cpu_count() or 1
     if wanted > BUSY * cores:
         pytest.skip(f"busy with others: {wanted:.1f} processes want {cores} cores; off: {off}")
-    raise AssertionError(f"server's sum of seconds / client's - 1: {off}")
+    raise AssertionError(f"server's sum of seconds / client's - 1, at the nearest: {off}")
 
 
-def differing_times(server: Deployment, tokens: int) -> dict[str, float]:
-    """Load the server and check its counts; relative errors of those sums of times that differ."""
+def errors_of_times(server: Deployment, tokens: int) -> dict[str, float]:
+    """Load the server and check its counts; for each kind of time server's sum / client's - 1."""
     start = counts(server, "demo-a")
     streamed = server.load(24, stream=True, tokens=tokens)
     middle = counts(server, "demo-a")
@@ -225,12 +228,11 @@ def differing_times(server: Deployment, tokens: int) -> dict[str, float]:
             sum(a.last for a in whole),
         ),
     }
-    off = {}
-    for name, (ours, theirs) in pairs.items():
-        print(f"{name}: server {ours:.4f} s, client {theirs:.4f} s, {ours / theirs - 1:+.2%}")
-        if abs(ours - theirs) > WITHIN * theirs:
-            off[name] = ours / theirs - 1
-    return off
+    errors = {}
+    for kind, (ours, theirs) in pairs.items():
+        errors[kind] = ours / theirs - 1
+        print(f"{kind}: server {ours:.4f} s, client {theirs:.4f} s, {errors[kind]:+.2%}")
+    return errors
 
 
 def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:
