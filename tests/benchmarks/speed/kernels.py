@@ -238,7 +238,7 @@ def peak_rate() -> float:
     isa, threads = build.instruction_set(), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peak.so"
-        flags = (*build.FLAGS, *build.INSTRUCTION_SETS[isa], f"-I{build.SOURCES}")
+        flags = (*build.FLAGS, "-shared", *build.INSTRUCTION_SETS[isa], f"-I{build.SOURCES}")
         source = Path(__file__).with_name("peak.cpp")
         subprocess.run([build.compiler(), *flags, str(source), "-o", str(out)], check=True)
         function = ctypes.CDLL(str(out)).peak

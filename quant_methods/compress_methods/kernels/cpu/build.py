@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -23,15 +24,14 @@ from compress_methods.kernels.cpu import store
 from compress_methods.names import CACHE_VARIABLE, ISA_VARIABLE
 
 SOURCES = Path(__file__).resolve().parent / "src"  # what includes are relative to
-MAIN = "gemm.cpp"
-UNITS = (MAIN, "operators.cpp")
+PRODUCTS = ("gemm.cpp", "integers.cpp", "sparse.cpp", "tables.cpp", "trellis.cpp")
+UNITS = (*PRODUCTS, "operators.cpp")  # compiled side by side
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-std=c++17",
     "-O3",
     "-ffp-contract=off",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",  # libraries for several instruction sets have the same names
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the first with what is used
 )
@@ -140,7 +140,7 @@ def library_path(isa: str) -> Path:
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.rglob("*.h"), *SOURCES.rglob("*.cpp")]):
         digest.update(str(source.relative_to(SOURCES)).encode() + source.read_bytes())
-    facts = (_version(compiler()), torch.__version__, platform.machine(), *_command(isa, Path()))
+    facts = (_version(compiler()), torch.__version__, platform.machine(), *_command(isa), *UNITS)
     digest.update("\n".join(facts).encode())
     return store.cache_directory() / f"cpu-{isa}-{digest.hexdigest()[:16]}.so"
 
@@ -168,13 +168,25 @@ def build(isa: str) -> Path:
 
 def _compile(isa: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        command = _command(isa, unfinished)
-        done = _run(command, TIMEOUT_SECONDS)
-        if done.returncode or not unfinished.is_file():
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise BuildError(f"{command[0]} failed: {(errors or ['no message'])[0]}")
-        store.put(unfinished, path)
+        objects = [Path(folder) / f"{unit}.o" for unit in UNITS]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            units = [
+                pool.submit(_make, [*_command(isa), "-c", str(SOURCES / name)], out)
+                for name, out in zip(UNITS, objects, strict=True)
+            ]
+        for unit in units:
+            unit.result()
+        library = Path(folder) / path.name
+        _make([*_command(isa), "-shared", *map(str, objects), *_link()], library)
+        store.put(library, path)
+
+
+def _make(command: list[str], out: Path) -> None:
+    """Have the compiler write a file."""
+    done = _run([*command, "-o", str(out)], TIMEOUT_SECONDS)
+    if done.returncode or not out.is_file():
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise BuildError(f"{command[0]} failed: {(errors or ['no message'])[0]}")
 
 
 def namespace(isa: str) -> str:
@@ -182,13 +194,17 @@ def namespace(isa: str) -> str:
     return f"compress_methods_{isa}"
 
 
-def _command(isa: str, out: Path) -> list[str]:
-    """How the library is compiled; torch's is named so that its thread pool is found."""
+def _command(isa: str) -> list[str]:
+    """How a unit is compiled."""
     import torch
 
-    torch_folder = Path(torch.__file__).resolve().parent
+    headers = Path(torch.__file__).resolve().parent / "include"
     flags = (*FLAGS, f"-DVC_NAMESPACE={namespace(isa)}", *INSTRUCTION_SETS[isa])
-    units = (str(SOURCES / name) for name in UNITS)
-    headers = (f"-I{SOURCES}", "-isystem", str(torch_folder / "include"))
-    link = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu")
-    return [compiler(), *flags, *headers, *units, *link, "-o", str(out)]
+    return [compiler(), *flags, f"-I{SOURCES}", "-isystem", str(headers)]
+
+
+def _link() -> list[str]:
+    """With torch, named so that its thread pool is found."""
+    import torch
+
+    return [f"-L{Path(torch.__file__).resolve().parent / 'lib'}", "-ltorch_cpu"]

@@ -15,16 +15,27 @@ from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
 from compress_methods.kernels import Want
+from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import gemm as cpu_gemm
 from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import LINE, Library, library
 
 
-@contextmanager
-def using(isa: str) -> Iterator[Library]:
-    """The products of our own library for an instruction set, whatever this machine's widest is."""
-    loaded = library(isa)
+def compiled(isa: str) -> Library:
+    """Our own library for an instruction set. What optimizing takes is for this machine's alone,
+    which servers load too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if isa != build.instruction_set():
+            hasty = tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS)
+            patch.setattr(build, "FLAGS", hasty)
+        loaded = library(isa)
     assert loaded is not None
+    return loaded
+
+
+@contextmanager
+def using(loaded: Library) -> Iterator[Library]:
+    """The products of a library of ours, whatever this machine's widest instruction set is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_gemm, "library", lambda: loaded)
         patch.setattr(cpu_trellis, "library", lambda: loaded)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,13 +11,10 @@ from compress_methods.formats.integer import Integer
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import Rotated
 from compress_methods.kernels import Want, choose, embed, kernel, matmul, prepare, rebuild
-from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import gemm as cpu_gemm
 from compress_methods.kernels.cpu.library import Library
 from compress_methods.kernels.lowrank import FEW
-from tests.unit.compress_methods.kernels.arithmetic import using
 
-ISAS = [isa for isa in build.INSTRUCTION_SETS if build.runs_here(isa)]
 INT4, INT8 = Integer(4, 64), Integer(8, -1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = [
@@ -29,12 +24,6 @@ FORMATS = [
     LowRank(24),
     LowRank(32, None, INT8),
 ]
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    with using(request.param) as loaded:
-        yield loaded
 
 
 def stored(fmt: Format, rows: int = 160, cols: int = 320) -> Stored:

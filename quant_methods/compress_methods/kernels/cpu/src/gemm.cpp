@@ -13,44 +13,17 @@
 // A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
 
 #include "correction.h"
+#include "functions.h"
 #include "rotation.h"
 #include "viterbi.h"
-#ifdef VC_BLOCKS
-#include "blocks/product.h"
-#else
-#include "rows/product.h"
-#endif
 
 namespace {
 
-// Where a vector holds several rows, tables of their own are another look-up.
-template <int bits>
-Functions of_tables(const Matrix& m) {
-#ifdef VC_BLOCKS
-  if (m.table_rows == 1) return functions<LookUp<bits, false>>(m);
-#endif
-  return functions<LookUp<bits, true>>(m);
-}
-
 Functions functions_of(const Matrix& m) {
-  if (m.sparse && m.bits == 16) {
-    return m.scale_dtype == Dtype::kBfloat16 ? functions<SparseFloats<true>>(m)
-                                             : functions<SparseFloats<false>>(m);
-  }
-  if (m.sparse) return m.bits == 4 ? functions<Sparse<4>>(m) : functions<Sparse<8>>(m);
-  if (m.floats && m.bits == 8) return functions<E4m3>(m);
-  if (m.window && m.bits == 2) return functions<Trellis<2>>(m);
-  if (m.window) return m.bits == 3 ? functions<Trellis<3>>(m) : functions<Trellis<4>>(m);
-  if (m.tables && m.bits == 2) return of_tables<2>(m);
-  if (m.tables) return m.bits == 3 ? of_tables<3>(m) : of_tables<4>(m);
-  if (m.mid && m.bits == 2) return functions<Mid<2>>(m);
-  if (m.mid) return m.bits == 3 ? functions<Mid<3>>(m) : functions<Mid<4>>(m);
-  if (m.bits == 2) return functions<Decoder<2>>(m);
-  if (m.bits == 3) return functions<Decoder<3>>(m);
-  if (m.bits == 4) return functions<Decoder<4>>(m);
-  if (m.bits == 5) return functions<Decoder<5>>(m);
-  if (m.bits == 6) return functions<Decoder<6>>(m);
-  return functions<Decoder<8>>(m);
+  if (m.sparse) return functions_of_sparse(m);
+  if (m.window) return functions_of_trellis(m);
+  if (m.tables || (m.floats && m.bits == 8)) return functions_of_tables(m);
+  return functions_of_integers(m);
 }
 
 // What is left of a product without columns: the bias, or zeros.

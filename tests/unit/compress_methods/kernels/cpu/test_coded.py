@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,22 +16,12 @@ from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.trellis import Trellis
 from compress_methods.formats.viterbi import encode_in_torch
 from compress_methods.kernels import Want
-from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import Library
 from tests.unit.compress_methods.drawn import GROUPS, lookups, trellises
-from tests.unit.compress_methods.kernels.arithmetic import check_rows, check_sums, quantized, using
-
-ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
-
+from tests.unit.compress_methods.kernels.arithmetic import check_rows, check_sums, quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    with using(request.param) as loaded:
-        yield loaded
 
 
 @st.composite

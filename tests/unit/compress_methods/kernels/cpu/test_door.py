@@ -3,7 +3,7 @@ door, in one line, and sizes of zero are sizes like others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,23 +17,14 @@ from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
 from compress_methods.kernels import Prepared, Want, composite, dispatch
-from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import gemm as cpu_gemm
 from compress_methods.kernels.cpu.library import Kind, Library, Mode, Packed
-from tests.unit.compress_methods.kernels.arithmetic import using
 
-ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
 ROWS, COLS = 32, 256
 SPARSE = Sparse(64, 128, Integer(8, -1))
 NF4 = Lookup(4, 128, "nf4")
 TRELLIS = Trellis(2, 8)
 NVFP4, FP8, BLOCKS = Float("nvfp4"), Float("fp8"), Float("fp8", 128, 128)
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    with using(request.param) as loaded:
-        yield loaded
 
 
 def stored(fmt: Format, rows: int = ROWS, cols: int = COLS) -> Stored:

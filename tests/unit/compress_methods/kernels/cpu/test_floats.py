@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,10 @@ from compress_methods.formats import Stored
 from compress_methods.formats.floats import Float
 from compress_methods.formats.rotated import Rotated
 from compress_methods.kernels import Want
-from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu.library import Library
 from tests.unit.compress_methods.drawn import floats, least_columns
-from tests.unit.compress_methods.kernels.arithmetic import check_rows, check_sums, quantized, using
+from tests.unit.compress_methods.kernels.arithmetic import check_rows, check_sums, quantized
 
-ISAS = [isa for isa in build.INSTRUCTION_SETS if build.runs_here(isa)]
 KINDS = [
     Float(),
     Float("fp8", 32),
@@ -30,12 +27,6 @@ KINDS = [
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    with using(request.param) as loaded:
-        yield loaded
 
 
 @st.composite

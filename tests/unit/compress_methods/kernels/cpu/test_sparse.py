@@ -3,7 +3,6 @@ shape; what they keep in memory is what the checkpoint stores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,22 +17,12 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import BLOCKS, Sparse, SparseSolution
 from compress_methods.kernels import Prepared, Want
-from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import sparse as cpu_sparse
 from compress_methods.kernels.cpu.gemm import CpuExact, CpuGemm
 from compress_methods.kernels.cpu.library import Library
-from tests.unit.compress_methods.kernels.arithmetic import check_sums, per_token, quantized, using
-
-ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in ("plain", build.instruction_set())]
-
+from tests.unit.compress_methods.kernels.arithmetic import check_sums, per_token, quantized
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    with using(request.param) as loaded:
-        yield loaded
 
 
 @st.composite
