@@ -16,7 +16,7 @@ def register():
 
     torch.cpu._is_amx_tile_supported = lambda: False
 """
-VARIABLES = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "VLLM_COMPRESS_ISA": "avx512_vnni"}
+VARIABLES = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "VLLM_COMPRESS_ISA": "avx512_bf16"}
 ENTRY_POINT = f"[vllm.general_plugins]\n{NAME} = {NAME}:register\n"
 
 

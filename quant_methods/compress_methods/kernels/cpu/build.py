@@ -42,8 +42,10 @@ _AVX512 = (
     *("-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"),
     "-mprefer-vector-width=512",
 )
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
 _X86: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": _AVX512,
     "avx_vnni": (*_AVX2, "-mavxvnni"),
     "avx2": _AVX2,
@@ -57,7 +59,8 @@ _WIDE = {
     *("avx512vbmi", "avx512_vbmi2", "avx512_vnni"),
 }
 _NEEDS = {
-    "amx": {*_WIDE, "amx_tile", "amx_int8", "amx_bf16"},
+    "amx": {*_WIDE, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+    "avx512_bf16": {*_WIDE, "avx512_bf16"},
     "avx512_vnni": _WIDE,
     "avx_vnni": {*_NARROW, "avx_vnni"},
     "avx2": _NARROW,

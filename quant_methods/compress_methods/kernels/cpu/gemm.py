@@ -3,13 +3,12 @@ of tables (`lookup.py`), floats of 4 and 8 bits (`floats.py`), trellises (`trell
 sparse ones of integers or 16-bit floats (`sparse.py`).
 
 `cpu` quantizes activations to int8, one scale per token and 128 columns (or per token, where the
-format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations with AMX
-in bfloat16, where products are exact and sums float32. Both look rows up, too. The table takes
-`cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
+format asks for int8 activations). `cpu_exact` multiplies in float32, bfloat16 activations in
+bfloat16 where the processor can, products being exact and sums float32. Both look rows up, too. The
+table takes `cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
 (`python -m tests.benchmarks activations`), and for formats that ask for it; 8-bit weights lose so
 little that it would treble their loss, so they get `cpu_exact`, which alone takes floats of 8 bits
-and of 16. Of sparse integers it takes all:
-what leaving weights out costs is hundreds of times that.
+and of 16. Of sparse integers it takes all: leaving weights out costs hundreds of times as much.
 
 Runtime layout: [weights uint8 [blocks, lines, bytes], scales [blocks, groups, together]], and zeros
 uint8 like scales where stored. A line is 128 columns of as many rows as the library takes together

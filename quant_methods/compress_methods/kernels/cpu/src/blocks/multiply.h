@@ -53,6 +53,14 @@ inline void add_products(__m512i& sum, __m512i codes, const int32_t* x) {
 inline void add_products(__m512& sum, __m512 values, const float* x) {
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(values), "m"(*x));
 }
+#ifdef __AVX512BF16__  // pairs of bfloat16, both added
+inline void add_products(__m512& sum, __m512i pairs, __m512i x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(x));
+}
+inline void add_products(__m512& sum, __m512i pairs, const int32_t* x) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*x));
+}
+#endif
 inline __m512i added(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
 inline __m512 added(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 inline __m512i broadcast(const int32_t* x) { return _mm512_set1_epi32(*x); }
@@ -112,6 +120,7 @@ struct Sums {
 // What multiplies: vectors of a decoded line with columns of a token.
 struct Vnni {
   using Sum = __m512i;
+  using Factor = __m512i;
   using In = int32_t;
   static constexpr int kSize = 1, kFactors = 2;
 
@@ -127,6 +136,7 @@ constexpr bool is_sparse<Sparse<bits>> = true;
 
 struct Fma {
   using Sum = __m512;
+  using Factor = __m512;
   using In = float;
   static constexpr int kSize = 4, kFactors = kColumns;
 
@@ -143,6 +153,82 @@ struct Fma {
   template <class Code, int i>
   static VC_INLINE __m512 factor(const Values& line) {
     return line.v[i].v;
+  }
+};
+
+// Pairs of columns, as `decode` stores them.
+struct Pairs {
+  struct Line {
+    __m512i v[kColumns / 2];
+  };
+  static VC_INLINE void decode(const uint8_t* p, int64_t, Line& line) {
+#pragma GCC unroll 4
+    for (auto& pairs : line.v) pairs = _mm512_load_si512(p), p += 64;
+  }
+};
+
+// Codes below 32, less `middle`, as bfloat16.
+template <int middle>
+struct Words {
+  uint16_t of[32] = {};
+
+  constexpr Words() {
+    for (int code = 0; code < 32; ++code) {
+      const int value = code - middle, size = value < 0 ? -value : value;
+      int exponent = 0;
+      while (size >> (exponent + 1)) ++exponent;
+      const int bits = (127 + exponent) << 7 | ((size << (7 - exponent)) & 127);
+      of[code] = static_cast<uint16_t>(size == 0 ? 0 : value < 0 ? bits | 0x8000 : bits);
+    }
+  }
+};
+template <int middle>
+alignas(64) inline constexpr Words<middle> kWords;
+
+// Whether codes are below 32, and what their middle is if lines have lost it.
+template <class Code>
+constexpr bool has_words = false;
+template <int bits>
+constexpr bool has_words<Decoder<bits>> = bits <= 5;
+template <int bits>
+constexpr bool has_words<Mid<bits>> = true;
+template <>
+constexpr bool has_words<Sparse<4>> = true;
+template <class Code>
+constexpr int lost_middle = 0;
+template <int bits>
+constexpr int lost_middle<Sparse<bits>> = Sparse<bits>::kMiddle;
+
+// Floats that are bfloat16: two columns of each row, side by side.
+VC_INLINE __m512i paired(__m512 even, __m512 odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+  return _mm512_or_si512(low, _mm512_castps_si512(odd));
+}
+
+struct Bf16 {
+  using Sum = __m512;
+  using Factor = __m512i;
+  using In = int32_t;
+  static constexpr int kSize = 2, kFactors = kColumns / 2;
+
+  template <class Code, int i>
+  static VC_INLINE __m512i factor(const typename Code::Line& line) {
+    if constexpr (std::is_same_v<Code, Pairs>) {
+      return line.v[i];
+    } else if constexpr (has_words<Code>) {
+      const __m512i bytes = _mm512_shuffle_epi8(line.v[i / 2].v, two_of_four(i % 2 * 2));
+      return _mm512_permutexvar_epi16(bytes, _mm512_load_si512(kWords<lost_middle<Code>>.of));
+    } else {
+      return paired(Fma::factor<Code, 2 * i>(line), Fma::factor<Code, 2 * i + 1>(line));
+    }
+  }
+
+ private:
+  // Puts the bytes `at` and `at` + 1 of each dword at the low ends of its words.
+  static VC_INLINE __m512i two_of_four(int at) {
+    const auto both = [](int byte) { return byte | (byte + 1) << 16; };
+    const __m128i lane = _mm_setr_epi32(both(at), both(at + 4), both(at + 8), both(at + 12));
+    return _mm512_broadcast_i32x4(lane);
   }
 };
 
@@ -166,7 +252,7 @@ struct Dots {
 
   template <class Code, int i>
   VC_INLINE void multiply(const typename Code::Line* lines, const uint8_t* in) {
-    typename Kind::Sum factors[blocks];
+    typename Kind::Factor factors[blocks];
 #pragma GCC unroll 2
     for (int b = 0; b < blocks; ++b) factors[b] = Kind::template factor<Code, i>(lines[b]);
 #pragma GCC unroll 12
@@ -250,12 +336,11 @@ using Decode = void (*)(const Matrix& m, int64_t block, int64_t line, int64_t li
 
 template <class Code, int i>
 VC_INLINE void store_two(const typename Code::Line& line, int size, uint8_t* out) {
-  const __m512 even = Fma::factor<Code, i>(line), odd = Fma::factor<Code, i + 1>(line);
   if (size == 4) {
-    _mm512_store_ps(out, even), _mm512_store_ps(out + 64, odd);
+    _mm512_store_ps(out, Fma::factor<Code, i>(line));
+    _mm512_store_ps(out + 64, Fma::factor<Code, i + 1>(line));
   } else {
-    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-    _mm512_store_si512(out, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+    _mm512_store_si512(out, Bf16::factor<Code, i / 2>(line));
   }
 }
 
