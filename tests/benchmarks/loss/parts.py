@@ -46,13 +46,32 @@ def pruned() -> list[quality.Case]:
     ]
 
 
+def corrected() -> list[quality.Case]:
+    """About the same bytes spent on more scales, or on what 2 bits lost most of."""
+
+    def two_bits(group_size: int) -> dict[str, Any]:
+        return {"format": "integer", "bits": 2, "group_size": group_size, "levels": "mid"}
+
+    def recipe(fmt: dict[str, Any], algorithm: Any) -> dict[str, Any]:
+        modules = [{"match": "blocks", "format": "w", "algorithm": algorithm}]
+        return {"formats": {"w": fmt}, "modules": modules}
+
+    gptq = {"algorithm": "gptq", "clip": True}
+    factors = {"format": "integer", "bits": 4, "group_size": -1}
+    rank_4 = {"format": "lowrank", "rank": 4, "base": two_bits(128), "factors": factors}
+    return [
+        ("2 bits, groups of 64", recipe(two_bits(64), gptq)),
+        ("2 bits, rank 4", recipe(rank_4, {"algorithm": "svd", "base": gptq, "rounds": 4})),
+    ]
+
+
 def cases() -> list[quality.Case]:
     side_by_side: list[quality.Case] = [
         (plain_name(bits, name), plain(bits, name))
         for bits in PLAIN_BITS
         for name in ("gptq", "rtn")
     ]
-    return [*side_by_side, *sparse_cases.cases(), *pruned(), (TWO_PASSES, None)]
+    return [*side_by_side, *corrected(), *sparse_cases.cases(), *pruned(), (TWO_PASSES, None)]
 
 
 def run() -> dict[str, Any]:
