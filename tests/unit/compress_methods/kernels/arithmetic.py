@@ -20,6 +20,9 @@ from compress_methods.kernels.cpu import gemm as cpu_gemm
 from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import LINE, Library, library
 
+WIDTHS = ("plain", "avx2", build.instruction_set())
+"""An instruction set for each file of `src/vector`."""
+
 
 def compiled(isa: str) -> Library:
     """Our own library for an instruction set. What optimizing takes is for this machine's alone,

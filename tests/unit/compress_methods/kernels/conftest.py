@@ -8,10 +8,7 @@ import pytest
 
 from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu.library import Library
-from tests.unit.compress_methods.kernels.arithmetic import compiled, using
-
-WIDTHS = ("plain", "avx2", build.instruction_set())
-"""An instruction set for each of `src/vector`; `test_gemm.py` takes all."""
+from tests.unit.compress_methods.kernels.arithmetic import WIDTHS, compiled, using
 
 
 @pytest.fixture(
