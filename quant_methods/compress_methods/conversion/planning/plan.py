@@ -176,10 +176,12 @@ def make_plan(
     tensor_parallel_size: int = 1,
     aliases: Mapping[str, str] | None = None,
     layout: Layout = OWN,
+    packs_dense: bool = False,
 ) -> Plan:
     """Decide everything; `RecipeError` where recipe and model do not fit, or a matrix cannot be
-    cut for that many ranks. `aliases`: matrices stored as another one is."""
-    listed, left = _jobs(recipe, skeleton, tensor_parallel_size, layout)
+    cut for that many ranks. `aliases`: matrices stored as another one is. `packs_dense`: whether a
+    rule for format `dense` packs a matrix, so that it can be shared; else it leaves it as it is."""
+    listed, left = _jobs(recipe, skeleton, tensor_parallel_size, layout, packs_dense)
     recipe = dataclasses.replace(recipe, unfit={**recipe.unfit, **left})
     found = tie({job.slot.module: job for job in listed}, skeleton.architecture, recipe.formats)
     aliases = {a: o for a, o in (aliases or {}).items() if a in found and o in found}
@@ -222,7 +224,7 @@ def make_plan(
 
 
 def _jobs(
-    recipe: Recipe, skeleton: Skeleton, ways: int, layout: Layout
+    recipe: Recipe, skeleton: Skeleton, ways: int, layout: Layout, packs_dense: bool
 ) -> tuple[list[Job], dict[str, str]]:
     """The matrices to pack, and those that a rule keeps because they do not fit, with the reason;
     `RecipeError` naming all that a rule does not."""
@@ -237,7 +239,7 @@ def _jobs(
         fmt = recipe.formats[rule.format]
         if rule.candidates:
             check_candidates(rule, slot, recipe, layout)
-        elif isinstance(fmt, Dense):
+        elif isinstance(fmt, Dense) and not packs_dense:
             continue
         if slot.kind == "embedding" and rule.algorithm.needs(fmt):
             raise RecipeError(

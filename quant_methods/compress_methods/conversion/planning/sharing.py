@@ -55,9 +55,9 @@ def plan_shared(
     aliases = find_aliases(passes, skeleton)
     ahead = [visitor for visitor in passes if visitor.looks_ahead]
     if aliases and ahead:
-        whole = make_plan(recipe, skeleton, source, ways, layout=layout)
+        whole = make_plan(recipe, skeleton, source, ways, layout=layout, packs_dense=True)
         _check_alike(ahead[0].name, whole, skeleton)
-    return make_plan(recipe, skeleton, source, ways, aliases, layout)
+    return make_plan(recipe, skeleton, source, ways, aliases, layout, packs_dense=bool(aliases))
 
 
 def share_again(passes: Sequence[Pass], plan: Plan, skeleton: Skeleton, source: Source) -> Plan:
@@ -65,7 +65,9 @@ def share_again(passes: Sequence[Pass], plan: Plan, skeleton: Skeleton, source: 
     aliases = find_aliases(passes, skeleton)
     if not aliases or aliases.items() <= plan.tied.items():
         return plan
-    return make_plan(plan.recipe, skeleton, source, plan.ways, aliases, plan.layout)
+    return make_plan(
+        plan.recipe, skeleton, source, plan.ways, aliases, plan.layout, packs_dense=True
+    )
 
 
 def _check_alike(name: str, plan: Plan, skeleton: Skeleton) -> None:

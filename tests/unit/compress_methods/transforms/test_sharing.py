@@ -23,12 +23,13 @@ from compress_methods.transforms.sharing import Sharing, divide
 
 INT8 = {"format": "integer", "bits": 8, "group_size": -1}
 INT4 = {"format": "integer", "bits": 4, "group_size": 64}
+WHOLE = {"format": "dense", "dtype": "bfloat16"}
 SMALL = {"samples": 4, "length": 64, "held_out": 2}
 RTN = {"match": "blocks", "format": "w", "algorithm": "rtn"}
 
 
 def recipe(*modules: dict[str, Any], stages: Any = (), **sharing: Any) -> dict[str, Any]:
-    packing = {"formats": {"w": INT8, "v": INT4}, "modules": list(modules or [RTN])}
+    packing = {"formats": {"w": INT8, "v": INT4, "whole": WHOLE}, "modules": list(modules or [RTN])}
     stages = [*stages, {"transform": "sharing", **sharing}, packing]
     return {"stages": stages, "calibration": SMALL}
 
@@ -118,13 +119,14 @@ def same_everywhere(out: Path, loaded: Any, report: dict[str, Any]) -> None:
     assert 0.01 < report["held_out"]["kl"] < 3
 
 
+@pytest.mark.parametrize("rule", [{"format": "v", "algorithm": "gptq"}, {"format": "whole"}])
 def test_the_plan_knows_the_bytes_before_anything_is_measured(
-    novels_8m: Path, some_text: Path, tmp_path: Path
+    novels_8m: Path, some_text: Path, tmp_path: Path, rule: dict[str, str]
 ) -> None:
     from compress_methods.conversion.stages import open_stages
     from compress_methods.recipe.stages import load_staged
 
-    what = recipe({**RTN, "format": "v", "algorithm": "gptq"}, share="25%", reach=1)
+    what = recipe({**RTN, **rule}, share="25%", reach=1)
     (stage,) = open_stages(novels_8m, load_staged(what), tensor_parallel_size=2)
     report = run(novels_8m, tmp_path / "out", what, some_text)
     assert report["bytes_after"] == stage.planned.plan.compressed_bytes
