@@ -1,6 +1,6 @@
 """split_adapter: a result in format `lowrank` as its base and a LoRA adapter.
 
-    split_adapter("out", "apart")
+    vllm-compress split-adapter out -o apart
     vllm serve apart/base --enable-lora --max-lora-rank 32 --lora-modules whole=apart/adapter
 
 The base is `out` without factors. The adapter has them as PEFT stores LoRA (`lora_A` is B [rank,
@@ -15,6 +15,7 @@ Fails where a matrix in `lowrank` has no base, and where the factors' layers tak
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BASE, ADAPTER = "base", "adapter"
+UNFINISHED = ".unfinished"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every module."""
 
@@ -54,11 +56,19 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
         raise CheckpointError(f"{found.path}: no matrix is in format 'lowrank'")
     if place.exists():
         raise OutputError(f"{place}: exists already")
-    for part in (BASE, ADAPTER):
-        (place / part).mkdir(parents=True)
-    _write_base(found, place / BASE)
-    write_tensors(place / ADAPTER / "adapter_model.safetensors", _factors(found, ranks))
-    _write_json(place / ADAPTER / "adapter_config.json", _settings(ranks, str(place / BASE)))
+    unfinished = place.with_name(f".{place.name}{UNFINISHED}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        for part in (BASE, ADAPTER):
+            (unfinished / part).mkdir(parents=True)
+        _write_base(found, unfinished / BASE)
+        adapter = unfinished / ADAPTER
+        write_tensors(adapter / "adapter_model.safetensors", _factors(found, ranks))
+        _write_json(adapter / "adapter_config.json", _settings(ranks, str(place / BASE)))
+        unfinished.rename(place)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return ranks
 
 

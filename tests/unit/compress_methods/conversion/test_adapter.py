@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from compress_methods import convert, split_adapter
 from compress_methods.checkpoint.compressed import open_compressed
+from compress_methods.conversion import adapter
 from compress_methods.errors import CheckpointError, OutputError
+from vllm_compress.cli import main
 
 INT2 = {"format": "integer", "bits": 2, "group_size": 64}
 INT8 = {"format": "integer", "bits": 8, "group_size": -1}
@@ -61,6 +63,28 @@ def test_base_and_adapter_are_the_result(whole: Path, tmp_path: Path) -> None:
     assert settings["target_modules"] == ["down_proj", "gate_proj", "o_proj", "up_proj"]
     assert (settings["peft_type"], settings["bias"]) == ("LORA", "none")
     assert (tmp_path / "apart" / "base" / "tokenizer.json").is_file()
+
+
+def test_nothing_half_written_stays(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter, "_write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        split_adapter(whole, tmp_path / "apart")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_wrote(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["split-adapter", str(whole), "-o", str(tmp_path / "apart")]) == 0
+    assert "factors of 8 matrices, rank 32 at most" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "apart").iterdir()) == ["adapter", "base"]
+    assert main(["split-adapter", str(whole), "-o", str(tmp_path / "apart")]) == 2
+    assert "apart: exists already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_split_is_refused_in_one_line(
