@@ -42,3 +42,12 @@ def unpack_codes(packed: Tensor, bits: int, block: int) -> Tensor:
         start, shift = start + size, shift + width
     assert codes is not None
     return codes.reshape(packed.shape[0], -1)
+
+
+def chosen(table: Tensor, places: Tensor) -> Tensor:
+    """table[row, place] of [rows, k] by whole numbers [rows, n], or of [1, k] by any."""
+    index = places.int()
+    if len(table) > 1:
+        first = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32)
+        index = index + first.to(table.device)[:, None]
+    return table.flatten().index_select(0, index.flatten()).reshape(places.shape)

@@ -48,6 +48,7 @@ from compress_methods.formats.codes import pack_codes, unpack_codes
 from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known, spread
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.range_search import search_scales
+from compress_methods.formats.relaxed_levels import RelaxedLevels, distinct
 from compress_methods.formats.rounder import entries_at
 from compress_methods.formats.small_floats import (
     MOST_E2M1,
@@ -243,6 +244,9 @@ class Float(Grouped):
     def rescaled(self, solution: FloatSolution, scales: Tensor) -> FloatSolution:
         return replace(solution, scales=scales)
 
+    def relax(self, solution: FloatSolution, weight: Tensor) -> RelaxedFloat:
+        return RelaxedFloat(self, solution, weight)
+
     def pack(self, solution: FloatSolution) -> dict[str, Tensor]:
         if not solution.scales.isfinite().all():
             raise FormatError(f"a scale does not fit {self.scale_dtype}")
@@ -309,3 +313,36 @@ class FloatGrid:
 
     def solution(self, codes: Tensor) -> FloatSolution:
         return FloatSolution(codes, self.scales, self.of_rows)
+
+
+class RelaxedFloat(RelaxedLevels):
+    """Places among the floats there are, and scales, but for powers of two, which are too far from
+    each other."""
+
+    def __init__(self, fmt: Float, solution: FloatSolution, weight: Tensor) -> None:
+        self.fmt, self._scales, self._of_rows = fmt, solution.scales, solution.of_rows
+        codes = torch.arange(2**fmt.bits, dtype=torch.int32, device=weight.device).byte()
+        floats = fmt.floats(codes)
+        known = floats.isfinite()
+        levels, stored = distinct(floats[known], codes[known])
+        whole = fmt.whole_scales(self._scales, self._of_rows, len(weight))
+        moving = None if fmt.kind in POWERS else self._scales
+        super().__init__(levels, stored, weight / spread(whole, weight.shape[1]), moving)
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        values = self.values(parameters["codes"])
+        scales = self._scales
+        if "factors" in parameters:
+            wanted = scales * parameters["factors"]
+            scales = self.fmt.nearest_scales(wanted.detach()) + (wanted - wanted.detach())
+        whole = self.fmt.whole_scales(scales, self._of_rows, len(values))
+        return values * spread(whole, values.shape[1])
+
+    def hold(self, solution: FloatSolution) -> None:
+        self.hold_values(self.fmt.floats(solution.codes))
+
+    def solution(self) -> FloatSolution:
+        scales = self._scales
+        if "factors" in self.parameters:
+            scales = self.fmt.nearest_scales(scales * self.parameters["factors"])
+        return FloatSolution(self.codes(), scales, self._of_rows)

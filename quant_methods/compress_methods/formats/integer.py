@@ -39,7 +39,7 @@ from compress_methods.formats.codes import PLANES, pack_codes, unpack_codes
 from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
 from compress_methods.formats.least_squares import Unscaled
 from compress_methods.formats.range_search import search_scales
-from compress_methods.formats.relaxed import WITHIN, Relaxed, rounded, stored_as
+from compress_methods.formats.relaxed import RelaxedCodes, stored_as
 from compress_methods.formats.rounder import entries_at
 from compress_methods.lazy import torch
 
@@ -50,7 +50,6 @@ ZEROS = "weight_zeros"
 WHOLE, MID = LEVELS = ("whole", "mid")
 MOST_MID_BITS = 4
 ZERO_ROWS = 8
-LEAST_FACTOR = 0.25
 """Of its start, what training may make of a scale."""
 
 
@@ -241,25 +240,21 @@ class AffineGrid:
         return IntegerSolution(codes, self.scales, self.zeros)
 
 
-class RelaxedInteger(Relaxed):
-    """Codes [rows, groups, size], not whole until they are settled; a factor of each scale; zeros,
-    where they are stored, which are whole from the first `settle` on."""
+class RelaxedInteger(RelaxedCodes):
+    """Codes [rows, groups, size]; zeros, where they are stored, which are whole from the first
+    `settle` on."""
 
-    rates = MappingProxyType({"codes": 1.0, "factors": 0.1, "zeros": 0.5})
+    rates = MappingProxyType({**RelaxedCodes.rates, "zeros": 0.5})
 
     def __init__(self, fmt: Integer, solution: IntegerSolution, weight: Tensor) -> None:
         self.fmt, self._shape = fmt, weight.shape
-        self._top = 2**fmt.bits - 1
         self._scales = solution.scales.float()
+        zeros = None if solution.zeros is None else solution.zeros.float()
         codes = fmt._grouped(weight) / self._scales[..., None]
-        self.parameters = {"codes": codes, "factors": torch.ones_like(self._scales)}
-        if solution.zeros is None:
-            codes += fmt.middle
-        else:
-            self.parameters["zeros"] = solution.zeros.float()
-            codes += self.parameters["zeros"][..., None]
-        codes.clamp_(0, self._top)
-        self._settled = torch.zeros_like(codes, dtype=torch.bool)
+        codes += fmt.middle if zeros is None else zeros[..., None]
+        super().__init__(codes, 2**fmt.bits - 1, self._scales)
+        if zeros is not None:
+            self.parameters["zeros"] = zeros
 
     def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
         dtype = torch_dtype(self.fmt.scale_dtype)
@@ -268,44 +263,22 @@ class RelaxedInteger(Relaxed):
         offset = self.fmt.middle if zeros is None else zeros[..., None]
         return ((parameters["codes"] - offset) * scales).reshape(self._shape)
 
-    def whole(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {n: v if n == "factors" else rounded(v) for n, v in parameters.items()}
-
     def hold(self, solution: IntegerSolution) -> None:
-        codes = self.parameters["codes"]
-        own = solution.codes.float().reshape(codes.shape)
-        torch.clamp(codes, own - WITHIN, own + WITHIN, out=codes)
-        self.limit(self.parameters)
-
-    def limit(self, parameters: Mapping[str, Tensor]) -> None:
-        for name, value in parameters.items():
-            value.clamp_(
-                *((LEAST_FACTOR, 1 / LEAST_FACTOR) if name == "factors" else (0, self._top))
-            )
+        self.hold_codes(solution.codes.float().reshape(self.parameters["codes"].shape))
 
     def move(self, steps: Mapping[str, Tensor]) -> None:
-        codes, zeros = self.parameters["codes"], self.parameters.get("zeros")
-        codes.sub_(steps["codes"].masked_fill(self._settled, 0))
-        self.parameters["factors"].sub_(steps["factors"])
+        zeros = self.parameters.get("zeros")
         if zeros is not None and not self._settled.any():
             zeros.sub_(steps["zeros"])
-        self.limit(self.parameters)
-
-    def state(self) -> dict[str, Tensor]:
-        return {**self.parameters, "settled": self._settled}
+        super().move(steps)
 
     def settle(self, share: float) -> None:
         codes, zeros = self.parameters["codes"], self.parameters.get("zeros")
-        count = round(share * codes.numel())
-        if count == 0:
-            return
-        if zeros is not None and not self._settled.any():
+        if zeros is not None and round(share * codes.numel()) and not self._settled.any():
             whole = zeros.round()
             codes.add_((whole - zeros)[..., None]).clamp_(0, self._top)
             zeros.copy_(whole)
-        distance = (codes - codes.round()).abs_().masked_fill_(self._settled, -1)
-        self._settled.copy_(distance <= distance.flatten().kthvalue(count).values)
-        codes.copy_(torch.where(self._settled, codes.round(), codes))
+        super().settle(share)
 
     def solution(self) -> IntegerSolution:
         codes, zeros = self.parameters["codes"], self.parameters.get("zeros")

@@ -41,7 +41,7 @@ from compress_methods.formats.base import (
     register_format,
     torch_dtype,
 )
-from compress_methods.formats.codes import pack_codes, unpack_codes
+from compress_methods.formats.codes import chosen, pack_codes, unpack_codes
 from compress_methods.formats.grouped import (
     GROUP_SIZES,
     SCALES,
@@ -52,6 +52,8 @@ from compress_methods.formats.grouped import (
 )
 from compress_methods.formats.least_squares import Unscaled, refit_tables
 from compress_methods.formats.range_search import search_scales
+from compress_methods.formats.relaxed import stored_as
+from compress_methods.formats.relaxed_levels import RelaxedLevels, distinct
 from compress_methods.formats.rounder import entries_at
 from compress_methods.formats.table_search import binary_basis, over, search_tables
 from compress_methods.lazy import torch
@@ -212,6 +214,9 @@ class Lookup(Grouped):
         )
         return replace(solution, table=table)
 
+    def relax(self, solution: LookupSolution, weight: Tensor) -> RelaxedLookup:
+        return RelaxedLookup(self, solution, weight)
+
     def pack(self, solution: LookupSolution) -> dict[str, Tensor]:
         scales = stored_scales(solution.scales, SCALE_DTYPE)
         out = {MAIN_TENSOR: pack_codes(solution.codes, self.bits, self.block), SCALES: scales}
@@ -251,22 +256,11 @@ class Tables:
         place = torch.zeros_like(values, dtype=torch.uint8)
         for middle in self._middles.unbind(1):
             place += values > middle[:, None]
-        return _chosen(self._order.to(torch.uint8), place)
+        return chosen(self._order.to(torch.uint8), place)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 values [rows, n] of codes [rows, n]."""
-        return _chosen(self.values, codes)
-
-
-def _chosen(table: Tensor, places: Tensor) -> Tensor:
-    """table[row, place] of [rows or 1, k] by uint8 [rows, n]."""
-    size = table.shape[1]
-    index = places.int()
-    if len(table) > 1:
-        index += torch.arange(0, table.numel(), size, dtype=torch.int32, device=table.device)[
-            :, None
-        ]
-    return table.flatten().index_select(0, index.flatten()).reshape(places.shape)
+        return chosen(self.values, codes)
 
 
 class TableGrid:
@@ -284,3 +278,30 @@ class TableGrid:
 
     def solution(self, codes: Tensor) -> LookupSolution:
         return LookupSolution(codes, self.scales, self.table)
+
+
+class RelaxedLookup(RelaxedLevels):
+    """Places in the tables there are, and scales."""
+
+    def __init__(self, fmt: Lookup, solution: LookupSolution, weight: Tensor) -> None:
+        self.fmt, self._table, self._scales = fmt, solution.table, solution.scales.float()
+        codes = torch.arange(2**fmt.bits, dtype=torch.uint8, device=weight.device)
+        if fmt.learns_values:
+            levels, order = fmt.by_row(solution.table, len(weight)).float().sort(dim=1, stable=True)
+            stored = codes[order]
+        else:
+            levels, stored = distinct(solution.table[0].float(), codes)
+        values = over(weight, spread(self._scales, weight.shape[1]))
+        super().__init__(levels, stored, values, self._scales)
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        scales = stored_as(self._scales * parameters["factors"], torch_dtype(SCALE_DTYPE))
+        values = self.values(parameters["codes"])
+        return values * spread(scales, values.shape[1])
+
+    def hold(self, solution: LookupSolution) -> None:
+        self.hold_values(self.fmt._table_values(solution))
+
+    def solution(self) -> LookupSolution:
+        scales = (self._scales * self.parameters["factors"]).to(torch_dtype(SCALE_DTYPE))
+        return LookupSolution(self.codes(), scales, self._table)

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+WITHIN = 0.4
+"""How far from a whole number what is held may be."""
+LEAST_FACTOR = 0.25
+"""Of a scale; the largest is 1 over it."""
 
 
 class Relaxed(ABC):
@@ -75,10 +81,53 @@ def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.detach().to(dtype).float() + (values - values.detach())
 
 
-WITHIN = 0.4
-"""How far from a whole number what is held may be."""
-
-
 def rounded(values: Tensor) -> Tensor:
     """Whole numbers; gradients pass as if nothing was rounded."""
     return values.detach().round() + (values - values.detach())
+
+
+class RelaxedCodes(Relaxed):
+    """`codes`, not whole until they are settled; `factors` of the scales, where these move."""
+
+    rates = MappingProxyType({"codes": 1.0, "factors": 0.1})
+
+    def __init__(self, codes: Tensor, top: int, scales: Tensor | None) -> None:
+        """`codes` float32, which become the parameter, may reach from 0 to `top`."""
+        self._top = top
+        self.parameters = {"codes": codes.clamp_(0, top)}
+        if scales is not None:
+            self.parameters["factors"] = torch.ones_like(scales)
+        self._settled = torch.zeros_like(codes, dtype=torch.bool)
+
+    def whole(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {n: v if n == "factors" else rounded(v) for n, v in parameters.items()}
+
+    def limit(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, value in parameters.items():
+            value.clamp_(
+                *((LEAST_FACTOR, 1 / LEAST_FACTOR) if name == "factors" else (0, self._top))
+            )
+
+    def move(self, steps: Mapping[str, Tensor]) -> None:
+        self.parameters["codes"].sub_(steps["codes"].masked_fill(self._settled, 0))
+        if "factors" in self.parameters:
+            self.parameters["factors"].sub_(steps["factors"])
+        self.limit(self.parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.parameters, "settled": self._settled}
+
+    def settle(self, share: float) -> None:
+        codes = self.parameters["codes"]
+        count = round(share * codes.numel())
+        if count == 0:
+            return
+        distance = (codes - codes.round()).abs_().masked_fill_(self._settled, -1)
+        self._settled.copy_(distance <= distance.flatten().kthvalue(count).values)
+        codes.copy_(torch.where(self._settled, codes.round(), codes))
+
+    def hold_codes(self, own: Tensor) -> None:
+        """Bring codes to where they are rounded to `own`."""
+        codes = self.parameters["codes"]
+        torch.clamp(codes, own - WITHIN, own + WITHIN, out=codes)
+        self.limit(self.parameters)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from compress_methods.formats.codes import chosen
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """float32 values of codes uint8."""
-    return _chosen([*E2M1, *(-value for value in E2M1)], codes)
+    return _entries(torch.tensor([*E2M1, *(-value for value in E2M1)]), codes)
 
 
 def encode_e4m3(values: Tensor) -> Tensor:
@@ -51,13 +52,12 @@ def encode_e4m3(values: Tensor) -> Tensor:
 def decode_e4m3(codes: Tensor) -> Tensor:
     """float32 values of codes uint8."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    return _chosen(every.float(), codes)
+    return _entries(every.float(), codes)
 
 
-def _chosen(table: list[float] | Tensor, codes: Tensor) -> Tensor:
-    """Entries of a table; several times as fast as torch converts."""
-    entries = torch.as_tensor(table, dtype=torch.float32, device=codes.device)
-    return entries.index_select(0, codes.flatten().int()).reshape(codes.shape)
+def _entries(table: Tensor, codes: Tensor) -> Tensor:
+    """Of a table [k]; several times as fast as torch converts."""
+    return chosen(table.to(codes.device)[None], codes)
 
 
 def nearest_e4m3(values: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ SPECS: list[dict[str, Any]] = [
     {"format": "sparse", "n": 2, "m": 4, "values": INT3},
     {"format": "sparse", "n": 8, "m": 16, "values": {"format": "dense"}},
     {"format": "dense"},
+    {"format": "lookup", "bits": 4, "group_size": 64, "table": "nf4"},
+    {"format": "lookup", "bits": 3, "group_size": -1, "table_rows": 1},
+    {"format": "float", "kind": "fp8", "group_size": 64},
+    {"format": "float", "kind": "mxfp4"},
+    {"format": "float", "kind": "nvfp4"},
 ]
 
 
