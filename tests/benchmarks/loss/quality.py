@@ -31,7 +31,7 @@ RECIPES = (
     *("sparse25-int8", "sparse68", "sparse50-int8", "sparse50-int4-joint", "sparse24"),
     *("auto-3.5", "depth25", "width25-int4"),
     *("sharing25", "tensor-train-embedding"),
-    *("depth25-healed", "int2-healed", "int2-scales"),
+    *("depth25-healed", "sharing25-healed", "int2-healed", "int2-scales"),
 )
 OUTLIERS = {
     f"(with outliers, {name})": name
