@@ -29,6 +29,10 @@ from vllm_compress.kernels.ops import LIBRARY, Product, product_of
 Activation = Callable[[Tensor], Tensor]
 Matrix = tuple[str, list[Tensor]]
 """What `Prepared.text` says of a matrix, and its tensors."""
+Run = tuple[int, int, int]
+"""An expert, its first token among those sorted, how many it has."""
+TOGETHER = 256
+"""Tokens whose activations are computed at once: few operations where each expert gets a few."""
 _PRODUCTS: dict[str, Product] = {}
 
 
@@ -148,27 +152,47 @@ def experts(
     """What experts make of tokens x [tokens, hidden]; `scores` and `chosen` [tokens, k]."""
     made = Plan.read(plan)
     between = ACTIVATIONS[made.activation]
+    mine = (chosen if local is None else local[chosen.long()]).flatten()
+    order = mine.argsort(stable=True)
+    rows, score = order // chosen.shape[1], scores.flatten()[order, None].float()
     out = torch.zeros_like(x, dtype=torch.float32)
-    for expert, rows, places in _by_expert(chosen if local is None else local[chosen.long()]):
-        score = scores[rows, places, None].float()
-        given = x[rows]
+    for runs in _together((mine + 1).bincount().tolist()):
+        matrices = [made.matrices(expert, tensors) for expert, _, _ in runs]
+        sizes = [size for _, _, size in runs]
+        span = slice(runs[0][1], runs[0][1] + sum(sizes))
+        given = x[rows[span]]
         if made.on_input:
-            given = (given * score).to(x.dtype)
-        first, last = made.matrices(expert, tensors)
-        inner = between(_multiply(given, first).float()).to(x.dtype)
-        found = _multiply(inner, last).float()
-        out.index_add_(0, rows, found if made.on_input else found * score)
+            given = (given * score[span]).to(x.dtype)
+        inner = _products(given, [first for first, _ in matrices], sizes)
+        inner = between(inner.float()).to(x.dtype)
+        found = _products(inner, [last for _, last in matrices], sizes).float()
+        out.index_add_(0, rows[span], found if made.on_input else found * score[span])
     return out.to(x.dtype)
 
 
-def _by_expert(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, tokens that go to it, as which of their choices), of experts that any go to."""
-    order = chosen.flatten().argsort(stable=True)
-    found, counts = chosen.flatten()[order].unique_consecutive(return_counts=True)
-    pieces = order.split(counts.tolist())
-    for expert, piece in zip(found.tolist(), pieces, strict=True):
-        if expert >= 0:
-            yield expert, piece // chosen.shape[1], piece % chosen.shape[1]
+def _together(counts: Sequence[int]) -> Iterator[list[Run]]:
+    """Experts that any token goes to, as many at once as have `TOGETHER` tokens. `counts` [1 +
+    experts]: first of those that other ranks have."""
+    runs: list[Run] = []
+    held, start = 0, sum(counts[:1])
+    for expert, size in enumerate(counts[1:]):
+        if not size:
+            continue
+        if runs and held + size > TOGETHER:
+            yield runs
+            runs, held = [], 0
+        runs.append((expert, start, size))
+        held, start = held + size, start + size
+    if runs:
+        yield runs
+
+
+def _products(x: Tensor, matrices: Sequence[Matrix], sizes: Sequence[int]) -> Tensor:
+    """Each matrix with its tokens, which lie one after another."""
+    if len(matrices) == 1:
+        return _multiply(x, matrices[0])
+    pieces = zip(x.split(list(sizes)), matrices, strict=True)
+    return torch.cat([_multiply(piece, matrix) for piece, matrix in pieces])
 
 
 def experts_shape(
