@@ -210,6 +210,11 @@ class CompressConfig(QuantizationConfig):
         }
         found = {place: self.find(name) for place, name in wanted.items()}
         held = {place: target for place, target in found.items() if target is not None}
+        if held and layer.moe_config.has_bias:
+            raise CheckpointError(
+                f"{next(iter(held.values())).module}: compressed experts with biases are not "
+                "served; convert again with a rule that keeps the experts as they are"
+            )
         if held and len(held) < len(found):
             kept = next(name for place, name in wanted.items() if place not in held)
             raise CheckpointError(

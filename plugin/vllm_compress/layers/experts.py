@@ -3,8 +3,9 @@
 Each expert's gate and up matrices become one, its down matrix the other; tensor parallelism cuts
 them as those of a dense layer, expert parallelism gives a rank whole experts. Router, shared
 experts and the sum over ranks are vLLM's own. On CPUs only, where the product is ours
-(`kernels/experts.py`). Fails, in one line, where experts have biases or an activation that is not
-known, where only some of a layer are compressed, and where a format cannot be cut.
+(`kernels/experts.py`). Fails, in one line, where experts have an activation that is not known and
+where a format cannot be cut; `CompressConfig.experts` has refused biases and layers of which only
+some experts are compressed.
 """
 
 from __future__ import annotations
@@ -88,8 +89,6 @@ class CompressedExperts(FusedMoEMethodBase):
                 f"{module}: compressed experts are served on CPUs only; convert again with a rule "
                 "that keeps the experts as they are"
             )
-        if self.moe.has_bias:
-            raise CheckpointError(f"{module}: compressed experts with biases are not served")
         if activation not in products.ACTIVATIONS or self.moe.swiglu_limit is not None:
             raise CheckpointError(
                 f"{module}: compressed experts with activation {activation!r}"

@@ -68,3 +68,8 @@ def test_experts_of_one_layer_go_together(engine: Engine, tmp_path: Path) -> Non
     packed = compress(model, tmp_path / "out", FORMATS, {r"re:.*experts\.0\..*": "int4"})
     error = engine.run(packed, prompts(), dtype="float32").error
     assert "experts.1.w1 is kept as it is, but model.layers.0.block_sparse_moe.experts.0." in error
+
+
+def test_experts_with_biases_are_refused_in_one_line(engine: Engine, tmp_path: Path) -> None:
+    error = engine.run(pack("gpt_oss", "int4", tmp_path), prompts(), dtype="float32").error
+    assert "compressed experts with biases are not served; convert again with a rule" in error

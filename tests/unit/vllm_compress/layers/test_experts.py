@@ -74,7 +74,7 @@ class Layer(nn.Module):
 
 
 def method(targets: Any, rank: int = 0, ranks: int = 1, **changes: Any) -> CompressedExperts:
-    settings = {"tp_rank": rank, "tp_size": ranks, "has_bias": False, "swiglu_limit": None}
+    settings = {"tp_rank": rank, "tp_size": ranks, "swiglu_limit": None}
     return CompressedExperts(targets, SimpleNamespace(**{**settings, **changes}))
 
 
@@ -238,8 +238,6 @@ def test_what_is_missing_or_wrong_is_one_line() -> None:
         made.process_weights_after_loading(layer)
     with pytest.raises(CheckpointError, match=r"compressed as \[256, 128\], .*'s is \[512, 128\]"):
         method(targets).create_weights(Layer([0]), 1, HIDDEN, 2 * INNER, torch.float32)
-    with pytest.raises(CheckpointError, match=r"experts with biases are not served"):
-        method(targets, has_bias=True).create_weights(Layer([0]), 1, HIDDEN, INNER, torch.float32)
     with pytest.raises(CheckpointError, match=r"activation 'silu' and a limit are not served"):
         method(targets, swiglu_limit=7.0).create_weights(
             Layer([0]), 1, HIDDEN, INNER, torch.float32
@@ -259,10 +257,14 @@ def test_of_a_layer_all_experts_are_compressed_or_none() -> None:
         ckpt_gate_proj_name="w1",
         ckpt_down_proj_name="w2",
         ckpt_up_proj_name="w3",
-        moe_config=SimpleNamespace(num_logical_experts=EXPERTS),
+        moe_config=SimpleNamespace(num_logical_experts=EXPERTS, has_bias=False),
     )
     named = {f"mlp.{t.module}": t for t in targets.values()}
     assert CompressConfig.experts(config, "mlp.experts", layer) == targets
+    layer.moe_config.has_bias = True
+    with pytest.raises(CheckpointError, match=r"experts with biases are not served"):
+        CompressConfig.experts(config, "mlp.experts", layer)
+    layer.moe_config.has_bias = False
     del named["mlp.experts.4.w2"]
     with pytest.raises(CheckpointError, match=r"mlp\.experts\.4\.w2 is kept as it is, but experts"):
         CompressConfig.experts(config, "mlp.experts", layer)
