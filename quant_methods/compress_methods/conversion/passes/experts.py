@@ -38,12 +38,9 @@ def expert_of(slot: Slot) -> tuple[str, int]:
 
 def rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """The matrices of as many whole experts at a time as there is memory for."""
-    experts: dict[tuple[str, int], list[Job]] = {}
-    for job in jobs:
-        experts.setdefault(expert_of(job.slot), []).append(job)
     together: list[Job] = []
     held = 0
-    for mine in experts.values():
+    for mine in _by_expert(jobs):
         size = _gathered(mine)
         if together and held + size > LIMIT:
             yield together
@@ -54,12 +51,25 @@ def rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield together
 
 
+def most_gathered(jobs: Sequence[Job]) -> int:
+    """Bytes of statistics that are in memory at once while the experts among `jobs` are packed."""
+    mine = [job for job in jobs if job.slot.kind == EXPERTS]
+    return max((sum(map(_gathered, _by_expert(r))) for r in rounds(mine)), default=0)
+
+
+def _by_expert(jobs: Sequence[Job]) -> list[list[Job]]:
+    experts: dict[tuple[str, int], list[Job]] = {}
+    for job in jobs:
+        experts.setdefault(expert_of(job.slot), []).append(job)
+    return list(experts.values())
+
+
 def _gathered(jobs: Sequence[Job]) -> int:
     """Bytes of the statistics of an expert; matrices with as many columns share theirs."""
     sizes: dict[tuple[int, type[Statistic]], int] = {}
     for job in jobs:
         cols = job.slot.cols
-        for cls in job.algorithm.needs(job.format):
+        for cls in _alone(job.algorithm.needs(job.format)):
             sizes[cols, cls] = FLOAT * cols * (cols if cls.correlates else 1)
     return sum(sizes.values())
 
@@ -79,9 +89,8 @@ def fed(
         given[module] = seen.get(module, {})
         tokens[module] = max((s.tokens for s in given[module].values()), default=0)
         if tokens[module] < LEAST_TOKENS:
-            alone = [cls for cls in classes if not issubclass(cls, Comparison)]
             cols = slots[module].cols
-            given[module] = {cls: _white(cls, cols, part.device, white) for cls in alone}
+            given[module] = {cls: _white(cls, cols, part.device, white) for cls in _alone(classes)}
             owner, number = expert_of(slots[module])
             numbers = starved.setdefault(owner, [])
             if number not in numbers:
@@ -89,6 +98,11 @@ def fed(
     for owner, numbers in starved.items():
         part.note(owner, _told(part.notes.get(owner), numbers))
     return given, tokens
+
+
+def _alone(classes: Sequence[type[Statistic]]) -> list[type[Statistic]]:
+    """Without what compares with the original, whose router may send other tokens."""
+    return [cls for cls in classes if not issubclass(cls, Comparison)]
 
 
 def _white(

@@ -17,6 +17,7 @@ from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.checkpoint.source import open_source
 from compress_methods.conversion.job import open_job
 from compress_methods.conversion.passes import experts as expert_passes
+from compress_methods.conversion.resources import estimate
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.model.skeleton import build_skeleton
 from compress_methods.model.slot import Slot
@@ -163,6 +164,18 @@ def test_how_many_experts_are_gathered_at_once_changes_nothing(
     convert(mixtral, asked, tmp_path / "apart", calibration=some_text, quiet=True)
     for file in (tmp_path / "together").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "apart" / file.name).read_bytes()
+
+
+def test_the_estimate_counts_statistics_that_are_gathered_at_once(
+    mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for limit in (2**29, 1):
+        monkeypatch.setattr(expert_passes, "LIMIT", limit)
+        planned = open_job(mixtral, recipe("gptq"))
+        found.append(estimate(planned.plan, planned.skeleton, True).memory)
+    expert = 4 * (128**2 + 256**2)  # gate and up share a Hessian
+    assert found[0] - found[1] == 3 * expert
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4"])
