@@ -24,8 +24,9 @@ from compress_methods.model.slot import Slot
 EXPERTS = "experts"
 LIMIT = 2**29
 """Bytes of statistics in memory."""
-LEAST_TOKENS = 32
-"""Of text, to be calibrated on it."""
+LEAST_TOKENS, COLUMNS_PER_TOKEN = 32, 4
+"""Of text, to be calibrated on it: the latter where columns go together. On novels-8m gptq in 3
+bits lost a fifth less than rounding at as many, half as much at 8 times as many."""
 FLOAT = 4
 
 
@@ -88,8 +89,8 @@ def fed(
             continue
         given[module] = seen.get(module, {})
         tokens[module] = max((s.tokens for s in given[module].values()), default=0)
-        if tokens[module] < LEAST_TOKENS:
-            cols = slots[module].cols
+        cols = slots[module].cols
+        if tokens[module] < _least(classes, cols):
             given[module] = {cls: _white(cls, cols, part.device, white) for cls in _alone(classes)}
             owner, number = expert_of(slots[module])
             numbers = starved.setdefault(owner, [])
@@ -98,6 +99,12 @@ def fed(
     for owner, numbers in starved.items():
         part.note(owner, _told(part.notes.get(owner), numbers))
     return given, tokens
+
+
+def _least(classes: Sequence[type[Statistic]], cols: int) -> int:
+    """Tokens that a matrix needs to be calibrated on them."""
+    correlates = any(cls.correlates for cls in classes)
+    return max(LEAST_TOKENS, cols // COLUMNS_PER_TOKEN if correlates else 0)
 
 
 def _alone(classes: Sequence[type[Statistic]]) -> list[type[Statistic]]:
@@ -124,6 +131,6 @@ def _told(before: str | None, numbers: Sequence[int]) -> str:
     """One line for all starved experts of a layer."""
     known = before.partition(":")[0].removeprefix("experts ") + ", " if before else ""
     return (
-        f"experts {known}{', '.join(map(str, numbers))}: fewer than {LEAST_TOKENS} tokens of the "
-        "calibration text, packed as without text"
+        f"experts {known}{', '.join(map(str, numbers))}: too few tokens of the calibration text, "
+        "packed as without text"
     )
