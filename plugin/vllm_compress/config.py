@@ -185,18 +185,43 @@ class CompressConfig(QuantizationConfig):
             self.claims.add([target])
             return CompressedEmbedding(target, self.claims)
         if isinstance(layer, RoutedExperts):
-            self._refuse_experts(prefix)
+            matrices = self.experts(prefix, layer)
+            if matrices:
+                from vllm_compress.layers.experts import CompressedExperts
+
+                self.claims.add(matrices.values())
+                return CompressedExperts(matrices, layer.moe_config, self.claims)
         return None
 
-    def _refuse_experts(self, prefix: str) -> None:
+    def experts(self, prefix: str, layer: Any) -> dict[tuple[int, str], Target]:
+        """Targets of a layer of experts by number and vLLM's name for the matrix; all or none."""
         from compress_methods.errors import CheckpointError
 
-        name = next((n for n in self.targets if n.startswith(prefix.lstrip(".") + ".")), None)
-        if name is not None:
+        names = {
+            "w1": layer.ckpt_gate_proj_name,
+            "w2": layer.ckpt_down_proj_name,
+            "w3": layer.ckpt_up_proj_name,
+        }
+        wanted = {
+            (expert, shard): f"{prefix}.{expert}.{name}"
+            for expert in range(layer.moe_config.num_logical_experts)
+            for shard, name in names.items()
+            if name is not None
+        }
+        found = {place: self.find(name) for place, name in wanted.items()}
+        held = {place: target for place, target in found.items() if target is not None}
+        if held and layer.moe_config.has_bias:
             raise CheckpointError(
-                f"{self.targets[name].module}: compressed experts are not served yet; convert "
-                "again with a rule that keeps the experts as they are"
+                f"{next(iter(held.values())).module}: compressed experts with biases are not "
+                "served; convert again with a rule that keeps the experts as they are"
             )
+        if held and len(held) < len(found):
+            kept = next(name for place, name in wanted.items() if place not in held)
+            raise CheckpointError(
+                f"{kept} is kept as it is, but {next(iter(held.values())).module} is compressed; "
+                "vLLM makes one layer of all experts, so they must go together"
+            )
+        return held
 
 
 def register_config() -> None:

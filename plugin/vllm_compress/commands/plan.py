@@ -159,10 +159,7 @@ def _schemes(args: argparse.Namespace, shape: ModelShape) -> tuple[list[Scheme],
                 raise
             notes.append(f"left out: {problem}")
     if any(scheme.experts_compressed for scheme in schemes[1:]):
-        notes.append(
-            "experts are counted as stored by the recipe; `convert` does not write "
-            "mixture-of-experts models yet"
-        )
+        notes.append("experts that a recipe compresses are served on CPUs only")
     return schemes, notes
 
 

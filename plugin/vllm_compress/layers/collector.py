@@ -31,7 +31,7 @@ class Collector:
         self.targets = targets
         self.claims = claims
         self.found: dict[ShardId, dict[str, Tensor]] = {}
-        self.is_dummy = _is_dummy()
+        self.is_dummy = is_dummy()
 
     def attach(self, layer: Module) -> None:
         """Register an empty parameter for each stored tensor, whose loader keeps the tensor."""
@@ -80,17 +80,17 @@ class Collector:
         ids: list[ShardId] = [None]
         if geometry is not None and len(self.targets) == len(geometry.segments):
             ids = [segment.id for segment in geometry.segments]
-        return {shard: _zeros(t) for shard, t in zip(ids, self.targets, strict=True)}
+        return {shard: zeros(t) for shard, t in zip(ids, self.targets, strict=True)}
 
 
-def _is_dummy() -> bool:
+def is_dummy() -> bool:
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
 
 
-def _zeros(target: Target) -> dict[str, Tensor]:
+def zeros(target: Target) -> dict[str, Tensor]:
     """A matrix of zeros as its format stores one: the fewest rows it can, again and again."""
     fmt, (rows, cols) = target.format, target.shape
     unit = fmt.alignment(rows, cols)[0]

@@ -3,6 +3,7 @@
     calibration: {samples: auto, length: 512, seed: 0, held_out: 8}
     calibration: {files: [{path: chats.jsonl, weight: 2}, code.txt]}
     calibration: {source: self, preset: code}
+    calibration: {experts: all}
 
 `samples: auto`, the same as none, is settled when the model is known: `for_columns`.
 """
@@ -22,8 +23,9 @@ LEAST_SAMPLES = 64
 TOKENS_PER_COLUMN = 8
 """With as many tokens as columns a matrix's Hessian is hardly one."""
 AUTO, SELF, PLAIN = "auto", "self", "plain"
+ROUTED, ALL = "routed", "all"
 PRESETS = (PLAIN, "chat", "code", "long")
-KEYS = ("samples", "length", "seed", "held_out", "files", "source", "preset")
+KEYS = ("samples", "length", "seed", "held_out", "files", "source", "preset", "experts")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class TextFile:
 class CalibrationSettings:
     """How many sequences, of how many tokens each, and what they are cut from: `files`, or what the
     model writes itself under `preset`; with neither, what the model writes where it is needed.
-    `auto`: `samples` is not settled yet."""
+    `auto`: `samples` is not settled yet. `experts` are calibrated on the tokens `routed` to each,
+    or on `all`."""
 
     samples: int = LEAST_SAMPLES
     length: int = 512
@@ -51,12 +54,15 @@ class CalibrationSettings:
     files: tuple[TextFile, ...] = ()
     preset: str = ""
     auto: bool = False
+    experts: str = ROUTED
 
     def __post_init__(self) -> None:
         for key, least in (("samples", 1), ("length", 8), ("seed", 0), ("held_out", 0)):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise CalibrationError(f"{key} is {value!r}, expected an integer from {least}")
+        if self.experts not in (ROUTED, ALL):
+            raise CalibrationError(f"experts is {self.experts!r}, expected {ROUTED} or {ALL}")
         if self.preset and self.preset not in PRESETS:
             raise CalibrationError(
                 f"unknown preset {self.preset!r}; {nearest(self.preset, PRESETS)}"
@@ -118,6 +124,8 @@ class CalibrationSettings:
             found["files"] = [
                 {"path": file.path.name, "weight": float(file.weight)} for file in self.files
             ]
+        if self.experts != ROUTED:
+            found["experts"] = self.experts
         return {**found, "preset": self.preset} if self.preset else found
 
 

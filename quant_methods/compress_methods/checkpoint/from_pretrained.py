@@ -62,8 +62,10 @@ class Unpacker(HfQuantizer):
         import torch
         from torch import nn
 
-        from compress_methods.checkpoint.loading import quantize_inputs
+        from compress_methods.checkpoint.loading import quantize_expert_inputs, quantize_inputs
+        from compress_methods.model.skeleton import Skeleton
 
+        formats = {}
         slots = self._slots(model)
         with torch.no_grad():
             for name, matrix in self.checkpoint.held.items():
@@ -71,9 +73,12 @@ class Unpacker(HfQuantizer):
                 if slot is None:
                     continue  # a head that this class of model does not have
                 slot.write(model, matrix.unpack())
+                formats[slot.module] = matrix.format
                 module = model.get_submodule(slot.module) if slot.is_plain else None
                 if module is not None and not isinstance(module, nn.Embedding):
                     quantize_inputs(module, matrix.format)
+        skeleton = Skeleton(model)
+        quantize_expert_inputs(skeleton, skeleton.slots.values(), formats.get)
         self.remove_quantization_config(model)
         for module in model.modules():
             if getattr(getattr(module, "config", None), "_is_quantized", False):

@@ -3,6 +3,9 @@ number, and a way to use a compressed model without vLLM (at the memory of the f
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import MAIN_TENSOR, Format, torch_dtype
 from compress_methods.model.device import resolve_device
+from compress_methods.model.experts import is_last, owner_of, treat_inputs
 from compress_methods.model.skeleton import Skeleton, set_parameter
+from compress_methods.model.slot import Slot
 
 
 def is_compressed(directory: str | Path) -> bool:
@@ -88,6 +93,7 @@ def quantize_activations(skeleton: Skeleton, path: Path) -> None:
         fmt = checkpoint.spec.format_for(name)
         if fmt is not None and not isinstance(module, nn.Embedding):
             quantize_inputs(module, fmt)
+    quantize_expert_inputs(skeleton, skeleton.slots.values(), checkpoint.spec.format_for)
 
 
 def quantize_inputs(module: nn.Module, fmt: Format) -> RemovableHandle:
@@ -104,10 +110,44 @@ def quantize_inputs(module: nn.Module, fmt: Format) -> RemovableHandle:
     return module.register_forward_pre_hook(quantized)
 
 
+def quantize_expert_inputs(
+    skeleton: Skeleton, slots: Iterable[Slot], format_for: Callable[[str], Format | None]
+) -> None:
+    """The same for the experts among `slots`; `CheckpointError` where those of a layer differ."""
+    formats: dict[tuple[str, bool], set[Format | None]] = defaultdict(set)
+    for slot in slots:
+        if slot.kind == "experts":
+            fmt = format_for(slot.module)
+            treats = fmt is not None and _treats(fmt, slot.cols)
+            formats[owner_of(slot), is_last(slot)].add(fmt if treats else None)
+    for (owner, _), found in formats.items():
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{owner}: its experts quantize their inputs in different ways; convert again with "
+                "one format for all"
+            )
+    for owner in {owner for owner, _ in formats}:
+        first, inner = (next(iter(formats[owner, side])) for side in (False, True))
+        if first is not None or inner is not None:
+            module = skeleton.module(owner)
+            treat_inputs(module, skeleton.architecture, _treat(first), _treat(inner))
+
+
+@cache
+def _treats(fmt: Format, cols: int) -> bool:
+    probe = torch.ones(1, cols)
+    return fmt.quantize_activations(probe) is not probe
+
+
+def _treat(fmt: Format | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    return (lambda x: x) if fmt is None else fmt.quantize_activations
+
+
 __all__ = [
     "is_compressed",
     "load_model",
     "quantize_activations",
+    "quantize_expert_inputs",
     "quantize_inputs",
     "require_finite_values",
     "require_whole",

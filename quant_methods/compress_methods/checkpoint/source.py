@@ -99,6 +99,9 @@ class Source:
         if slot.parameter in self.parts:
             entry = self.entries[self.tensor_of(slot)]
             return require_finite(entry, entry.read())
+        if slot.index and isinstance(slot.index[0], int):
+            entry = self.entry(slot.parameter)
+            return slot.alone.of(require_finite(entry, entry.read(slot.index[0], 1)))
         return slot.of(self.read(slot.parameter))
 
     def slot_slabs(self, slot: Slot, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
@@ -213,7 +216,7 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
         except CheckpointError as problem:
             raise CheckpointError(f"{directory}: {problem}") from None
     names = checkpoint_names(skeleton, entries)
-    parts = _parts(skeleton, entries, names)
+    parts = find_parts(skeleton, entries, names)
     for parameter, shape in skeleton.parameter_names().items():
         if parameter in parts:
             continue
@@ -229,7 +232,7 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
     return Source(directory, name, entries, names, parts)
 
 
-def _parts(
+def find_parts(
     skeleton: Skeleton, entries: Mapping[str, Entry], names: Mapping[str, str]
 ) -> dict[str, Parts]:
     """Parameters of which the checkpoint holds each matrix [rows, cols] under its own name."""

@@ -68,6 +68,6 @@ def _stored_apart(skeleton: Skeleton, directory: Path, allow_pickle: bool) -> bo
 
 def _find(entries: Mapping[str, Entry], skeleton: Skeleton, name: str) -> Entry | None:
     prefix = f"{skeleton.model.base_model_prefix}."
-    stored = skeleton.architecture.stored_names.get(name, name)
+    stored = skeleton.stored_names.of(name)
     names = (name, stored, name.removeprefix(prefix), prefix + name)
     return next((entries[each] for each in names if each in entries), None)

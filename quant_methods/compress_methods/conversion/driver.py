@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress_methods.calibration.settings import ALL
 from compress_methods.checkpoint.integrity import read_checked, write_checked
 from compress_methods.checkpoint.safetensors import Entry, Writer
 from compress_methods.checkpoint.source import require_finite
@@ -274,7 +275,7 @@ class Sweep:
         # About a dozen tensors of the width of the states are alive inside a block.
         sequence = 12 * settings.length * width * dtype.itemsize
         batch = batch_size(device, sequence, settings.samples, settings.held_out)
-        runner = BlockRunner(skeleton, batch, device, dtype)
+        runner = BlockRunner(skeleton, batch, device, dtype, settings.experts == ALL)
         tables = {f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"}
         for name in skeleton.parameter_names():
             if skeleton.block_of(name) is None and name not in tables:

@@ -209,7 +209,8 @@ class BlockPart(StreamedPart):
         yield 0, self.weight(slot)
 
     def tensor(self, name: str) -> Tensor:
-        found: Tensor = self.planned.skeleton.model.get_parameter(name).data
+        place, _, leaf = name.rpartition(".")
+        found: Tensor = getattr(self.planned.skeleton.module(place), leaf).data
         return found
 
     def replace(self, name: str, tensor: Tensor) -> None:
@@ -238,10 +239,12 @@ class BlockPart(StreamedPart):
         return gatherer.seen
 
     def runs(self, module: str) -> bool:
-        """Whether it has inputs to see; a matrix that is part of a parameter (an expert's) has not
-        got any."""
+        """Whether it has inputs to see: it is a layer that runs, or an expert's matrix."""
         if self.index == HEAD_BLOCK:
             return module == self.prefix
+        slot = self.planned.skeleton.slots.get(module)
+        if slot is not None and slot.kind == "experts":
+            return True
         inside = module.removeprefix(f"{self.prefix}.")
         return inside in (name for name, _ in self.module.named_modules())
 

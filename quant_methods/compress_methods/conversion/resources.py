@@ -22,6 +22,7 @@ from compress_methods.calibration.self_generated import (
 )
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.passes.allocation import CARRIED_BYTES, SEQUENCES, find_groups
+from compress_methods.conversion.passes.experts import most_gathered
 from compress_methods.conversion.passes.weighing import DRAWS, groups_of
 from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.stages import Stage
@@ -63,6 +64,7 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool, sampled: bool = F
         memory += states + 2 * FLOAT * block + 4 * FLOAT * columns**2 + 3 * FLOAT * largest
         if plan.needs_original:  # its block, its states, what inputs have drifted by, and the aim
             memory += states + FLOAT * block + 2 * FLOAT * columns**2 + FLOAT * largest
+        memory += max(most_gathered(shard.jobs) for shard in plan.shards)
         # Codes, momentum and gradient of a block that is trained.
         memory += 3 * FLOAT * _most_refined(plan)
         flops = _flops_per_second()

@@ -123,6 +123,15 @@ def cols_of(text: str) -> int:
     return _outline(text).cols
 
 
+def tensors_of(text: str) -> int:
+    """How many tensors it has, those of its parts among them."""
+
+    def count(prepared: Prepared) -> int:
+        return len(prepared.tensors) + sum(map(count, prepared.parts))
+
+    return count(_outline(text))
+
+
 def check_product(x: Tensor, prepared: Prepared, bias: Tensor | None) -> None:
     """Refuse what would broadcast, or read beyond the matrix; `IndexError` in one line. A bias may
     end where padding begins."""

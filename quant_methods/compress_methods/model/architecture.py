@@ -28,9 +28,9 @@ class Architecture:
     `ModuleList` where not said. `head`: dotted name of the output head, transformers' own answer
     where not said. `fused`: leaves that vLLM runs as one matrix. `row_parallel`: leaves that tensor
     parallelism cuts by columns. `routers`: leaves that choose experts, never compressed unnamed.
-    `experts`: parameter of all experts -> the matrices in it, one after another by rows.
+    `experts`: parameter of all experts -> the matrices in it. `experts_transposed`: whether they
+    lie [inputs, outputs], where transformers' class does not say.
     `vllm_names`: parts of module names that vLLM's class spells in another way -> as here.
-    `stored_names`: parameters that checkpoints hold under another name than transformers' model.
     `loss`: which token a position's logits are judged by, the next one or the one that stands
     there. `prunable`: whether a narrower or shallower one is known to load in vLLM.
     `moved_rows`: leaves whose rows vLLM's class moves while it loads, and how.
@@ -50,21 +50,25 @@ class Architecture:
     row_parallel: frozenset[str] = frozenset(
         ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "w2", "wo", "dense", "dense_4h_to_h")
     )
-    routers: tuple[str, ...] = ("gate", "router", "shared_expert_gate")
+    routers: tuple[str, ...] = ("gate", "router", "wg", "shared_expert_gate")
     experts: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {
             "gate_up_proj": ("gate_proj", "up_proj"),
+            "up_proj": ("up_proj",),
             "down_proj": ("down_proj",),
         }
     )
     experts_transposed: bool = False
     vllm_names: Mapping[str, str] = field(default_factory=dict)
-    stored_names: Mapping[str, str] = field(default_factory=dict)
     loss: str = NEXT_TOKEN
     prunable: bool = False
     moved_rows: Mapping[str, str] = field(default_factory=dict)
     unquantized: frozenset[str] = frozenset()
     proven: bool = False
+
+    def transposes(self, experts: Any) -> bool:
+        """Whether the matrices of a module of experts lie [inputs, outputs]."""
+        return bool(getattr(experts, "is_transposed", self.experts_transposed))
 
     def group(self, leaf: str) -> tuple[str, ...]:
         """The leaves that vLLM runs as one matrix with this one, itself among them."""
@@ -98,9 +102,10 @@ def architecture_of(config: Any) -> Architecture:
     return _ROWS.get(str(found), GENERIC)
 
 
-COMPARED = """arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2
-gpt_bigcode gptj granite helium hunyuan_v1_dense mamba2 ministral ministral3 nemotron olmo olmo2
-olmo3 opt phi phi3 seed_oss smollm3 stablelm starcoder2"""
+COMPARED = """arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2
+gpt_bigcode gpt_neox gptj granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe mamba2 ministral
+ministral3 mixtral nemotron olmo olmo2 olmo3 olmoe opt phi phi3 qwen2_moe qwen3_moe seed_oss smollm3
+stablelm starcoder2"""
 """Model types with nothing of their own to say, whose serving a test compares with transformers."""
 register_architecture(Architecture("compared causal LM", tuple(COMPARED.split()), proven=True))
 register_architecture(
@@ -118,6 +123,7 @@ register_architecture(
     Architecture(
         "Llama-4",
         ("llama4", "llama4_text"),
+        experts_transposed=True,
         moved_rows={"q_proj": ROTARY_HALVES, "k_proj": ROTARY_HALVES},
         proven=True,
     )
@@ -136,14 +142,6 @@ register_architecture(
         ("falcon_h1",),
         vllm_names={".qkv_proj": ".self_attn.qkv_proj", ".o_proj": ".self_attn.o_proj"},
         unquantized=MAMBA,
-        proven=True,
-    )
-)
-register_architecture(
-    Architecture(
-        "GPT-NeoX",
-        ("gpt_neox",),
-        stored_names={"lm_head.weight": "embed_out.weight"},
         proven=True,
     )
 )

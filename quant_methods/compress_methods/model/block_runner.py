@@ -11,6 +11,7 @@ States lie in main memory and visit the device batch by batch.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress_methods.model.experts import owner_of, watch_experts
 from compress_methods.model.recorded import Call, answers_besides, require_same_calls
 from compress_methods.model.skeleton import Skeleton, set_parameter
+from compress_methods.model.slot import Slot
 
 STATES = "hidden_states"
 Hook = Callable[[str, nn.Module, tuple[Any, ...]], None]
@@ -63,6 +66,7 @@ class BlockRunner:
     """Feeds hidden states [sequences, length, hidden] through one materialized block at a time.
 
     `dtype` is what weights and states are computed in: float32, or the model's own.
+    `all_experts`: hooks see every token at every expert.
     """
 
     def __init__(
@@ -71,9 +75,11 @@ class BlockRunner:
         batch: int,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        all_experts: bool = False,
     ) -> None:
         self.skeleton = skeleton
         self.batch = batch
+        self.all_experts = all_experts
         self.device = device or torch.device("cpu")
         self.dtype = dtype
         self.calls: list[Call] = []
@@ -214,13 +220,24 @@ class BlockRunner:
 
     @contextmanager
     def hooked(self, modules: Iterable[str], hook: Hook) -> Iterator[None]:
-        """Have `hook` called before each of `modules` runs."""
-        handles = [
-            self.skeleton.module(name).register_forward_pre_hook(
-                lambda module, args, name=name: hook(name, module, args)
+        """Have `hook` called before each of `modules` runs, or before an expert's matrix would."""
+        experts: dict[str, list[Slot]] = defaultdict(list)
+        handles = []
+        for name in modules:
+            slot = self.skeleton.slots.get(name)
+            if slot is not None and slot.kind == "experts":
+                experts[owner_of(slot)].append(slot)
+                continue
+            handles.append(
+                self.skeleton.module(name).register_forward_pre_hook(
+                    lambda module, args, name=name: hook(name, module, args)
+                )
             )
-            for name in modules
-        ]
+        for owner, slots in experts.items():
+            module = self.skeleton.module(owner)
+            handles.append(
+                watch_experts(module, slots, self.skeleton.architecture, hook, self.all_experts)
+            )
         try:
             yield
         finally:

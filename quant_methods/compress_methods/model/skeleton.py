@@ -18,7 +18,8 @@ from torch import nn
 
 from compress_methods.errors import CheckpointError
 from compress_methods.model.architecture import Architecture, architecture_of
-from compress_methods.model.slot import Slot
+from compress_methods.model.slot import Index, Slot
+from compress_methods.model.stored_names import EXPERT, StoredNames
 
 
 class Skeleton:
@@ -27,6 +28,7 @@ class Skeleton:
     def __init__(self, model: Any, architecture: Architecture | None = None) -> None:
         self.model = model
         self.architecture = architecture or architecture_of(model.config)
+        self.stored_names = StoredNames(model)
         self.blocks_name, self.blocks = self._find_blocks()
         modules = {module: name for name, module in model.named_modules()}
         self.embedding = modules[model.get_input_embeddings()]
@@ -103,25 +105,27 @@ class Skeleton:
             parameter = module._parameters.get(leaf)
             if parameter is None or parameter.dim() != 3:
                 continue
-            transposed = self.architecture.experts_transposed
+            transposed = self.architecture.transposes(module)
             count, *size = parameter.shape
             outputs, inputs = reversed(size) if transposed else size
-            rows = outputs // len(parts)
+            stored = self.stored_names.matrices(f"{name}.{leaf}")
+            modules = stored or [f"{name}.{EXPERT}.{part}" for part in parts]
+            ranges = _row_ranges(outputs, len(parts), getattr(module, "is_concatenated", True))
             for expert in range(count):
-                for i, part in enumerate(parts):
-                    ranges: tuple[int | tuple[int, int], ...] = ((i * rows, (i + 1) * rows),)
-                    if len(parts) == 1:
-                        ranges = ()
-                    elif transposed:
-                        ranges = ((0, inputs), *ranges)
+                for each, taken in zip(modules, ranges, strict=True):
+                    index: Index = (
+                        expert,
+                        *([(0, inputs)] if transposed and taken else []),
+                        *taken,
+                    )
                     yield Slot(
-                        f"{name}.{expert}.{part}",
+                        each.replace(EXPERT, str(expert)),
                         f"{name}.{leaf}",
                         "experts",
-                        rows,
+                        outputs // len(parts),
                         inputs,
                         transposed=transposed,
-                        index=(expert, *ranges),
+                        index=index,
                     )
 
     def block_of(self, name: str) -> int | None:
@@ -138,6 +142,16 @@ class Skeleton:
         for alias in (*(f"{head}.weight" for head in self.tied), *self.duplicates):
             names.pop(alias, None)
         return names
+
+
+def _row_ranges(rows: int, parts: int, concatenated: bool) -> list[Index]:
+    """Which rows each of the matrices in one has: one below the other, or by turns."""
+    if parts == 1:
+        return [()]
+    if not concatenated:
+        return [((i, rows, parts),) for i in range(parts)]
+    size = rows // parts
+    return [((i * size, (i + 1) * size),) for i in range(parts)]
 
 
 def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
@@ -182,9 +196,9 @@ def checkpoint_names(skeleton: Skeleton, found: Mapping[str, Any]) -> dict[str, 
     """
     prefix = f"{skeleton.model.base_model_prefix}."
     names = {}
-    stored = skeleton.architecture.stored_names
     for name in skeleton.parameter_names():
-        variants = (name, name.removeprefix(prefix), prefix + name, stored.get(name, name))
+        stored = skeleton.stored_names.of(name)
+        variants = (name, name.removeprefix(prefix), prefix + name, stored)
         match = next((v for v in variants if v in found), None)
         if match is not None:
             names[name] = match

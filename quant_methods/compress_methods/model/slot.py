@@ -6,13 +6,13 @@ Most parameters are one matrix; GPT-2's lie transposed, and a fused expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Index = tuple["int | tuple[int, int]", ...]
+Index = tuple["int | tuple[int, ...]", ...]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Slot:
 
     `module` is what recipes, stored tensors and vLLM call the matrix. `kind` is `blocks`,
     `experts`, `embedding`, `lm_head` or empty, what a recipe's `match` may say. `index` takes one
-    entry or a range [start, end) of each of the parameter's first axes; `transposed`: what is left
-    lies [cols, rows].
+    entry or a range [start, end), with a step if not 1, of each of the parameter's first axes;
+    `transposed`: what is left lies [cols, rows].
     """
 
     module: str
@@ -37,6 +37,11 @@ class Slot:
     def is_plain(self) -> bool:
         """Whether the parameter is the matrix, row by row."""
         return not (self.transposed or self.index)
+
+    @property
+    def alone(self) -> Slot:
+        """The same in its parameter's one entry that holds it."""
+        return replace(self, index=(0, *self.index[1:]))
 
     def of(self, parameter: Tensor) -> Tensor:
         """The view [rows, cols] of its parameter."""

@@ -3,6 +3,7 @@
 from compress_methods.transforms import (  # noqa: F401  (registers them)
     awq,
     depth,
+    experts,
     rotation,
     sharing,
     smoothquant,

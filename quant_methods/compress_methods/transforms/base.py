@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Outline:
     """What a pass makes of a model. `changes`: keys of config.json, layers apart. `layers`: how
-    many stay. `aliases`: modules that are stored as another one is, by its name."""
+    many stay. `experts`: how many of a layer stay. `aliases`: modules that are stored as another
+    one is, by its name."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     layers: int | None = None
+    experts: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 

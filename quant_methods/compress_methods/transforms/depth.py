@@ -75,18 +75,20 @@ class Depth(Pass):
         return {"influence": list(self.influence)}
 
 
-def check_share(key: str, share: float) -> None:
+def check_share(key: str, share: float, things: str = "layers") -> None:
     """`RecipeError` unless it is a share of layers, or a number of them."""
     if share < 0 or (share >= 1 and share != int(share)):
-        raise RecipeError(f"{key} is {share}, expected a share below 1 or a whole number of layers")
+        raise RecipeError(
+            f"{key} is {share}, expected a share below 1 or a whole number of {things}"
+        )
 
 
-def share_of(what: str, share: float, count: int) -> int:
+def share_of(what: str, share: float, count: int, things: str = "layers") -> int:
     """How many of `count` layers a share comes to, never more than asked; `RecipeError` names
     `what`."""
     found = int(share if share >= 1 else share * count + 1e-9)
     if found >= count:
-        raise RecipeError(f"{what} is {found} layers, the model has {count}")
+        raise RecipeError(f"{what} is {found} {things}, the model has {count}")
     if share and not found:
-        raise RecipeError(f"{what} is {share:.1%} of {count} layers, less than one")
+        raise RecipeError(f"{what} is {share:.1%} of {count} {things}, less than one")
     return found

@@ -1,7 +1,8 @@
 """Tiny random models of every architecture that this vLLM serves on a CPU: log-probabilities are
 those that transformers computes with the stored values.
 
-A kind of model is `proven` in the table of architectures because it is here, and only then.
+A kind of model is `proven` in the table of architectures because it is here, or in
+`test_mixtures.py`, and only then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.model.architecture import architecture_of, proven_types
 from tests.e2e.support.engine import Engine
 from tests.e2e.support.tiny import VOCABULARY, compress, make_model, reference
-from tests.e2e.support.zoo import SERVED, UNSERVED, ZOO
+from tests.e2e.support.zoo import MIXTURES, SERVED, SERVED_MIXTURES, UNSERVED, ZOO
 
 W4 = {"format": "integer", "bits": 4, "group_size": 32}
 WORST = 1e-3
@@ -86,12 +87,13 @@ def test_kinds_that_are_not_here_are_served_after_a_line(engine: Engine, tmp_pat
 def model_type(name: str) -> str:
     import transformers
 
-    found: str = getattr(transformers, f"{ZOO[name][0]}Config").model_type
+    kind, _ = ZOO.get(name) or MIXTURES[name]
+    found: str = getattr(transformers, f"{kind}Config").model_type
     return found
 
 
 def test_proven_kinds_are_those_compared_here() -> None:
-    compared = {model_type(name) for name in SERVED}
+    compared = {model_type(name) for name in [*SERVED, *SERVED_MIXTURES]}
     assert len(SERVED) >= 40
     assert proven_types() - {"llama4"} == compared  # llama4 wraps llama4_text
     for name in UNSERVED:

@@ -43,6 +43,7 @@ from torch import Tensor
 from compress_methods.algorithms import Seen
 from compress_methods.checkpoint.loading import quantize_inputs
 from compress_methods.conversion.part import BlockPart
+from compress_methods.conversion.passes.experts import fed
 from compress_methods.conversion.passes.packing import Packing, solve_in_slabs
 from compress_methods.conversion.planning.candidates import group_of_module
 from compress_methods.conversion.planning.plan import Job, Plan
@@ -149,7 +150,8 @@ class AllocatedPacking(Packing):
             )
             for job in jobs
         }
-        seen = part.statistics(needs)
+        seen = dict(part.statistics(needs))
+        seen |= fed(part, needs, seen)[0]
         missing = [name for name, asked in needs.items() if asked and name not in seen]
         if missing:
             raise CalibrationError(f"{missing[0]}: never ran during calibration; leave it out")

@@ -17,9 +17,10 @@ from torch import Tensor
 import compress_methods.kernels  # noqa: F401  (brings encoders that formats call)
 from compress_methods.algorithms import Algorithm, Seen
 from compress_methods.algorithms.statistics import by_rows, compares, relative_error
-from compress_methods.checkpoint.loading import quantize_inputs
+from compress_methods.checkpoint.loading import quantize_expert_inputs, quantize_inputs
 from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
 from compress_methods.conversion.passes.comparing import Comparer, Needs
+from compress_methods.conversion.passes.experts import EXPERTS, fed, rounds
 from compress_methods.conversion.passes.refining import SAVED, Solved, refine_block
 from compress_methods.conversion.passes.weighing import groups_of, loss_weights
 from compress_methods.conversion.planning.plan import Job
@@ -51,14 +52,26 @@ def pack_loaded(part: BlockPart) -> None:
     Where the original is compared with, matrices are solved in the order they run in, so that each
     makes up for what those before it have lost. Else all see the part as it was.
     """
-    jobs = part.shard.jobs
-    needs = {job.slot.module: job.algorithm.needs(job.format) for job in jobs}
+    experts = [job for job in part.shard.jobs if job.slot.kind == EXPERTS]
+    jobs = [job for job in part.shard.jobs if job.slot.kind != EXPERTS]
+    needs = _needs(jobs)
     weights = loss_weights(part)
     if part.before() is None or not any(map(compares, needs.values())):
         solved = _pack_seen(part, jobs, part.statistics(needs, weights))
     else:
         solved = _pack_compared(part, jobs, needs, weights)
+    for together in rounds(experts):
+        needs = _needs(together)
+        seen, tokens = fed(part, needs, part.statistics(needs))
+        solved += _pack_seen(part, together, seen, tokens)
+    formats = {job.slot.module: job.format for job in experts}
+    quantize_expert_inputs(part.skeleton, [job.slot for job in experts], formats.get)
     _refine(part, solved)
+
+
+def _needs(jobs: Iterable[Job]) -> Needs:
+    """The statistics that each matrix is solved from."""
+    return {job.slot.module: job.algorithm.needs(job.format) for job in jobs}
 
 
 def _pack_compared(
@@ -75,9 +88,14 @@ def _pack_compared(
     return solved + _pack_seen(part, list(waiting.values()), {})
 
 
-def _pack_seen(part: BlockPart, jobs: Sequence[Job], seen: Mapping[str, Seen]) -> list[Solved]:
+def _pack_seen(
+    part: BlockPart,
+    jobs: Sequence[Job],
+    seen: Mapping[str, Seen],
+    tokens: Mapping[str, int] | None = None,
+) -> list[Solved]:
     """Solve some matrices from the statistics of their inputs; returns those to be refined, whose
-    values are not final."""
+    values are not final. `tokens`: how many came to matrices that not all come to."""
     shared: dict[tuple[Any, ...], Any] = {}
     solved: list[Solved] = []
     for job in jobs:
@@ -91,7 +109,8 @@ def _pack_seen(part: BlockPart, jobs: Sequence[Job], seen: Mapping[str, Seen]) -
             relaxed = job.format.relax(job.format.solution(tensors), aim)
             solved.append(Solved(job, tensors, relaxed))
         else:
-            part.store(job, tensors, facts)
+            came = {} if not tokens else {"tokens": tokens[slot.module]}
+            part.store(job, tensors, {**facts, **came})
         weight.copy_(job.format.unpack(tensors))
         if slot.module != part.planned.skeleton.head and not slot.index:
             quantize_inputs(part.planned.skeleton.module(slot.module), job.format)

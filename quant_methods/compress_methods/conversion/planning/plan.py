@@ -370,10 +370,13 @@ def _rules(jobs: list[Job], modules: tuple[str, ...]) -> list[Rule]:
     """As few rules as say it: block indices become \\d+ where that matches nothing else."""
     everything = {job.slot.module: job for job in jobs}
     rules: dict[tuple[str, str, tuple[int, int]], None] = {}
+    alike_names: dict[str, list[str]] = {}
+    for module in modules:  # a mixture has tens of thousands, of few patterns
+        alike_names.setdefault(_pattern(module), []).append(module)
     for job in jobs:
         name, shape = job.slot.module, (job.slot.rows, job.slot.cols)
-        pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
-        same = [everything.get(n) for n in modules if re.fullmatch(pattern, n)]
+        pattern = _pattern(name)
+        same = [everything.get(n) for n in alike_names[pattern]]
         alike = all(
             j and (j.format_name, j.slot.rows, j.slot.cols) == (job.format_name, *shape)
             for j in same
@@ -381,3 +384,8 @@ def _rules(jobs: list[Job], modules: tuple[str, ...]) -> list[Rule]:
         match = f"re:{pattern}" if alike and len(same) > 1 else name
         rules[match, job.format_name, shape] = None
     return [Rule(*key) for key in sorted(rules, key=lambda k: k[0].startswith("re:"))]
+
+
+def _pattern(name: str) -> str:
+    """What matches a module's name with any numbers in it."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))

@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress_methods.calibration.settings import CalibrationSettings
 from compress_methods.checkpoint.safetensors import Entry
-from compress_methods.checkpoint.source import Source
+from compress_methods.checkpoint.source import Source, find_parts
 from compress_methods.conversion.planning.plan import Plan, Shard, make_shards
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.formats import ITEMSIZE
@@ -63,7 +64,18 @@ def preview(
     changed = {**config, **changes}
     new = _build(changed, reshaping.name)
     moves = find_moves(source, skeleton, kept)
-    return Preview(changed, new, _shaped(source, new, moves, skeleton), moves)
+    if outline.experts is None:
+        _require_alike(source, skeleton)
+    else:
+        moves |= dict.fromkeys(_experts_from(outline.experts, skeleton, source))
+    return Preview(changed, new, _shaped(source, new, moves), moves)
+
+
+def _experts_from(first: int, skeleton: Skeleton, source: Source) -> Iterator[str]:
+    """Tensors of single experts from a number on; what stays has the numbers before it."""
+    for slot in skeleton.slots.values():
+        if slot.parameter in source.parts and slot.index[:1] >= (first,):
+            yield source.tensor_of(slot)
 
 
 def _build(config: Mapping[str, Any], name: str) -> Skeleton:
@@ -82,6 +94,7 @@ def find_moves(source: Source, skeleton: Skeleton, kept: Sequence[int]) -> dict[
     """New name of every tensor when only the layers `kept` stay, in their order; None: dropped."""
     place = {old: new for new, old in enumerate(kept)}
     parameter_of = {tensor: parameter for parameter, tensor in source.names.items()}
+    blocks = skeleton.blocks_name.rpartition(".")[2]
     moves: dict[str, str | None] = {}
     for name in source.entries:
         parameter = parameter_of.get(name, name)
@@ -89,16 +102,13 @@ def find_moves(source: Source, skeleton: Skeleton, kept: Sequence[int]) -> dict[
         if old is None:
             moves[name] = name
             continue
-        tail = parameter.removeprefix(f"{skeleton.blocks_name}.{old}")
         moves[name] = None
-        if old in place:
-            moves[name] = f"{name.removesuffix(f'{old}{tail}')}{place[old]}{tail}"
+        if old in place:  # names of tensors may differ from the model's but for their block
+            moves[name] = re.sub(rf"(?<={blocks}\.){old}(?=\.)", str(place[old]), name, count=1)
     return moves
 
 
-def _shaped(
-    source: Source, new: Skeleton, moves: Mapping[str, str | None], old: Skeleton
-) -> Source:
+def _shaped(source: Source, new: Skeleton, moves: Mapping[str, str | None]) -> Source:
     """Headers of the result: dtypes of the source, shapes of the new model."""
     entries: dict[str, Entry] = {
         moved: dataclasses.replace(source.entries[name], name=moved)
@@ -106,14 +116,16 @@ def _shaped(
         if moved is not None
     }
     names = checkpoint_names(new, entries)
+    parts = find_parts(new, entries, names)
     for parameter, shape in new.parameter_names().items():
+        if parameter in parts:
+            continue
         if parameter not in names:
             raise RecipeError(f"{parameter} would be missing after pruning")
         entry = entries[names[parameter]]
         size = math.prod(shape) * ITEMSIZE[entry.dtype]
         entries[entry.name] = dataclasses.replace(entry, shape=tuple(shape), nbytes=size)
-    _require_alike(source, old)
-    return dataclasses.replace(source, entries=entries, names=names, views=frozenset())
+    return dataclasses.replace(source, entries=entries, names=names, parts=parts, views=frozenset())
 
 
 def _require_alike(source: Source, skeleton: Skeleton) -> None:
@@ -145,14 +157,20 @@ def preview_plan(
 
     Shards are those of the result; their copies are names of the source.
     """
-    dropped = {old: "not part of the model" for old, new in made.moves.items() if new is None}
+    why = (
+        "not part of the model"
+        if len(made.skeleton.blocks) < len(skeleton.blocks)
+        else (f"one of the experts that {reshaping.name} leaves out")
+    )
+    dropped = {old: why for old, new in made.moves.items() if new is None}
     shards: list[Shard] = []
     blocks = 0
     for shard in make_shards({}, skeleton, source):
         if shard.block is None or shard.block < 0:
             shards.append(shard)
-        elif made.moves[shard.copies[0]] is not None:
-            shards.append(Shard(f"block-{blocks:05d}", blocks, (), shard.copies))
+        elif any(made.moves[name] is not None for name in shard.copies):
+            stay = tuple(name for name in shard.copies if made.moves[name] is not None)
+            shards.append(Shard(f"block-{blocks:05d}", blocks, (), stay))
             blocks += 1
         else:
             score = f", influence {scores[shard.block]:.4f}" if scores else ""

@@ -41,7 +41,11 @@ def model(novels_8m: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(novels_8m, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "pack-sparse"])
+SPECIAL = ("pack-sparse", "experts25")
+"""For models that have zeros, or experts."""
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in SPECIAL])
 def test_shipped_recipes_fit_the_model(name: str, novels_8m: Path) -> None:
     job = open_job(novels_8m, name)
     most = 0.87 if name == "sparse68" else 0.7 if job.plan.jobs else 0.85

@@ -185,7 +185,7 @@ def test_parts_with_factors_of_their_own_stay_apart() -> None:
 @pytest.mark.parametrize("rows", [8, 52])
 def test_dummy_weights_are_matrices_of_zeros(fmt: Format, rows: int) -> None:
     target = Target("up", (rows, 128), fmt)
-    tensors = collecting._zeros(target)
+    tensors = collecting.zeros(target)
     collecting.check(target, tensors)
     assert torch.equal(fmt.unpack(tensors)[:rows], torch.zeros(rows, 128))
 

@@ -1,0 +1,63 @@
+"""What checkpoints call the parameters of transformers' model.
+
+transformers renames tensors while it loads them, and stacks those of single experts into one
+parameter. Its own mapping says how; read backwards, it says what lies on the disk. What it does
+besides (splitting, permuting) is left alone: such a tensor has no other name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+EXPERT = "*"
+"""Stands for an expert's number in the names of a stacked parameter's matrices."""
+
+
+class StoredNames:
+    """Names by parameter, for one model."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        # What was loaded last is undone first. Whether a prefix was there no model can tell.
+        undone = [step for step in reversed(mapping) if not isinstance(step, PrefixChange)]
+        self._renamings = [
+            step.reverse_transform() for step in undone if not isinstance(step, WeightConverter)
+        ]
+        self._converters = [
+            (step.reverse_transform(), _stacks(step.operations))
+            for step in undone
+            if isinstance(step, WeightConverter)
+        ]
+
+    def of(self, parameter: str) -> str:
+        """What the tensor of a parameter is called."""
+        if any(step.rename_source_key(parameter)[1] for step, _ in self._converters):
+            return parameter
+        return self._renamed(parameter)
+
+    def matrices(self, parameter: str) -> tuple[str, ...]:
+        """Modules with a `*` for the expert, whose weights make up a stacked parameter, in the
+        order of its rows; none where it is stored as it is."""
+        for step, stacks in self._converters:
+            found, pattern = step.rename_source_key(parameter)
+            if pattern is None:
+                continue
+            first, *_ = step.target_patterns
+            names = [found.replace(first, each, 1) for each in step.target_patterns]
+            return tuple(self._renamed(n).removesuffix(".weight") for n in names) if stacks else ()
+        return ()
+
+    def _renamed(self, name: str) -> str:
+        for step in self._renamings:
+            name, _ = step.rename_source_key(name)
+        return name
+
+
+def _stacks(operations: Sequence[Any]) -> bool:
+    """Whether experts are stacked, their matrices one below the other, and nothing else is done."""
+    done = [(type(operation).__name__, operation.__dict__.get("dim")) for operation in operations]
+    return done in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
