@@ -40,6 +40,18 @@ def add_parser(subparsers: Any) -> None:
         "--data", metavar="FILE|self:PRESET", help="text; the teacher writes it unless given"
     )
     parser.add_argument("--rate", type=float, help="learning rate (default: the method's)")
+    parser.add_argument(
+        "--on-policy",
+        type=float,
+        metavar="SHARE",
+        help="of the steps, those on text that the student writes itself (default 0)",
+    )
+    parser.add_argument(
+        "--teacher-mix",
+        type=float,
+        metavar="SHARE",
+        help="of that text's tokens, those that the teacher draws (MiniLLM; default 0)",
+    )
     for name, what in (
         ("steps", "steps of training"),
         ("batch", "sequences per step"),
@@ -60,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from compress_methods.recipe.training import parse_training
 
     keys = ("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data")
+    keys += ("on_policy", "teacher_mix")
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}
     settings = parse_training(block, "recover")

@@ -20,15 +20,29 @@ import torch
 from torch import Tensor
 
 
-def divergence(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
-    """Mean over positions, in nats, of two logits [..., vocab]; differentiable in `student`."""
+def divergence(
+    teacher: Tensor, student: Tensor, beta: float, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over positions, in nats, of two logits [..., vocab]; differentiable in `student`.
+    `weights` [...]: what each position counts, 0 where it does not."""
+    found = by_position(teacher, student, beta)
+    return found.mean() if weights is None else averaged(found, weights)
+
+
+def averaged(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over the number of positions that count; 0 where none does."""
+    return (values * weights).sum() / (weights > 0).sum().clamp(min=1)
+
+
+def by_position(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """The divergence at each position, [...]."""
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     if beta == 0:
-        return _kl(log_p, log_q).mean()
+        return _kl(log_p, log_q)
     if beta == 1:
-        return _kl(log_q, log_p).mean()
+        return _kl(log_q, log_p)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)).mean()
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

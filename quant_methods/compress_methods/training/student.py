@@ -186,10 +186,12 @@ class Student(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [batch, length, vocab]."""
-        arguments = {"input_ids": input_ids, "use_cache": False}
-        out = torch.func.functional_call(self.model, self._values(), args=(), kwargs=arguments)
-        logits: Tensor = out.logits
+        logits: Tensor = self.run(self.values(), input_ids=input_ids, use_cache=False).logits
         return logits
+
+    def run(self, values: dict[str, Tensor], **arguments: Any) -> Any:
+        """What the model returns for arguments of its own, computed with such parameters."""
+        return torch.func.functional_call(self.model, values, args=(), kwargs=arguments)
 
     @torch.no_grad()
     def limit(self) -> None:
@@ -208,7 +210,7 @@ class Student(nn.Module):
         for piece in self.pieces:
             yield piece, {name: next(parameters) for name in piece.leaves}
 
-    def _values(self) -> dict[str, Tensor]:
+    def values(self) -> dict[str, Tensor]:
         """The model's parameters, as they come from what is trained."""
         found: dict[str, Tensor] = {}
         for piece, leaves in self._paired():

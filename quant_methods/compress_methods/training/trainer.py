@@ -1,4 +1,4 @@
-"""transformers' Trainer with a divergence from the teacher as its loss.
+"""transformers' Trainer with the loss of `objective.py`.
 
 Ten times on the way the held-out KL is measured and a checkpoint written, from which a training
 that was killed goes on. The best of them is what is left at the end; that may be the start. A loss
@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from compress_methods.model.skeleton import quiet_transformers
 from compress_methods.recipe.training import QAT, Training
 from compress_methods.system.progress import Progress
-from compress_methods.training.losses import divergence
+from compress_methods.training.objective import TOKENS, Objective
 from compress_methods.training.student import Student
 
 CHECKS = 10
@@ -57,7 +57,7 @@ def train(
 ) -> Outcome:
     """Train on the first of `tokens` [sequences + 2 * held_out, length], judged by those after
     them; the student is then the best that there was. Checkpoints go to `work`."""
-    learned = [{"input_ids": row} for row in tokens[: settings.sequences]]
+    learned = [{TOKENS: row} for row in tokens[: settings.sequences]]
     judged = tokens[settings.sequences : settings.sequences + settings.held_out]
     start = [parameter.detach().clone() for parameter in student.trained]
     watcher = _Watcher(progress)
@@ -65,10 +65,11 @@ def train(
         student,
         _arguments(settings, work, student.trained[0].device),
         train_dataset=learned,
-        eval_dataset=[{"input_ids": row} for row in judged],
+        eval_dataset=[{TOKENS: row} for row in judged],
         callbacks=[watcher],
     )
-    trainer.teacher, trainer.settings, trainer.watcher = teacher, settings, watcher
+    trainer.objective, trainer.settings = Objective(settings, teacher), settings
+    trainer.watcher = watcher
     trainer.remove_callback(PrinterCallback)
     begun = _last_checkpoint(work)
     with quiet_transformers():
@@ -115,9 +116,9 @@ class _Watcher(TrainerCallback):
 
 
 class _Distiller(Trainer):
-    """`teacher`, `settings` and `watcher` are set before it trains."""
+    """`objective`, `settings` and `watcher` are set before it trains."""
 
-    teacher: Any
+    objective: Objective
     settings: Training
     watcher: _Watcher
 
@@ -135,13 +136,12 @@ class _Distiller(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        tokens = inputs["input_ids"]
-        with torch.no_grad():
-            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
-        beta = self.settings.beta if model.training else 0.0
-        loss = divergence(wanted, model(tokens), beta)
-        if model.training and not loss.isfinite():
-            self.watcher.stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        if not model.training:
+            return self.objective.judged(model, inputs)
+        step = self.state.global_step
+        loss = self.objective.learned(model, inputs, step)
+        if not loss.isfinite():
+            self.watcher.stop(f"the loss of step {step + 1} is {loss.item()}")
         return loss
 
     def prediction_step(
