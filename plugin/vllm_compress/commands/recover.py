@@ -17,6 +17,7 @@ EPILOG = """\
 --train says what may move:
   scales   scales, norms and biases; codes stay (PEQA). For quantized models: quick and safe
   distill  every value stored as a float. For pruned models, which are plain ones
+  sft      the same, by the tokens of --data alone: text, or what `vllm-compress teach` has written
   qat      scales and codes. An experiment: not yet seen to win more than scales
 
 examples:
@@ -32,9 +33,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="DIR", help="checkpoint to train")
     parser.add_argument("--teacher", metavar="MODEL", required=True, help="its original")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="output directory")
-    parser.add_argument("--train", default="scales", choices=("scales", "distill", "qat"))
+    parser.add_argument("--train", default="scales", choices=("scales", "distill", "sft", "qat"))
     parser.add_argument(
-        "--loss", default="kl", metavar="kl|reverse_kl|jsd:B", help="by what (default kl)"
+        "--loss",
+        default="",
+        metavar="kl|reverse_kl|jsd:B|ce|topk_kl",
+        help="by what (default kl, of sft ce)",
     )
     parser.add_argument(
         "--data", metavar="FILE|self:PRESET", help="text; the teacher writes it unless given"

@@ -2,13 +2,17 @@
 
     - {train: scales, loss: kl, steps: 500, rate: 0.005, data: self}
     - {train: distill, loss: {jsd: 0.5}, on_policy: 0.5, steps: 300}
+    - {train: sft, data: answers.jsonl, sequences: 2000}
 
-`train` is `scales`, `distill` or `qat`, as `compress_methods.training` describes them. `loss` is
-`kl`, `reverse_kl` or `{jsd: 0.5}`. `data` is `self` (the teacher writes it; `self:code` and the
-like under prompts of that kind) or a file of text. Of `sequences` of `length` tokens the student
-learns, `batch` at a time; `held_out` others decide when to stop, and as many again are reported on.
-`rate` 0 is the method's own. In the share `on_policy` of the steps the student learns from what it
-writes itself; with `teacher_mix` each token of that is, in this share, drawn by the teacher.
+`train` is `scales`, `distill`, `sft` or `qat`, as `compress_methods.training` describes them.
+`loss` is `kl`, `reverse_kl` or `{jsd: 0.5}` to the teacher's predictions; or `ce`, of the tokens
+there are, which is that of `sft` unless given, or `topk_kl`, to the predictions that the file has.
+`data` is `self` (the teacher writes it; `self:code` and the like under prompts of that kind) or a
+file of text; with `ce` and `topk_kl` also one of questions with answers, of which the answers are
+learnt. Of `sequences` of `length` tokens the student learns, `batch` at a time; `held_out` others
+decide when to stop, and as many again are reported on. `rate` 0 is the method's own. In the share
+`on_policy` of the steps the student learns from what it writes itself; with `teacher_mix` each
+token of that is, in this share, drawn by the teacher.
 """
 
 from __future__ import annotations
@@ -25,12 +29,13 @@ from compress_methods.errors import RecipeError, nearest
 from compress_methods.registry import build_dataclass
 
 TRAIN = "train"
-SCALES, DISTILL, QAT = "scales", "distill", "qat"
-RATES = MappingProxyType({SCALES: 0.005, DISTILL: 0.005, QAT: 0.002})
+SCALES, DISTILL, SFT, QAT = "scales", "distill", "sft", "qat"
+RATES = MappingProxyType({SCALES: 0.005, DISTILL: 0.005, SFT: 0.005, QAT: 0.002})
 """Of Adam, by method; a parameter's own size is 1."""
 KL, REVERSE_KL, JSD = "kl", "reverse_kl", "jsd"
 BETAS = MappingProxyType({KL: 0.0, REVERSE_KL: 1.0})
 """The `beta` of `training/losses.py` that each is."""
+CE, TOPK_KL = BY_TOKEN = ("ce", "topk_kl")
 LEAST = MappingProxyType(
     {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0}
 )
@@ -41,7 +46,7 @@ class Training:
     """One validated `train` stage."""
 
     train: str
-    loss: str | Mapping[str, float] = KL
+    loss: str | Mapping[str, float] = ""
     steps: int = 500
     rate: float = 0.0
     data: str = SELF
@@ -56,7 +61,11 @@ class Training:
     def __post_init__(self) -> None:
         if self.train not in RATES:
             raise RecipeError(f"unknown train {self.train!r:.80}; {nearest(self.train, RATES)}")
+        if not self.loss:
+            object.__setattr__(self, "loss", CE if self.train == SFT else KL)
         _require_loss(self.loss)
+        if self.train == SFT and not self.by_token:
+            raise RecipeError(f"loss is {self.loss!r}, expected {' or '.join(BY_TOKEN)} of sft")
         for key, least in LEAST.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"{key} is {getattr(self, key)}, expected {least} or more")
@@ -76,10 +85,17 @@ class Training:
             raise RecipeError(f"teacher_mix is {self.teacher_mix}, expected a share below 1")
         if self.teacher_mix and not (self.on_policy and self.loss == REVERSE_KL):
             raise RecipeError("teacher_mix needs `loss: reverse_kl` and on_policy above 0")
+        if self.on_policy and self.by_token:
+            raise RecipeError(f"on_policy needs a loss of {', '.join(BETAS)} or {{jsd: 0.5}}")
 
     @property
     def learning_rate(self) -> float:
         return self.rate or RATES[self.train]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the loss is not one to the teacher's own predictions."""
+        return self.loss in BY_TOKEN
 
     @property
     def beta(self) -> float:
@@ -116,10 +132,11 @@ def parse_training(block: Mapping[str, Any], where: str) -> Training:
 
 def _require_loss(loss: Any) -> None:
     """`RecipeError` where it is none."""
-    if isinstance(loss, str) and loss in BETAS:
+    if isinstance(loss, str) and loss in (*BETAS, *BY_TOKEN):
         return
     if not (isinstance(loss, Mapping) and list(loss) == [JSD]):
-        raise RecipeError(f"loss is {loss!r:.80}, expected {', '.join(BETAS)} or {{jsd: 0.5}}")
+        named = ", ".join((*BETAS, *BY_TOKEN))
+        raise RecipeError(f"loss is {loss!r:.80}, expected {named} or {{jsd: 0.5}}")
     beta = loss[JSD]
     if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 < beta < 1:
         raise RecipeError(f"jsd is {beta!r:.80}, expected a number between 0 and 1")

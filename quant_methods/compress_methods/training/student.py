@@ -7,7 +7,7 @@ what was trained, to the last bit.
 
     scales   floats among the tensors of packed matrices (scales, cores, factors), biases and norms;
              codes stay. PEQA, Kim et al., 2023, arXiv:2305.14152
-    distill  every float the checkpoint holds, token table and head among them
+    distill  every float the checkpoint holds, token table and head among them; `sft` the same
     qat      the same as `scales`, and the codes of formats that `relax` can take: LLM-QAT (Liu et
              al., 2023, arXiv:2305.17888), started from the codes there are. A scale's gradient is
              that of LSQ (Esser et al., 2019, arXiv:1902.08153) for a code that stays
@@ -42,7 +42,7 @@ from compress_methods.formats import torch_dtype
 from compress_methods.formats.relaxed import stored_as
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.slot import Slot
-from compress_methods.recipe.training import DISTILL, QAT
+from compress_methods.recipe.training import QAT, SCALES
 
 TINY = 1e-30
 MATRIX_DIMENSIONS = 2
@@ -275,7 +275,7 @@ def _floats(
     for name, shape in skeleton.parameter_names().items():
         if name in packed or name not in known:
             continue
-        if len(shape) >= MATRIX_DIMENSIONS and method != DISTILL:
+        if len(shape) >= MATRIX_DIMENSIONS and method in (SCALES, QAT):
             continue
         places: list[Slot | str] = [name]
         if name in source.parts:
