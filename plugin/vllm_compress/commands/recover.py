@@ -56,6 +56,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="SHARE",
         help="of that text's tokens, those that the teacher draws (MiniLLM; default 0)",
     )
+    parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of this rank and merge them (distill and sft; default 0, none)",
+    )
     for name, what in (
         ("steps", "steps of training"),
         ("batch", "sequences per step"),
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from compress_methods.recipe.training import parse_training
 
     keys = ("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data")
-    keys += ("on_policy", "teacher_mix")
+    keys += ("on_policy", "teacher_mix", "lora")
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}
     settings = parse_training(block, "recover")

@@ -12,7 +12,8 @@ file of text; with `ce` and `topk_kl` also one of questions with answers, of whi
 learnt. Of `sequences` of `length` tokens the student learns, `batch` at a time; `held_out` others
 decide when to stop, and as many again are reported on. `rate` 0 is the method's own. In the share
 `on_policy` of the steps the student learns from what it writes itself; with `teacher_mix` each
-token of that is, in this share, drawn by the teacher.
+token of that is, in this share, drawn by the teacher. `lora` above 0 is the rank of adapters that
+`distill` or `sft` trains instead of the weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BETAS = MappingProxyType({KL: 0.0, REVERSE_KL: 1.0})
 """The `beta` of `training/losses.py` that each is."""
 CE, TOPK_KL = BY_TOKEN = ("ce", "topk_kl")
 LEAST = MappingProxyType(
-    {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0}
+    {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0, "lora": 0}
 )
 
 
@@ -57,6 +58,7 @@ class Training:
     seed: int = 1
     on_policy: float = 0.0
     teacher_mix: float = 0.0
+    lora: int = 0
 
     def __post_init__(self) -> None:
         if self.train not in RATES:
@@ -75,6 +77,8 @@ class Training:
             raise RecipeError(
                 f"batch is {self.batch}, expected at most the {self.sequences} sequences there are"
             )
+        if self.lora and self.train not in (DISTILL, SFT):
+            raise RecipeError(f"lora is for {DISTILL} and {SFT}, not for {self.train}")
         self._require_shares()
 
     def _require_shares(self) -> None:

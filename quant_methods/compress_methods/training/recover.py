@@ -66,7 +66,7 @@ from compress_methods.system.words import size_text
 from compress_methods.training.lessons import COUNTED, Row
 from compress_methods.training.lessons import TOKENS as INPUT
 from compress_methods.training.material import Material, plain_rows, read_material
-from compress_methods.training.student import Student
+from compress_methods.training.student import Student, check_adapters
 
 TRAINING, RESULT, CHECKPOINTS = "training", "result", "checkpoints"
 FLOAT = 4
@@ -133,6 +133,8 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
         )
     if open_skeleton(theirs.directory).architecture.loss != NEXT_TOKEN:
         raise CheckpointError(f"{names[1]}: does not predict the next token, so it cannot teach")
+    if settings.lora:
+        check_adapters(mine.directory, settings.lora)
     check_length(theirs.directory, settings.length)
     check_length(mine.directory, settings.length)
     needed = COPIES * FLOAT * sum(parameters(theirs.directory).values())
@@ -174,7 +176,14 @@ def _make(pair: Pair, journal: Journal) -> None:
     device = running.device
     rows = _rows(pair, journal.work)
     teacher = load_model(pair.teacher.directory, torch.float32, device)
-    student = Student(pair.student.directory, settings.train, device, pair.teacher)
+    student = Student(
+        pair.student.directory,
+        settings.train,
+        device,
+        pair.teacher,
+        settings.lora,
+        settings.seed,
+    )
     reported = rows[settings.sequences + settings.held_out :]
     before = measure(teacher, student.model, reported)
     checkpoints, place = journal.work / CHECKPOINTS, journal.work / RESULT
