@@ -62,6 +62,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="RANK",
         help="train adapters of this rank and merge them (distill and sft; default 0, none)",
     )
+    parser.add_argument(
+        "--match",
+        metavar="hidden:W,attention:W",
+        help="inner states to match as well, with their weights (default none)",
+    )
     for name, what in (
         ("steps", "steps of training"),
         ("batch", "sequences per step"),
@@ -85,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     keys += ("on_policy", "teacher_mix", "lora")
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}
+    if args.match is not None:
+        block["match"] = dict(_weighed(part) for part in args.match.split(","))
     settings = parse_training(block, "recover")
     report = recover(
         args.model, args.teacher, args.output, settings, device=args.device, quiet=args.quiet
@@ -95,13 +102,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _loss(text: str) -> Any:
     """`jsd:0.5` as recipes write it."""
-    name, colon, beta = text.partition(":")
-    if not colon:
-        return text
+    return dict([_weighed(text)]) if ":" in text else text
+
+
+def _weighed(text: str) -> tuple[str, Any]:
+    """`hidden:1.0` as a key and its number; what is none is left to the recipe's check."""
+    name, _, number = text.partition(":")
     try:
-        return {name: float(beta)}
+        return name, float(number)
     except ValueError:
-        return text
+        return name, number
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:

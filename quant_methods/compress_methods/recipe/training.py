@@ -13,14 +13,15 @@ learnt. Of `sequences` of `length` tokens the student learns, `batch` at a time;
 decide when to stop, and as many again are reported on. `rate` 0 is the method's own. In the share
 `on_policy` of the steps the student learns from what it writes itself; with `teacher_mix` each
 token of that is, in this share, drawn by the teacher. `lora` above 0 is the rank of adapters that
-`distill` or `sft` trains instead of the weights.
+`distill` or `sft` trains instead of the weights. `match: {hidden: 1.0, attention: 0.5}` adds how
+far inner states are from the teacher's, so weighted.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +38,7 @@ KL, REVERSE_KL, JSD = "kl", "reverse_kl", "jsd"
 BETAS = MappingProxyType({KL: 0.0, REVERSE_KL: 1.0})
 """The `beta` of `training/losses.py` that each is."""
 CE, TOPK_KL = BY_TOKEN = ("ce", "topk_kl")
+HIDDEN, ATTENTION = MATCHED = ("hidden", "attention")
 LEAST = MappingProxyType(
     {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0, "lora": 0}
 )
@@ -59,6 +61,7 @@ class Training:
     on_policy: float = 0.0
     teacher_mix: float = 0.0
     lora: int = 0
+    match: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.train not in RATES:
@@ -89,8 +92,14 @@ class Training:
             raise RecipeError(f"teacher_mix is {self.teacher_mix}, expected a share below 1")
         if self.teacher_mix and not (self.on_policy and self.loss == REVERSE_KL):
             raise RecipeError("teacher_mix needs `loss: reverse_kl` and on_policy above 0")
-        if self.on_policy and self.by_token:
-            raise RecipeError(f"on_policy needs a loss of {', '.join(BETAS)} or {{jsd: 0.5}}")
+        for key in ("on_policy", "match"):
+            if getattr(self, key) and self.by_token:
+                raise RecipeError(f"{key} needs a loss of {', '.join(BETAS)} or {{jsd: 0.5}}")
+        for name, weight in self.match.items():
+            if name not in MATCHED:
+                raise RecipeError(f"match: unknown {name!r:.80}; {nearest(str(name), MATCHED)}")
+            if not _is_number(weight) or not 0 < weight < math.inf:
+                raise RecipeError(f"match: {name} is {weight!r:.80}, expected a number above 0")
 
     @property
     def learning_rate(self) -> float:
@@ -142,5 +151,9 @@ def _require_loss(loss: Any) -> None:
         named = ", ".join((*BETAS, *BY_TOKEN))
         raise RecipeError(f"loss is {loss!r:.80}, expected {named} or {{jsd: 0.5}}")
     beta = loss[JSD]
-    if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 < beta < 1:
+    if not _is_number(beta) or not 0 < beta < 1:
         raise RecipeError(f"jsd is {beta!r:.80}, expected a number between 0 and 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from torch import Tensor
 from compress_methods.recipe.training import TOPK_KL, Training
 from compress_methods.training.lessons import COUNTED, TOKENS, TOP_LOGPROBS, TOP_TOKENS
 from compress_methods.training.losses import divergence, token_loss, top_divergence
+from compress_methods.training.matching import Matcher
 from compress_methods.training.material import Batch
 from compress_methods.training.on_policy import is_turn, sequence_loss, write
 from compress_methods.training.student import Student
@@ -18,8 +19,13 @@ from compress_methods.training.student import Student
 class Objective:
     """Of one student and one teacher."""
 
-    def __init__(self, settings: Training, teacher: Any) -> None:
+    def __init__(self, settings: Training, teacher: Any, student: Student) -> None:
         self.settings, self.teacher = settings, teacher
+        self.matcher: Matcher | None = None
+        if settings.match:
+            self.matcher = Matcher(settings.match, teacher, student.model)
+            if self.matcher.map is not None:
+                student.beside.append(self.matcher.map)
 
     def learned(self, student: Student, batch: Batch, step: int) -> Tensor:
         """The loss of step `step`, from 0."""
@@ -27,12 +33,23 @@ class Objective:
         if settings.by_token:
             return self._by_token(student, batch)
         if not is_turn(step, settings.on_policy):
-            return divergence(self.wanted(tokens), student(tokens), settings.beta)
+            wanted, found, apart = self._both(student, tokens)
+            return divergence(wanted, found, settings.beta) + apart
         written = write(student, self.teacher, tokens, settings, step)
-        logits = self.wanted(written.tokens), student(written.tokens)
+        wanted, found, apart = self._both(student, written.tokens)
         if settings.teacher_mix:
-            return sequence_loss(*logits, written)
-        return divergence(*logits, settings.beta, written.weights)
+            return sequence_loss(wanted, found, written) + apart
+        return divergence(wanted, found, settings.beta, written.weights) + apart
+
+    def _both(self, student: Student, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Logits of teacher and student, and how far their inner states are apart."""
+        if self.matcher is None:
+            return self.wanted(tokens), student(tokens), 0.0
+        given = {"input_ids": tokens, "use_cache": False, **self.matcher.asked}
+        with torch.no_grad():
+            theirs = self.teacher(**given)
+        mine = student.run(student.values(), **given)
+        return theirs.logits, mine.logits, self.matcher.loss(theirs, mine)
 
     def judged(self, student: Student, batch: Batch) -> Tensor:
         """What decides which step is kept: KL to the teacher, or what is learned where that is

@@ -74,6 +74,8 @@ class Student(nn.Module):
             raise RecipeError(f"{directory}: holds nothing that {method} could train")
         leaves = [leaf for piece in self.pieces for leaf in piece.leaves.values()]
         self.trained = nn.ParameterList(nn.Parameter(leaf.clone()) for leaf in leaves)
+        self.beside = nn.ParameterList()
+        """What is trained along and is no part of the checkpoint."""
 
     @property
     def model(self) -> Any:
@@ -85,6 +87,7 @@ class Student(nn.Module):
         for piece in self.pieces:
             for name in piece.leaves:
                 by_rate.setdefault(piece.rates.get(name, 1.0), []).append(next(parameters))
+        by_rate.setdefault(1.0, []).extend(self.beside)
         return [{"params": found, "lr": rate * own} for own, found in by_rate.items()]
 
     def forward(self, input_ids: Tensor) -> Tensor:

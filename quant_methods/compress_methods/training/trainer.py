@@ -63,6 +63,7 @@ def train(
     student is then the best that there was. Checkpoints go to `work`."""
     judged = rows[settings.sequences : settings.sequences + settings.held_out]
     start = [parameter.detach().clone() for parameter in student.trained]
+    objective = Objective(settings, teacher, student)
     watcher = _Watcher(progress, LOSS if settings.by_token else "KL")
     trainer = _Distiller(
         student,
@@ -72,8 +73,7 @@ def train(
         eval_dataset=judged,
         callbacks=[watcher],
     )
-    trainer.objective, trainer.settings = Objective(settings, teacher), settings
-    trainer.watcher = watcher
+    trainer.objective, trainer.settings, trainer.watcher = objective, settings, watcher
     trainer.remove_callback(PrinterCallback)
     begun = _last_checkpoint(work)
     with quiet_transformers():

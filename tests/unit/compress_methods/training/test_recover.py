@@ -265,7 +265,10 @@ def test_without_the_extra_one_line_says_what_to_install(
     ("block", "said"),
     [
         ({"train": "scale"}, "did you mean 'scales'"),
-        ({"train": "qat", "loss": "ce"}, "loss is 'ce', expected kl, reverse_kl or {jsd: 0.5}"),
+        (
+            {"train": "qat", "loss": "x"},
+            "loss is 'x', expected kl, reverse_kl, ce, topk_kl or",
+        ),
         ({"train": "qat", "loss": {"jsd": 1}}, "jsd is 1, expected a number between 0 and 1"),
         ({"train": "qat", "steps": 0}, "steps is 0, expected 1 or more"),
         ({"train": "qat", "sequences": 2}, "batch is 8, expected at most the 2 sequences"),
@@ -273,6 +276,9 @@ def test_without_the_extra_one_line_says_what_to_install(
         ({"train": "qat", "rates": 0.5}, "unknown key 'rates'"),
         ({"train": "qat", "rate": -1.0}, "rate is -1.0, expected"),
         ({"train": "qat", "on_policy": 1.5}, "on_policy is 1.5, expected a share from 0 to 1"),
+        ({"train": "qat", "match": {"hiden": 1}}, "match: unknown 'hiden'; did you mean 'hidden'"),
+        ({"train": "qat", "match": {"hidden": 0}}, "match: hidden is 0, expected a number above"),
+        ({"train": "sft", "match": {"hidden": 1}}, "match needs a loss of kl"),
         ({"train": "qat", "teacher_mix": 0.2}, "teacher_mix needs `loss: reverse_kl` and"),
     ],
 )
