@@ -23,6 +23,8 @@ EPILOG = """\
 examples:
   vllm-compress recover out/int2 --teacher path/to/model -o out/int2-scales
   vllm-compress recover out/depth25 --teacher path/to/model -o out/healed --train distill
+  vllm-compress recover out/healed --teacher path/to/model -o out/taught --train sft \\
+    --data answers.jsonl --sequences 2000 --length 512
 """
 
 
@@ -86,8 +88,10 @@ def run(args: argparse.Namespace) -> int:
     from compress_methods import recover
     from compress_methods.recipe.training import parse_training
 
-    keys = ("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data")
-    keys += ("on_policy", "teacher_mix", "lora")
+    keys = [
+        *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),
+        *("on_policy", "teacher_mix", "lora"),
+    ]
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}
     if args.match is not None:
