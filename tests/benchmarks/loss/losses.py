@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.benchmarks.loss.quality import MODEL, validation_text
 
-SIZE: dict[str, Any] = {"steps": 120, "batch": 8, "sequences": 960, "held_out": 16, "length": 96}
+SIZE: dict[str, Any] = {"steps": 80, "batch": 8, "sequences": 640, "held_out": 16, "length": 64}
 CASES: dict[str, dict[str, Any]] = {
     "SFT (`ce`)": {"train": "sft"},
     "forward KL (`kl`)": {"train": "distill", "loss": "kl"},
