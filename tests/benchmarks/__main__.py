@@ -1,6 +1,6 @@
 """Run the benchmarks named on the command line, or all but `peers`; print tables, keep JSON.
 
-    python -m tests.benchmarks [quality] [parts] [bits] [rtn] [gptq] [layers] [refine]
+    python -m tests.benchmarks [quality] [parts] [bits] [losses] [rtn] [gptq] [layers] [refine]
         [activations] [kernels] [serving] [profile] [planner] [peers]
 
 `COMPRESS_MISSING=1` measures of `quality` and `parts` only the rows that their results lack.

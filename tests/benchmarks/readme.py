@@ -25,6 +25,7 @@ ROOMS = {
     "quality": "loss",
     "parts": "loss",
     "bits": "loss",
+    "losses": "loss",
     "peers": "loss",
     "rtn": "conversion",
     "gptq": "conversion",

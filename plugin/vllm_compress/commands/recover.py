@@ -17,11 +17,14 @@ EPILOG = """\
 --train says what may move:
   scales   scales, norms and biases; codes stay (PEQA). For quantized models: quick and safe
   distill  every value stored as a float. For pruned models, which are plain ones
+  sft      the same, by the tokens of --data alone: text, or what `vllm-compress teach` has written
   qat      scales and codes. An experiment: not yet seen to win more than scales
 
 examples:
   vllm-compress recover out/int2 --teacher path/to/model -o out/int2-scales
   vllm-compress recover out/depth25 --teacher path/to/model -o out/healed --train distill
+  vllm-compress recover out/healed --teacher path/to/model -o out/taught --train sft \\
+    --data answers.jsonl --sequences 2000 --length 512
 """
 
 
@@ -32,14 +35,40 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="DIR", help="checkpoint to train")
     parser.add_argument("--teacher", metavar="MODEL", required=True, help="its original")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="output directory")
-    parser.add_argument("--train", default="scales", choices=("scales", "distill", "qat"))
+    parser.add_argument("--train", default="scales", choices=("scales", "distill", "sft", "qat"))
     parser.add_argument(
-        "--loss", default="kl", metavar="kl|reverse_kl|jsd:B", help="by what (default kl)"
+        "--loss",
+        default="",
+        metavar="kl|reverse_kl|jsd:B|ce|topk_kl",
+        help="by what (default kl, of sft ce)",
     )
     parser.add_argument(
         "--data", metavar="FILE|self:PRESET", help="text; the teacher writes it unless given"
     )
     parser.add_argument("--rate", type=float, help="learning rate (default: the method's)")
+    parser.add_argument(
+        "--on-policy",
+        type=float,
+        metavar="SHARE",
+        help="of the steps, those on text that the student writes itself (default 0)",
+    )
+    parser.add_argument(
+        "--teacher-mix",
+        type=float,
+        metavar="SHARE",
+        help="of that text's tokens, those that the teacher draws (MiniLLM; default 0)",
+    )
+    parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of this rank and merge them (distill and sft; default 0, none)",
+    )
+    parser.add_argument(
+        "--match",
+        metavar="hidden:W,attention:W",
+        help="inner states to match as well, with their weights (default none)",
+    )
     for name, what in (
         ("steps", "steps of training"),
         ("batch", "sequences per step"),
@@ -59,9 +88,14 @@ def run(args: argparse.Namespace) -> int:
     from compress_methods import recover
     from compress_methods.recipe.training import parse_training
 
-    keys = ("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data")
+    keys = [
+        *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),
+        *("on_policy", "teacher_mix", "lora"),
+    ]
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}
+    if args.match is not None:
+        block["match"] = dict(_weighed(part) for part in args.match.split(","))
     settings = parse_training(block, "recover")
     report = recover(
         args.model, args.teacher, args.output, settings, device=args.device, quiet=args.quiet
@@ -72,13 +106,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _loss(text: str) -> Any:
     """`jsd:0.5` as recipes write it."""
-    name, colon, beta = text.partition(":")
-    if not colon:
-        return text
+    return dict([_weighed(text)]) if ":" in text else text
+
+
+def _weighed(text: str) -> tuple[str, Any]:
+    """`hidden:1.0` as a key and its number; what is none is left to the recipe's check."""
+    name, _, number = text.partition(":")
     try:
-        return {name: float(beta)}
+        return name, float(number)
     except ValueError:
-        return text
+        return name, number
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:

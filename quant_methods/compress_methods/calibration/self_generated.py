@@ -204,6 +204,14 @@ def _first_tokens(banned: Tensor, rows: int, generator: torch.Generator) -> Tens
     return allowed[torch.cat(orders)[:rows]]
 
 
+def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """int64 [batch, 1]: of each distribution [batch, vocab] what a uniform draw [batch] falls on,
+    by inverting the cumulative distribution."""
+    cumulative = probabilities.double().cumsum(-1)
+    at = draws[:, None].double() * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True)
+
+
 @torch.inference_mode()
 def _generate(
     model: Any,
@@ -232,9 +240,7 @@ def _generate(
         if position < greedy:
             new = logits.argmax(-1, keepdim=True)
         else:
-            cumulative = logits.softmax(-1).double().cumsum(-1)
-            at = draws[:, position, None].double() * cumulative[:, -1:]
-            new = torch.searchsorted(cumulative, at, right=True)
+            new = drawn(logits.softmax(-1), draws[:, position])
         free = tokens[:, position] == OPEN
         new = torch.where(free[:, None], new, tokens[:, position, None])
         tokens[:, position] = new[:, 0]

@@ -26,8 +26,9 @@ asked for, its `accept`, and of all `tries` what was measured (`bounds`, `held_o
 `layers` have the largest errors and whether it was `accepted`; the rest speaks of the last of them.
 One that was trained adds `training`: of each training its settings, the step that was kept
 (`best`), `loss_curve` and `held_out_curve` ([step, value], the latter KL on text that decided when
-to stop), a `note` where it diverged, and quality on other text `before` and after it; errors of
-modules are those before it. `segments`: of how many conversions and trainings it was made.
+to stop, or the loss there where that is of tokens), a `note` where it diverged, and quality on
+other text `before` and after it; errors of modules are those before it. `segments`: of how many
+conversions and trainings it was made.
 """
 
 from __future__ import annotations

@@ -1,19 +1,27 @@
 """`train`: stages of a recipe that win back what compression lost, by gradients.
 
     - {train: scales, loss: kl, steps: 500, rate: 0.005, data: self}
+    - {train: distill, loss: {jsd: 0.5}, on_policy: 0.5, steps: 300}
+    - {train: sft, data: answers.jsonl, sequences: 2000}
 
-`train` is `scales`, `distill` or `qat`, as `compress_methods.training` describes them. `loss` is
-`kl`, `reverse_kl` or `{jsd: 0.5}`. `data` is `self` (the teacher writes it; `self:code` and the
-like under prompts of that kind) or a file of text. Of `sequences` of `length` tokens the student
-learns, `batch` at a time; `held_out` others decide when to stop, and as many again are reported on.
-`rate` 0 is the method's own.
+`train` is `scales`, `distill`, `sft` or `qat`, as `compress_methods.training` describes them.
+`loss` is `kl`, `reverse_kl` or `{jsd: 0.5}` to the teacher's predictions; or `ce`, of the tokens
+there are, which is that of `sft` unless given, or `topk_kl`, to the predictions that the file has.
+`data` is `self` (the teacher writes it; `self:code` and the like under prompts of that kind) or a
+file of text; with `ce` and `topk_kl` also one of questions with answers, of which the answers are
+learnt. Of `sequences` of `length` tokens the student learns, `batch` at a time; `held_out` others
+decide when to stop, and as many again are reported on. `rate` 0 is the method's own. In the share
+`on_policy` of the steps the student learns from what it writes itself; with `teacher_mix` each
+token of that is, in this share, drawn by the teacher. `lora` above 0 is the rank of adapters that
+`distill` or `sft` trains instead of the weights. `match: {hidden: 1.0, attention: 0.5}` adds how
+far inner states are from the teacher's, so weighted.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,23 +31,25 @@ from compress_methods.errors import RecipeError, nearest
 from compress_methods.registry import build_dataclass
 
 TRAIN = "train"
-SCALES, DISTILL, QAT = "scales", "distill", "qat"
-RATES = MappingProxyType({SCALES: 0.005, DISTILL: 0.005, QAT: 0.002})
+SCALES, DISTILL, SFT, QAT = "scales", "distill", "sft", "qat"
+RATES = MappingProxyType({SCALES: 0.005, DISTILL: 0.005, SFT: 0.005, QAT: 0.002})
 """Of Adam, by method; a parameter's own size is 1."""
-LOSSES = MappingProxyType({"kl": 0.0, "reverse_kl": 1.0})
+KL, REVERSE_KL, JSD = "kl", "reverse_kl", "jsd"
+BETAS = MappingProxyType({KL: 0.0, REVERSE_KL: 1.0})
 """The `beta` of `training/losses.py` that each is."""
-JSD = "jsd"
+CE, TOPK_KL = BY_TOKEN = ("ce", "topk_kl")
+HIDDEN, ATTENTION = MATCHED = ("hidden", "attention")
 LEAST = MappingProxyType(
-    {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0}
+    {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0, "lora": 0}
 )
 
 
 @dataclass(frozen=True)
 class Training:
-    """One validated `train` stage; `beta` stands for its `loss`."""
+    """One validated `train` stage."""
 
     train: str
-    beta: float = 0.0
+    loss: str | Mapping[str, float] = ""
     steps: int = 500
     rate: float = 0.0
     data: str = SELF
@@ -48,10 +58,19 @@ class Training:
     held_out: int = 16
     length: int = 256
     seed: int = 1
+    on_policy: float = 0.0
+    teacher_mix: float = 0.0
+    lora: int = 0
+    match: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.train not in RATES:
             raise RecipeError(f"unknown train {self.train!r:.80}; {nearest(self.train, RATES)}")
+        if not self.loss:
+            object.__setattr__(self, "loss", CE if self.train == SFT else KL)
+        _require_loss(self.loss)
+        if self.train == SFT and not self.by_token:
+            raise RecipeError(f"loss is {self.loss!r}, expected {' or '.join(BY_TOKEN)} of sft")
         for key, least in LEAST.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"{key} is {getattr(self, key)}, expected {least} or more")
@@ -61,10 +80,40 @@ class Training:
             raise RecipeError(
                 f"batch is {self.batch}, expected at most the {self.sequences} sequences there are"
             )
+        if self.lora and self.train not in (DISTILL, SFT):
+            raise RecipeError(f"lora is for {DISTILL} and {SFT}, not for {self.train}")
+        self._require_shares()
+
+    def _require_shares(self) -> None:
+        """`RecipeError` where the text of the student's own is not one that can be written."""
+        if not 0 <= self.on_policy <= 1:
+            raise RecipeError(f"on_policy is {self.on_policy}, expected a share from 0 to 1")
+        if not 0 <= self.teacher_mix < 1:
+            raise RecipeError(f"teacher_mix is {self.teacher_mix}, expected a share below 1")
+        if self.teacher_mix and not (self.on_policy and self.loss == REVERSE_KL):
+            raise RecipeError("teacher_mix needs `loss: reverse_kl` and on_policy above 0")
+        for key in ("on_policy", "match"):
+            if getattr(self, key) and self.by_token:
+                raise RecipeError(f"{key} needs a loss of {', '.join(BETAS)} or {{jsd: 0.5}}")
+        for name, weight in self.match.items():
+            if name not in MATCHED:
+                raise RecipeError(f"match: unknown {name!r:.80}; {nearest(str(name), MATCHED)}")
+            if not _is_number(weight) or not 0 < weight < math.inf:
+                raise RecipeError(f"match: {name} is {weight!r:.80}, expected a number above 0")
 
     @property
     def learning_rate(self) -> float:
         return self.rate or RATES[self.train]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the loss is not one to the teacher's own predictions."""
+        return self.loss in BY_TOKEN
+
+    @property
+    def beta(self) -> float:
+        """That of the generalised Jensen-Shannon divergence that the loss is."""
+        return BETAS[self.loss] if isinstance(self.loss, str) else float(self.loss[JSD])
 
     @property
     def text(self) -> CalibrationSettings:
@@ -72,12 +121,6 @@ class Training:
         return CalibrationSettings(
             samples=self.sequences, length=self.length, seed=self.seed, held_out=2 * self.held_out
         )
-
-    @property
-    def loss(self) -> str | dict[str, float]:
-        """As a recipe writes it."""
-        named = (name for name, beta in LOSSES.items() if beta == self.beta)
-        return next(named, None) or {JSD: self.beta}
 
     @property
     def writes_itself(self) -> bool:
@@ -90,31 +133,27 @@ class Training:
 
     def to_dict(self) -> dict[str, Any]:
         """The stage's meaning; of a file of text its name, wherever it lies."""
-        found = {key: value for key, value in asdict(self).items() if key != "beta"}
         data = self.data if self.writes_itself else Path(self.data).name
-        return {**found, "data": data, "rate": self.learning_rate, "loss": self.loss}
+        return {**asdict(self), "data": data, "rate": self.learning_rate}
 
 
 def parse_training(block: Mapping[str, Any], where: str) -> Training:
     """A stage from its mapping; `RecipeError` names `where` and the key."""
-    values = dict(block)
-    if "beta" in values:
-        raise RecipeError(f"{where}: unknown key 'beta'; did you mean 'loss'?")
-    if "loss" in values:
-        values["beta"] = parse_loss(values.pop("loss"), where)
-    found: Training = build_dataclass(Training, values, where, RecipeError)
+    found: Training = build_dataclass(Training, block, where, RecipeError)
     return found
 
 
-def parse_loss(loss: Any, where: str) -> float:
-    """The `beta` of `kl`, `reverse_kl` or `{jsd: beta}`."""
-    if isinstance(loss, str) and loss in LOSSES:
-        return LOSSES[loss]
-    if isinstance(loss, Mapping) and list(loss) == [JSD]:
-        beta = loss[JSD]
-        if isinstance(beta, int | float) and not isinstance(beta, bool) and 0 < beta < 1:
-            return float(beta)
-        raise RecipeError(f"{where}: jsd is {beta!r:.80}, expected a number between 0 and 1")
-    raise RecipeError(
-        f"{where}: loss is {loss!r:.80}, expected {', '.join(LOSSES)} or {{jsd: 0.5}}"
-    )
+def _require_loss(loss: Any) -> None:
+    """`RecipeError` where it is none."""
+    if isinstance(loss, str) and loss in (*BETAS, *BY_TOKEN):
+        return
+    if not (isinstance(loss, Mapping) and list(loss) == [JSD]):
+        named = ", ".join((*BETAS, *BY_TOKEN))
+        raise RecipeError(f"loss is {loss!r:.80}, expected {named} or {{jsd: 0.5}}")
+    beta = loss[JSD]
+    if not _is_number(beta) or not 0 < beta < 1:
+        raise RecipeError(f"jsd is {beta!r:.80}, expected a number between 0 and 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,6 +9,11 @@ Its ends are, divided by their size, beta 0: KL(p || q), of knowledge distillati
 student has to cover all that the teacher says; and beta 1: KL(q || p), of MiniLLM (Gu et al., 2023,
 arXiv:2306.08543), where it has to say nothing that the teacher would not.
 
+Without the teacher's predictions the loss is that of single tokens, -log q of what follows (`ce`);
+with its k likeliest tokens at a position, the KL of those and of all others taken as one:
+
+    sum over k of p (log p - log q) + p' (log p' - log q'),   p' = 1 - sum of p, q' = 1 - sum of q
+
 Fails where: the vocabularies differ.
 """
 
@@ -19,16 +24,54 @@ import math
 import torch
 from torch import Tensor
 
+LEAST = 1e-6
+"""What the tokens that were not named have together at least."""
 
-def divergence(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
-    """Mean over positions, in nats, of two logits [..., vocab]; differentiable in `student`."""
+
+def divergence(
+    teacher: Tensor, student: Tensor, beta: float, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over positions, in nats, of two logits [..., vocab]; differentiable in `student`.
+    `weights` [...]: what each position counts, 0 where it does not."""
+    found = by_position(teacher, student, beta)
+    return found.mean() if weights is None else averaged(found, weights)
+
+
+def averaged(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over the number of positions that count; 0 where none does."""
+    return (values * weights).sum() / (weights > 0).sum().clamp(min=1)
+
+
+def by_position(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """The divergence at each position, [...]."""
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     if beta == 0:
-        return _kl(log_p, log_q).mean()
+        return _kl(log_p, log_q)
     if beta == 1:
-        return _kl(log_q, log_p).mean()
+        return _kl(log_q, log_p)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)).mean()
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def token_loss(tokens: Tensor, student: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of -log q over the tokens [batch, n] that are `counted`, all unless given, but the
+    first of each row; logits are [batch, n, vocab]."""
+    found = torch.nn.functional.cross_entropy(
+        student[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    weights = torch.ones_like(found) if counted is None else counted[:, 1:].flatten().float()
+    return averaged(found, weights)
+
+
+def top_divergence(names: Tensor, log_p: Tensor, student: Tensor) -> Tensor:
+    """Mean of the KL of the teacher's likeliest tokens `names` [batch, n, k], over the positions
+    that have some; others, and tokens that are none, have -inf in `log_p` [batch, n, k]."""
+    log_q = student.float().log_softmax(-1).gather(-1, names)
+    none = log_p == -math.inf
+    p, q = log_p.exp(), log_q.masked_fill(none, -math.inf).exp()
+    known = (p * (log_p.masked_fill(none, 0) - log_q)).sum(-1)
+    rest, left = ((1 - x.sum(-1)).clamp(min=LEAST) for x in (p, q))
+    return averaged(known + rest * (rest.log() - left.log()), (~none).any(-1).float())
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

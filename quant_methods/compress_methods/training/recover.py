@@ -20,7 +20,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,13 +46,13 @@ from compress_methods.checkpoint.source import (
 )
 from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.driver import Running
-from compress_methods.conversion.job import TOKENS, Text, check_calibration
+from compress_methods.conversion.job import TOKENS
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.report import model_card
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.evaluation.fit import parameters
-from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
+from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits
 from compress_methods.formats import TensorSpec
 from compress_methods.model.architecture import NEXT_TOKEN
@@ -63,7 +63,10 @@ from compress_methods.system.files import copy_file, write_text
 from compress_methods.system.memory import available_bytes, peak_bytes
 from compress_methods.system.progress import Progress
 from compress_methods.system.words import size_text
-from compress_methods.training.student import Student
+from compress_methods.training.lessons import COUNTED, Row
+from compress_methods.training.lessons import TOKENS as INPUT
+from compress_methods.training.material import Material, plain_rows, read_material
+from compress_methods.training.student import Student, check_adapters
 
 TRAINING, RESULT, CHECKPOINTS = "training", "result", "checkpoints"
 FLOAT = 4
@@ -77,7 +80,7 @@ class Pair:
 
     student: Source
     teacher: Source
-    text: Text
+    material: Material
     settings: Training
     running: Running
 
@@ -86,7 +89,11 @@ class Pair:
         """Of everything the result depends on."""
         told = json.dumps(self.settings.to_dict(), sort_keys=True)
         parts = [TRAINING, fingerprint(self.student), fingerprint(self.teacher), told]
-        parts += [self.text.identity or "model", __version__, signature(self.running.device)]
+        parts += [
+            self.material.text.identity or "model",
+            __version__,
+            signature(self.running.device),
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -126,6 +133,8 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
         )
     if open_skeleton(theirs.directory).architecture.loss != NEXT_TOKEN:
         raise CheckpointError(f"{names[1]}: does not predict the next token, so it cannot teach")
+    if settings.lora:
+        check_adapters(mine.directory, settings.lora)
     check_length(theirs.directory, settings.length)
     check_length(mine.directory, settings.length)
     needed = COPIES * FLOAT * sum(parameters(theirs.directory).values())
@@ -134,8 +143,8 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
             f"training {mine.name} towards {theirs.name} takes about {size_text(needed)} of "
             f"memory, {size_text(available_bytes())} are free"
         )
-    text = check_calibration(theirs.directory, settings.text, settings.data)
-    return Pair(mine, theirs, text, settings, running)
+    material = read_material(theirs.directory, settings)
+    return Pair(mine, theirs, material, settings, running)
 
 
 def require_trainer() -> None:
@@ -165,14 +174,21 @@ def _make(pair: Pair, journal: Journal) -> None:
 
     began, settings, running = time.monotonic(), pair.settings, pair.running
     device = running.device
-    tokens = _tokens(pair, journal.work)
+    rows = _rows(pair, journal.work)
     teacher = load_model(pair.teacher.directory, torch.float32, device)
-    student = Student(pair.student.directory, settings.train, device, pair.teacher)
-    reported = tokens[settings.sequences + settings.held_out :]
+    student = Student(
+        pair.student.directory,
+        settings.train,
+        device,
+        pair.teacher,
+        settings.lora,
+        settings.seed,
+    )
+    reported = rows[settings.sequences + settings.held_out :]
     before = measure(teacher, student.model, reported)
     checkpoints, place = journal.work / CHECKPOINTS, journal.work / RESULT
     with Progress(settings.steps, f"training ({settings.train})", quiet=running.quiet) as progress:
-        outcome = train(student, teacher, tokens, settings, checkpoints, progress)
+        outcome = train(student, teacher, rows, settings, checkpoints, progress)
         if outcome.note:
             progress.say(outcome.note)
     changed = student.stored()
@@ -185,7 +201,7 @@ def _make(pair: Pair, journal: Journal) -> None:
         {
             **settings.to_dict(),
             "teacher": pair.teacher.name,
-            "text": pair.text.source,
+            "text": pair.material.text.source,
             "best": outcome.best,
             "loss_curve": [list(point) for point in outcome.loss],
             "held_out_curve": [list(point) for point in outcome.kl],
@@ -222,24 +238,27 @@ def _reported(pair: Pair, facts: dict[str, Any], seconds: float) -> dict[str, An
     }
 
 
-def _tokens(pair: Pair, work: Path) -> Tensor:
-    """int64 [sequences + 2 * held_out, length]."""
-    if pair.text.tokens is not None:
-        return pair.text.tokens
-    settings = dataclasses.replace(pair.settings.text, preset=pair.text.preset)
+def _rows(pair: Pair, work: Path) -> list[Row]:
+    """What is learnt from, judged by and reported on; the teacher writes it where it is to."""
+    if pair.material.rows is not None:
+        return pair.material.rows
+    settings = dataclasses.replace(pair.settings.text, preset=pair.material.text.preset)
     tokenizer = load_tokenizer(pair.teacher.directory)
     with Progress(1, "the teacher writes text", quiet=pair.running.quiet) as progress:
-        return sample_from_model(
+        tokens = sample_from_model(
             pair.teacher, tokenizer, settings, progress, work / TOKENS, pair.running.device
         )
+    return plain_rows(tokens)
 
 
-def measure(teacher: Any, model: Any, tokens: Tensor) -> Evaluation:
-    """How far a model in memory is from its teacher on sequences [n, length]."""
+def measure(teacher: Any, model: Any, rows: Sequence[Row]) -> Evaluation:
+    """How far a model in memory is from its teacher, on all tokens of rows or those that count."""
     sums: list[Sums] = []
-    for row in tokens:
-        expected, found = all_logits(teacher, row), all_logits(model, row)
-        sums.append(compare_predictions(expected, found, row, shift=True))
+    for row in rows:
+        tokens = row[INPUT]
+        counted = row.get(COUNTED, torch.ones_like(tokens, dtype=torch.bool))[1:]
+        expected, found = (all_logits(one, tokens)[:-1][counted] for one in (teacher, model))
+        sums.append(compare_logits(expected, found, tokens[1:][counted]))
     return summarize(sums)
 
 

@@ -44,6 +44,7 @@ from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.recipe.training import Training
 from compress_methods.search.prune_to import Opening
 from compress_methods.search.publish import Report, opened, publish
+from compress_methods.training.material import plain_rows, read_material
 from compress_methods.training.recover import TRAINING, measure, recover, require_trainer
 
 SEGMENTS, STAGES = "segments", "stages"
@@ -75,7 +76,7 @@ class Trained:
         self.recipe = recipe.calibrated(settings)
         self.text = check_calibration(self.source.directory, settings, calibration)
         self.identities = [
-            check_calibration(self.source.directory, training.text, training.data).identity
+            read_material(self.source.directory, training).text.identity
             for _, training in recipe.training
         ]
 
@@ -165,5 +166,8 @@ class Trained:
                 device = self.running.device
                 base = load_model(self.source.directory, torch.float32, device)
                 result = load_model(place, torch.float32, device)
-                found |= {"held_out": measure(base, result, held).to_dict(), "held_out_halves": []}
+                found |= {
+                    "held_out": measure(base, result, plain_rows(held)).to_dict(),
+                    "held_out_halves": [],
+                }
         return found

@@ -7,10 +7,15 @@ what was trained, to the last bit.
 
     scales   floats among the tensors of packed matrices (scales, cores, factors), biases and norms;
              codes stay. PEQA, Kim et al., 2023, arXiv:2305.14152
-    distill  every float the checkpoint holds, token table and head among them
+    distill  every float the checkpoint holds, token table and head among them; `sft` the same
     qat      the same as `scales`, and the codes of formats that `relax` can take: LLM-QAT (Liu et
              al., 2023, arXiv:2305.17888), started from the codes there are. A scale's gradient is
              that of LSQ (Esser et al., 2019, arXiv:1902.08153) for a code that stays
+
+With `lora` of a rank r nothing of that moves. To each matrix W of the blocks of a plain checkpoint
+A B is added, A [rows, r] and B [r, cols], which alone are trained (LoRA, Hu et al., 2021,
+arXiv:2106.09685): Adam then has moments of r (rows + cols) values. What is written is the sum, as W
+is stored. Matrices in the format `lowrank` have such factors, which then are trained.
 
 A parameter is measured in its own size (the root mean square of its tensor), so that one learning
 rate fits all. Zero points and lookup tables, which are stored as whole numbers, stay; so do floats
@@ -23,154 +28,54 @@ the next is as large as a value, so at high rates noise turns more of them than 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress_methods.checkpoint.compressed import CompressedCheckpoint, Matrix, open_compressed
+from compress_methods.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from compress_methods.checkpoint.loading import is_compressed, load_model
-from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.checkpoint.source import Source, open_source
 from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.errors import RecipeError
 from compress_methods.formats import torch_dtype
-from compress_methods.formats.relaxed import stored_as
+from compress_methods.formats.lowrank import LowRank
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.slot import Slot
-from compress_methods.recipe.training import DISTILL, QAT
+from compress_methods.recipe.training import DISTILL, QAT, SCALES
+from compress_methods.training.pieces import Adapted, Coded, Floats, Leaves, Packed, Piece
 
-TINY = 1e-30
 MATRIX_DIMENSIONS = 2
-CODES_RATE = 0.6
-"""Of codes, in steps from one to the next, when that of a scale is 1."""
-FAR = 0.5
-"""Beyond this relative error a matrix of the same name is not what another was rounded from."""
-Leaves = Mapping[str, Tensor]
-
-
-class Piece(ABC):
-    """Something stored that is trained: `leaves` are its parameters as training begins, `slots`
-    where its values go in the model, and `rates` how fast a leaf moves, 1 unless given."""
-
-    leaves: dict[str, Tensor]
-    slots: Sequence[Slot | str]
-    rates: Mapping[str, float] = MappingProxyType({})
-
-    @abstractmethod
-    def value(self, leaves: Leaves) -> Tensor:
-        """What the model computes with, differentiable in `leaves`."""
-
-    @abstractmethod
-    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Tensors of the checkpoint, by name."""
-
-    def limit(self, leaves: Leaves) -> None:  # noqa: B027
-        """Bring leaves back, in place, to where what is stored reaches."""
-
-
-class Floats(Piece):
-    """A tensor kept as floats. `slot`: the matrix that it is, or the parameter's name."""
-
-    def __init__(self, entry: Entry, slot: Slot | str, device: torch.device) -> None:
-        self.name, self.slots, self.dtype = entry.name, [slot], torch_dtype(entry.dtype)
-        tensor = entry.read().to(device).float()
-        self.unit = _size(tensor)
-        self.leaves = {"values": tensor / self.unit}
-
-    def value(self, leaves: Leaves) -> Tensor:
-        return stored_as(leaves["values"] * self.unit, self.dtype)
-
-    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
-        return {self.name: self.value(leaves).to(self.dtype)}
-
-
-class Packed(Piece):
-    """A packed matrix, of which the floats move."""
-
-    def __init__(self, matrix: Matrix, slots: Sequence[Slot], device: torch.device) -> None:
-        self.module, self.format, self.slots = matrix.module, matrix.format, slots
-        self.tensors = {name: e.read().to(device) for name, e in matrix.entries.items()}
-        moving = {n: t.float() for n, t in self.tensors.items() if _moves(t)}
-        self.units = {name: _size(tensor) for name, tensor in moving.items()}
-        self.leaves = {name: tensor / self.units[name] for name, tensor in moving.items()}
-
-    def value(self, leaves: Leaves) -> Tensor:
-        return self.format.unpack({**self.tensors, **self._moved(leaves)})
-
-    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
-        moved = self._moved(leaves)
-        found = {n: moved[n].to(t.dtype) if n in moved else t for n, t in self.tensors.items()}
-        return {f"{self.module}.{name}": tensor for name, tensor in found.items()}
-
-    def _moved(self, leaves: Leaves) -> dict[str, Tensor]:
-        return {
-            name: stored_as(leaf * self.units[name], self.tensors[name].dtype)
-            for name, leaf in leaves.items()
-        }
-
-
-def _moves(tensor: Tensor) -> bool:
-    """Floats of one byte are codes, or scales as coarse as those."""
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
-class Coded(Piece):
-    """A packed matrix, of which the codes move, too. `weight` is what it was rounded from, if that
-    is known: a code that was chosen narrowly is then the first to change."""
-
-    rates = MappingProxyType({"codes": CODES_RATE})
-
-    def __init__(
-        self,
-        matrix: Matrix,
-        slots: Sequence[Slot],
-        device: torch.device,
-        weight: Tensor | None = None,
-    ) -> None:
-        self.module, self.format, self.slots = matrix.module, matrix.format, slots
-        tensors = {name: entry.read().to(device) for name, entry in matrix.entries.items()}
-        solution = matrix.format.solution(tensors)
-        values = matrix.format.matrix(solution)
-        if weight is None or _relative_error(weight.to(values), values) > FAR:
-            weight = values
-        self.relaxed = matrix.format.relax(solution, weight.to(values))
-        self.relaxed.hold(solution)
-        self.leaves = self.relaxed.parameters
-
-    def value(self, leaves: Leaves) -> Tensor:
-        return self.relaxed.matrix(self.relaxed.whole(leaves))
-
-    def limit(self, leaves: Leaves) -> None:
-        self.relaxed.limit(leaves)
-
-    def stored(self, leaves: Leaves) -> dict[str, Tensor]:
-        whole = self.relaxed.whole(leaves)
-        for name, value in self.relaxed.parameters.items():
-            value.copy_(whole[name])
-        packed = self.format.pack(self.relaxed.solution())
-        return {f"{self.module}.{name}": tensor for name, tensor in packed.items()}
 
 
 class Student(nn.Module):
-    """The model of a directory; its parameters are what `method` trains. `teacher`: whose matrices
-    it was made of."""
+    """The model of a directory; its parameters are what `method` trains, or with `rank` adapters
+    that start from `seed`. `teacher`: whose matrices it was made of."""
 
     def __init__(
-        self, directory: Path, method: str, device: torch.device, teacher: Source | None = None
+        self,
+        directory: Path,
+        method: str,
+        device: torch.device,
+        teacher: Source | None = None,
+        rank: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         # Not a submodule: what is trained lies beside it, and nothing else is saved.
         self._model = (load_model(directory, torch.float32, device),)
-        self.pieces = list(_pieces(directory, method, device, teacher))
+        if rank:
+            self.pieces = list(_adapters(directory, rank, seed, device))
+        else:
+            self.pieces = list(_pieces(directory, method, device, teacher))
         if not any(piece.leaves for piece in self.pieces):
             raise RecipeError(f"{directory}: holds nothing that {method} could train")
         leaves = [leaf for piece in self.pieces for leaf in piece.leaves.values()]
         self.trained = nn.ParameterList(nn.Parameter(leaf.clone()) for leaf in leaves)
+        self.beside = nn.ParameterList()
+        """What is trained along and is no part of the checkpoint."""
 
     @property
     def model(self) -> Any:
@@ -182,14 +87,17 @@ class Student(nn.Module):
         for piece in self.pieces:
             for name in piece.leaves:
                 by_rate.setdefault(piece.rates.get(name, 1.0), []).append(next(parameters))
+        by_rate.setdefault(1.0, []).extend(self.beside)
         return [{"params": found, "lr": rate * own} for own, found in by_rate.items()]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [batch, length, vocab]."""
-        arguments = {"input_ids": input_ids, "use_cache": False}
-        out = torch.func.functional_call(self.model, self._values(), args=(), kwargs=arguments)
-        logits: Tensor = out.logits
+        logits: Tensor = self.run(self.values(), input_ids=input_ids, use_cache=False).logits
         return logits
+
+    def run(self, values: dict[str, Tensor], **arguments: Any) -> Any:
+        """What the model returns for arguments of its own, computed with such parameters."""
+        return torch.func.functional_call(self.model, values, args=(), kwargs=arguments)
 
     @torch.no_grad()
     def limit(self) -> None:
@@ -208,7 +116,7 @@ class Student(nn.Module):
         for piece in self.pieces:
             yield piece, {name: next(parameters) for name in piece.leaves}
 
-    def _values(self) -> dict[str, Tensor]:
+    def values(self) -> dict[str, Tensor]:
         """The model's parameters, as they come from what is trained."""
         found: dict[str, Tensor] = {}
         for piece, leaves in self._paired():
@@ -243,6 +151,47 @@ def _pieces(
     yield from _floats(skeleton, source, packed, method, device)
 
 
+def check_adapters(directory: Path, rank: int) -> None:
+    """`RecipeError` where adapters of that rank could not become part of a checkpoint."""
+    if not is_compressed(directory):
+        return
+    for module, matrix in open_compressed(directory).matrices.items():
+        fmt = matrix.format
+        if not isinstance(fmt, LowRank):
+            raise RecipeError(
+                f"{directory}: {module} is packed as {fmt.name}, which no adapter can be merged "
+                "into; train without lora, or before packing"
+            )
+        if fmt.rank != rank:
+            raise RecipeError(
+                f"{directory}: {module} has factors of rank {fmt.rank}, expected lora {fmt.rank}, "
+                f"found {rank}"
+            )
+
+
+def _adapters(directory: Path, rank: int, seed: int, device: torch.device) -> Iterator[Piece]:
+    """Factors of `lowrank` matrices of a packed checkpoint, adapters of a plain one's blocks."""
+    check_adapters(directory, rank)
+    skeleton = open_skeleton(directory)
+    if is_compressed(directory):
+        checkpoint = open_compressed(directory)
+        for module, matrix in checkpoint.matrices.items():
+            fmt, slots = matrix.format, _slots(skeleton, checkpoint, module)
+            assert isinstance(fmt, LowRank)
+            shape = matrix.rows, matrix.cols
+            still = () if fmt.base is None else fmt.base.tensors(*shape)
+            yield Packed(matrix, slots, device, still)
+        return
+    source = open_source(directory, skeleton, directory.name, allow_pickle=False)
+    generator = torch.Generator().manual_seed(seed)
+    for floats in _floats(skeleton, source, set(), DISTILL, device):
+        (slot,) = floats.slots
+        name = slot if isinstance(slot, str) else slot.parameter
+        inside = skeleton.block_of(name) is not None
+        if inside and len(floats.entry.shape) >= MATRIX_DIMENSIONS:
+            yield Adapted(floats.entry, slot, device, rank, generator)
+
+
 def _original(skeleton: Skeleton, teacher: Source | None, module: str) -> Tensor | None:
     """The teacher's matrix of that name and shape."""
     slot = skeleton.slots.get(module)
@@ -252,11 +201,6 @@ def _original(skeleton: Skeleton, teacher: Source | None, module: str) -> Tensor
         return None
     found = teacher.read_slot(slot)
     return found if found.shape == (slot.rows, slot.cols) else None
-
-
-def _relative_error(weight: Tensor, values: Tensor) -> float:
-    error = (weight - values).square().sum() / weight.square().sum().clamp(min=TINY)
-    return float(error)
 
 
 def _slots(skeleton: Skeleton, checkpoint: CompressedCheckpoint, module: str) -> list[Slot]:
@@ -273,7 +217,7 @@ def _floats(
     for name, shape in skeleton.parameter_names().items():
         if name in packed or name not in known:
             continue
-        if len(shape) >= MATRIX_DIMENSIONS and method != DISTILL:
+        if len(shape) >= MATRIX_DIMENSIONS and method in (SCALES, QAT):
             continue
         places: list[Slot | str] = [name]
         if name in source.parts:
@@ -283,9 +227,3 @@ def _floats(
             entry = source.entries[tensor]
             if torch_dtype(entry.dtype).is_floating_point:
                 yield Floats(entry, place, device)
-
-
-def _size(tensor: Tensor) -> Tensor:
-    """The root mean square, 1 for zeros."""
-    size = tensor.square().mean().sqrt()
-    return torch.where(size > TINY, size, torch.ones_like(size))

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a divergence from the teacher as its loss.
+"""transformers' Trainer with the loss of `objective.py`.
 
 Ten times on the way the held-out KL is measured and a checkpoint written, from which a training
 that was killed goes on. The best of them is what is left at the end; that may be the start. A loss
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from transformers.trainer_callback import PrinterCallback
 from compress_methods.model.skeleton import quiet_transformers
 from compress_methods.recipe.training import QAT, Training
 from compress_methods.system.progress import Progress
-from compress_methods.training.losses import divergence
+from compress_methods.training.lessons import Row
+from compress_methods.training.material import collate
+from compress_methods.training.objective import Objective
 from compress_methods.training.student import Student
 
 CHECKS = 10
@@ -34,6 +37,7 @@ NOTICEABLE = 1e-4
 WHOLE = "whole"
 """A file in a checkpoint that was written to its end."""
 KL = "eval_loss"
+LOSS = "loss"
 
 
 @dataclass
@@ -50,25 +54,26 @@ class Outcome:
 def train(
     student: Student,
     teacher: Any,
-    tokens: Tensor,
+    rows: Sequence[Row],
     settings: Training,
     work: Path,
     progress: Progress,
 ) -> Outcome:
-    """Train on the first of `tokens` [sequences + 2 * held_out, length], judged by those after
-    them; the student is then the best that there was. Checkpoints go to `work`."""
-    learned = [{"input_ids": row} for row in tokens[: settings.sequences]]
-    judged = tokens[settings.sequences : settings.sequences + settings.held_out]
+    """Train on the first of the `sequences + 2 * held_out` rows, judged by those after them; the
+    student is then the best that there was. Checkpoints go to `work`."""
+    judged = rows[settings.sequences : settings.sequences + settings.held_out]
     start = [parameter.detach().clone() for parameter in student.trained]
-    watcher = _Watcher(progress)
+    objective = Objective(settings, teacher, student)
+    watcher = _Watcher(progress, LOSS if settings.by_token else "KL")
     trainer = _Distiller(
         student,
         _arguments(settings, work, student.trained[0].device),
-        train_dataset=learned,
-        eval_dataset=[{"input_ids": row} for row in judged],
+        data_collator=collate,
+        train_dataset=rows[: settings.sequences],
+        eval_dataset=judged,
         callbacks=[watcher],
     )
-    trainer.teacher, trainer.settings, trainer.watcher = teacher, settings, watcher
+    trainer.objective, trainer.settings, trainer.watcher = objective, settings, watcher
     trainer.remove_callback(PrinterCallback)
     begun = _last_checkpoint(work)
     with quiet_transformers():
@@ -85,8 +90,9 @@ class _Watcher(TrainerCallback):
     """Progress, limits of what is stored, the mark of a whole checkpoint, and the end of a training
     that makes things worse."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, judged_by: str) -> None:
         self.progress, self.note, self.last = progress, "", ""
+        self.judged_by = f"held-out {judged_by}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.skip(state.global_step)
@@ -104,10 +110,10 @@ class _Watcher(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
         kl = metrics[KL]
-        self.last = f"held-out KL {kl:.4f}"
+        self.last = f"{self.judged_by} {kl:.4f}"
         first = next((line[KL] for line in state.log_history if KL in line), kl)
         if not kl <= max(WORST * first, first + NOTICEABLE):
-            self.stop(f"held-out KL was {kl:.4f} after {state.global_step} steps")
+            self.stop(f"{self.judged_by} was {kl:.4f} after {state.global_step} steps")
             control.should_training_stop = True
 
     def stop(self, why: str) -> None:
@@ -115,9 +121,9 @@ class _Watcher(TrainerCallback):
 
 
 class _Distiller(Trainer):
-    """`teacher`, `settings` and `watcher` are set before it trains."""
+    """`objective`, `settings` and `watcher` are set before it trains."""
 
-    teacher: Any
+    objective: Objective
     settings: Training
     watcher: _Watcher
 
@@ -135,13 +141,12 @@ class _Distiller(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        tokens = inputs["input_ids"]
-        with torch.no_grad():
-            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
-        beta = self.settings.beta if model.training else 0.0
-        loss = divergence(wanted, model(tokens), beta)
-        if model.training and not loss.isfinite():
-            self.watcher.stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        if not model.training:
+            return self.objective.judged(model, inputs)
+        step = self.state.global_step
+        loss = self.objective.learned(model, inputs, step)
+        if not loss.isfinite():
+            self.watcher.stop(f"the loss of step {step + 1} is {loss.item()}")
         return loss
 
     def prediction_step(

@@ -141,7 +141,7 @@ def test_a_pruned_model_heals_on_text_of_the_users_and_stays_a_plain_one(
     calibration = {"samples": 4, "length": 64, "held_out": 2}
     recipe = {"stages": [{"transform": "depth", "drop": 2}], "calibration": calibration}
     convert(novels_8m, recipe, tmp_path / "pruned", quiet=True)
-    settings = quick("distill", beta=0.5, rate=0.005, data=str(some_text))
+    settings = quick("distill", loss={"jsd": 0.5}, rate=0.005, data=str(some_text))
     report = recover(tmp_path / "pruned", novels_8m, tmp_path / "out", settings, quiet=True)
     facts = report["training"][0]
     assert facts["loss"] == {"jsd": 0.5}
@@ -265,13 +265,21 @@ def test_without_the_extra_one_line_says_what_to_install(
     ("block", "said"),
     [
         ({"train": "scale"}, "did you mean 'scales'"),
-        ({"train": "qat", "loss": "ce"}, "loss is 'ce', expected kl, reverse_kl or {jsd: 0.5}"),
+        (
+            {"train": "qat", "loss": "x"},
+            "loss is 'x', expected kl, reverse_kl, ce, topk_kl or",
+        ),
         ({"train": "qat", "loss": {"jsd": 1}}, "jsd is 1, expected a number between 0 and 1"),
         ({"train": "qat", "steps": 0}, "steps is 0, expected 1 or more"),
         ({"train": "qat", "sequences": 2}, "batch is 8, expected at most the 2 sequences"),
         ({"train": "qat", "beta": 0.5}, "unknown key 'beta'"),
         ({"train": "qat", "rates": 0.5}, "unknown key 'rates'"),
         ({"train": "qat", "rate": -1.0}, "rate is -1.0, expected"),
+        ({"train": "qat", "on_policy": 1.5}, "on_policy is 1.5, expected a share from 0 to 1"),
+        ({"train": "qat", "match": {"hiden": 1}}, "match: unknown 'hiden'; did you mean 'hidden'"),
+        ({"train": "qat", "match": {"hidden": 0}}, "match: hidden is 0, expected a number above"),
+        ({"train": "sft", "match": {"hidden": 1}}, "match needs a loss of kl"),
+        ({"train": "qat", "teacher_mix": 0.2}, "teacher_mix needs `loss: reverse_kl` and"),
     ],
 )
 def test_bad_stages_are_refused_by_key(block: dict[str, Any], said: str) -> None:

@@ -13,7 +13,7 @@ from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
-from compress_methods.training.student import Coded, Packed, Piece
+from compress_methods.training.pieces import Coded, Packed, Piece
 from tests.unit.compress_methods.drawn import Drawn, integers, matrices, mid_integers, sparse
 
 CPU = torch.device("cpu")

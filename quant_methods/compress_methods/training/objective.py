@@ -1,0 +1,71 @@
+"""What a step of training lowers, and what the held-out text is judged by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_methods.recipe.training import TOPK_KL, Training
+from compress_methods.training.lessons import COUNTED, TOKENS, TOP_LOGPROBS, TOP_TOKENS
+from compress_methods.training.losses import divergence, token_loss, top_divergence
+from compress_methods.training.matching import Matcher
+from compress_methods.training.material import Batch
+from compress_methods.training.on_policy import is_turn, sequence_loss, write
+from compress_methods.training.student import Student
+
+
+class Objective:
+    """Of one student and one teacher."""
+
+    def __init__(self, settings: Training, teacher: Any, student: Student) -> None:
+        self.settings, self.teacher = settings, teacher
+        self.matcher: Matcher | None = None
+        if settings.match:
+            self.matcher = Matcher(settings.match, teacher, student.model)
+            if self.matcher.map is not None:
+                student.beside.append(self.matcher.map)
+
+    def learned(self, student: Student, batch: Batch, step: int) -> Tensor:
+        """The loss of step `step`, from 0."""
+        settings, tokens = self.settings, batch[TOKENS]
+        if settings.by_token:
+            return self._by_token(student, batch)
+        if not is_turn(step, settings.on_policy):
+            wanted, found, apart = self._both(student, tokens)
+            return divergence(wanted, found, settings.beta) + apart
+        written = write(student, self.teacher, tokens, settings, step)
+        wanted, found, apart = self._both(student, written.tokens)
+        if settings.teacher_mix:
+            return sequence_loss(wanted, found, written) + apart
+        return divergence(wanted, found, settings.beta, written.weights) + apart
+
+    def _both(self, student: Student, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Logits of teacher and student, and how far their inner states are apart."""
+        if self.matcher is None:
+            return self.wanted(tokens), student(tokens), 0.0
+        given = {"input_ids": tokens, "use_cache": False, **self.matcher.asked}
+        with torch.no_grad():
+            theirs = self.teacher(**given)
+        mine = student.run(student.values(), **given)
+        return theirs.logits, mine.logits, self.matcher.loss(theirs, mine)
+
+    def judged(self, student: Student, batch: Batch) -> Tensor:
+        """What decides which step is kept: KL to the teacher, or what is learned where that is
+        nothing of the teacher's."""
+        if self.settings.by_token:
+            return self._by_token(student, batch)
+        return divergence(self.wanted(batch[TOKENS]), student(batch[TOKENS]), 0.0)
+
+    @torch.no_grad()
+    def wanted(self, tokens: Tensor) -> Tensor:
+        """The teacher's logits."""
+        logits: Tensor = self.teacher(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def _by_token(self, student: Student, batch: Batch) -> Tensor:
+        logits = student(batch[TOKENS])
+        if self.settings.loss == TOPK_KL:
+            return top_divergence(batch[TOP_TOKENS], batch[TOP_LOGPROBS], logits)
+        return token_loss(batch[TOKENS], logits, batch.get(COUNTED))
