@@ -14,10 +14,10 @@ WHAT_FOR = {
     "int4-rotated": "less loss in the same bytes, for a few percent more time",
     "auto-3.5": "where 4 bits do not fit and 3 lose too much: each layer gets what it needs",
     "int3-gptq": "models that do not fit in 4 bits",
-    "int2-gptq": "experiments, and very large models; measure before use",
+    "trellis2": "very large models: half the loss of `int2-gptq`, slow on long prompts",
     "sparse50-int8": "models that are sparse already or will be trained on: half the weights kept",
     "width25-int4": "smaller than 4 bits alone: a quarter of the width dropped, then int4",
-    "depth25": "large models that must be faster in everything: a quarter of the layers dropped",
+    "depth25-healed": "speed in everything: a quarter of the layers dropped, the rest trained",
 }
 """Recipes of the README's table; `vllm-compress convert --help` lists all."""
 FORMATS = ("bf16", "int8", "int4", "int2", "half of int8", "int4, vLLM's kernel")

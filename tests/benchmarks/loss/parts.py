@@ -57,11 +57,10 @@ def corrected() -> list[quality.Case]:
         return {"formats": {"w": fmt}, "modules": modules}
 
     gptq = {"algorithm": "gptq", "clip": True}
-    factors = {"format": "integer", "bits": 4, "group_size": -1}
-    rank_4 = {"format": "lowrank", "rank": 4, "base": two_bits(128), "factors": factors}
+    rank_1 = {"format": "lowrank", "rank": 1, "base": two_bits(128)}
     return [
         ("2 bits, groups of 64", recipe(two_bits(64), gptq)),
-        ("2 bits, rank 4", recipe(rank_4, {"algorithm": "svd", "base": gptq, "rounds": 4})),
+        ("2 bits, rank 1", recipe(rank_1, {"algorithm": "svd", "base": gptq, "rounds": 4})),
     ]
 
 
