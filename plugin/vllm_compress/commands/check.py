@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_compress.commands.convert import add_job_arguments
 
 if TYPE_CHECKING:
+    from compress_methods.conversion.planning.plan import Plan
     from compress_methods.recipe.stages import StagedRecipe
 
 DESCRIPTION = "Check a recipe against a model, or a compressed model against the place it will run."
@@ -29,8 +30,8 @@ examples:
 memory, memory_free (bytes), device_memory (null without --hardware), seconds, calibration (how much
 of what text; null where none is used); advice, where it is short; note, where chats became text;
 of several stages, stages (a line each); training, where there is some, which the others leave out;
-of a search, levels (how many there are; bytes_after is that of the first) and bytes_after_least (of
-the last).
+experts, of a mixture, where they can be served; of a search, levels (how many there are;
+bytes_after is that of the first) and bytes_after_least (of the last).
 --json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
 on --hardware or else here), device, device_memory (null without --hardware), files (how many were
 read against their checksums; null without --deep).
@@ -117,7 +118,15 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
         result["stages"] = statement(stages).splitlines()[:-1]
     if levels:
         result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
-    return result | _training(recipe)
+    return result | _training(recipe) | _experts(plan)
+
+
+def _experts(plan: Plan) -> dict[str, str]:
+    """Where experts can be served, if there are some."""
+    from vllm_compress.operations.capacity.footprint.storage import EXPERTS_ON_CPUS
+
+    found = any(job.slot.kind == "experts" for job in plan.jobs)
+    return {"experts": EXPERTS_ON_CPUS} if found else {}
 
 
 def _training(recipe: StagedRecipe) -> dict[str, Any]:

@@ -21,7 +21,12 @@ from vllm_compress.operations.capacity.footprint.shapes import (
     load_shape,
     shipped_shapes,
 )
-from vllm_compress.operations.capacity.footprint.storage import Scheme, apply_recipe, as_it_is
+from vllm_compress.operations.capacity.footprint.storage import (
+    EXPERTS_ON_CPUS,
+    Scheme,
+    apply_recipe,
+    as_it_is,
+)
 from vllm_compress.operations.capacity.hardware import Hardware, find_hardware, with_prices
 from vllm_compress.operations.capacity.plan import Planner
 from vllm_compress.operations.capacity.report import render, to_dict
@@ -159,7 +164,7 @@ def _schemes(args: argparse.Namespace, shape: ModelShape) -> tuple[list[Scheme],
                 raise
             notes.append(f"left out: {problem}")
     if any(scheme.experts_compressed for scheme in schemes[1:]):
-        notes.append("experts that a recipe compresses are served on CPUs only")
+        notes.append(EXPERTS_ON_CPUS)
     return schemes, notes
 
 

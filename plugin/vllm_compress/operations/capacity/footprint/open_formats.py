@@ -32,7 +32,8 @@ def rule_of(recipe: Recipe, module: str, matrix: Matrix) -> ModuleRule | None:
     """The rule that a matrix falls under."""
     if not matrix.kind:
         return None
-    return next((r for r in recipe.modules if r.matches(module, matrix.kind)), None)
+    kind = "experts" if matrix.experts and matrix.kind == "blocks" else matrix.kind
+    return next((r for r in recipe.modules if r.matches(module, kind)), None)
 
 
 def spend(recipe: Recipe, shape: ModelShape, find: Find) -> Find:

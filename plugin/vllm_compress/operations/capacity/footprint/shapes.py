@@ -33,6 +33,8 @@ from vllm_compress.names import QUANT_METHOD
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 HEADS = ("lm_head", "embed_out", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
+EXPERTS = {"experts", "input_linear", "output_linear"}
+LAST = ("down_proj", "output_linear")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 MOST = 10**8
 LISTS = ("layer_types", "no_rope_layers")
@@ -91,7 +93,7 @@ class Matrix:
 
     @property
     def experts(self) -> bool:
-        return "experts" in self.module.split(".")
+        return not EXPERTS.isdisjoint(self.module.split("."))
 
     @property
     def weights(self) -> int:
@@ -371,7 +373,7 @@ def _rows_and_cols(template: str, shape: tuple[int, ...], hidden: int) -> tuple[
         return prod(shape), 1, 1
     # Experts in one tensor: [experts, outputs, inputs], in Llama 4 [experts, inputs, outputs].
     experts, rows, cols = shape
-    turned = hidden == (cols if _leaf(template) == "down_proj" else rows)
+    turned = hidden == (cols if _leaf(template) in LAST else rows)
     return (cols, rows, experts) if turned else (rows, cols, experts)
 
 
@@ -379,7 +381,8 @@ def _kind(template: str, shape: tuple[int, ...], inside: bool) -> str:
     leaf = _leaf(template)
     if inside:
         matrix = len(shape) == 3 or (len(shape) == 2 and template.endswith(".weight"))
-        return "blocks" if matrix and leaf not in GENERIC.routers else ""
+        router = not set(GENERIC.routers).isdisjoint(template.removesuffix(".weight").split("."))
+        return "blocks" if matrix and not router else ""
     if len(shape) != 2:
         return ""
     if leaf in HEADS:

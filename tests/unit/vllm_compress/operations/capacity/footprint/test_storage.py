@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from compress_methods import convert
+from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.system.resources import config_path
 from tests.e2e.support.tiny import MODELS, make_model
+from tests.e2e.support.zoo import MIXTURES
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
     part_bytes,
@@ -235,6 +237,29 @@ def test_experts_count_alike_one_by_one_and_in_one_tensor() -> None:
         for tensors in (apart, joined, turned)
     ]
     assert weights[0] == weights[1] == weights[2]
+
+
+BLOCKS_ONLY = """
+formats: {w: {format: integer, bits: 8, group_size: -1}}
+modules: [{match: blocks, format: w, algorithm: rtn}]
+"""
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_weigh_what_is_converted(tmp_path: Path, name: str) -> None:
+    """Those that a rule names are compressed, others are not."""
+    kind, config = MIXTURES[name]
+    model = make_model(kind, tmp_path / "m", **config)
+    file = model / "model.safetensors"
+    write_tensors(file, {name: t.bfloat16() for name, t in read_tensors(file).items()})
+    (tmp_path / "blocks.yaml").write_text(BLOCKS_ONLY)
+    planned = []
+    for recipe in ("int8", str(tmp_path / "blocks.yaml")):
+        scheme = apply_recipe(load_shape(str(model)), recipe)
+        out = tmp_path / Path(recipe).stem
+        assert scheme.weight_bytes == convert(model, recipe, out, quiet=True)["bytes_after"]
+        planned.append(scheme.weight_bytes)
+    assert planned[0] < planned[1]
 
 
 @pytest.mark.parametrize(
