@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,20 +16,10 @@ from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.rotated import BLOCKS, Rotated
 from compress_methods.kernels import Want, choose, embed, kernel, matmul, prepare
-from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu import gemm as cpu_gemm
-from compress_methods.kernels.cpu.library import Library
-from tests.unit.compress_methods.kernels.arithmetic import using
 
-ISAS = [isa for isa in build.INSTRUCTION_SETS if build.runs_here(isa)]
 INT4 = Integer(4, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[Library]:
-    with using(request.param) as loaded:
-        yield loaded
 
 
 def stored(fmt: Format, rows: int, cols: int) -> Stored:
