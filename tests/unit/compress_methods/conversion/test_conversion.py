@@ -48,7 +48,8 @@ SPECIAL = ("pack-sparse", "experts25")
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in SPECIAL])
 def test_shipped_recipes_fit_the_model(name: str, novels_8m: Path) -> None:
     job = open_job(novels_8m, name)
-    most = 0.87 if name == "sparse68" else 0.7 if job.plan.jobs else 0.85
+    wide = name in ("sparse68", "sharing25-healed")  # values of 16 bits
+    most = 0.87 if wide else 0.7 if job.plan.jobs else 0.85
     assert job.plan.compressed_bytes < most * job.plan.original_bytes
 
 

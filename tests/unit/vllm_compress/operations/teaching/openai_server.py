@@ -8,6 +8,7 @@ that a number counts how often it was.
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -43,6 +44,8 @@ class Server(ThreadingHTTPServer):
         self.counts: Counter[str] = Counter()
         self.dies_after = -1
         self.delay = 0.0
+        self.holds_after = math.inf  # answers; who asks then waits for `going`, and gets none
+        self.going = threading.Event()
         self.usage = True
         self.unknown: tuple[str, ...] = ()
         self.refuses = ""
@@ -86,6 +89,9 @@ class Handler(MortalHandler):
             server.most = max(server.most, server.running)
         try:
             time.sleep(server.delay)
+            if len(server.seen) >= server.holds_after:
+                server.going.wait()
+                return
             self._complete(body, status, wait)
         finally:
             with server.lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -90,11 +91,10 @@ def test_killed_at_any_moment_nothing_is_asked_twice(teach: Teach, server: Serve
     command += teach.arguments(server, "icl", "--parallel", 2, "--logprobs", 0)
     chance = random.Random(0)
     for number in range(2):
-        before, server.delay = len(server.seen), 0.03
+        server.delay, server.holds_after = 0.03, len(server.seen) + chance.randrange(2, 5)
         process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
-        while len(server.seen) < before + 4:
+        while len(server.seen) < server.holds_after:
             time.sleep(0.005)
-        server.delay = 1.0  # a run that its killer is too late for would be no test
         time.sleep(chance.uniform(0, 0.03))
         if number == 1:
             process.send_signal(signal.SIGINT)
@@ -102,12 +102,16 @@ def test_killed_at_any_moment_nothing_is_asked_twice(teach: Teach, server: Serve
         else:
             process.kill()
             process.wait()
+        server.going.set()
+        while server.running:
+            time.sleep(0.005)
+        server.going.clear()
         assert not teach.out.exists()
         answered = answers(teach.journal)
         asked = len(server.seen)
         assert asked - len(answered) <= 2 * (number + 1), "those under way alone are lost"
         server.counts.clear()
-    server.delay = 0.0
+    server.delay, server.holds_after = 0.0, math.inf
     teach(server, "icl", "--parallel", 2, "--logprobs", 0)
     assert len(server.seen) == asked + COUNT - len(answered)
     assert len({tuple(line["seed"]) for line in teach.lines}) == len(teach.lines) == COUNT
