@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_compress.commands.convert import add_job_arguments
 
 if TYPE_CHECKING:
+    from compress_methods.checkpoint.compressed import CompressedCheckpoint
     from compress_methods.conversion.planning.plan import Plan
     from compress_methods.recipe.stages import StagedRecipe
 
@@ -37,6 +38,9 @@ on --hardware or else here), device, device_memory (null without --hardware), fi
 read against their checksums; null without --deep).
 Exit code 0 when nothing is wrong, 2 with one line that says what is.
 """
+
+EXPERTS = ".experts."
+"""In names of their modules."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -180,6 +184,7 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
     require_finite_values(checkpoint, args.deep)
     ways = args.tensor_parallel_size
     check_sharding(checkpoint, ways)
+    _require_served_experts(checkpoint, _device(args.hardware))
     compressed = sum(m.nbytes for m in checkpoint.matrices.values())
     dense = sum(e.nbytes for e in checkpoint.dense.values())
     result = {
@@ -194,6 +199,22 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
     }
     memory = _require_memory(str(path), compressed // ways + dense, args.hardware)
     return result | {"device_memory": memory}
+
+
+def _require_served_experts(checkpoint: CompressedCheckpoint, device: str) -> None:
+    """`CheckpointError` where experts are compressed that the server would refuse."""
+    from compress_methods.errors import CheckpointError
+
+    packed = next((name for name in checkpoint.matrices if EXPERTS in name), None)
+    if packed is None:
+        return
+    biased = any(EXPERTS in name and name.endswith("bias") for name in checkpoint.dense)
+    if biased or device != "cpu":
+        why = "with biases are not served" if biased else "are served on CPUs only"
+        raise CheckpointError(
+            f"{packed}: compressed experts {why}; convert again with a rule that keeps the experts "
+            "as they are"
+        )
 
 
 def _require_memory(model: str, needed: int, hardware: str | None) -> int | None:

@@ -9,6 +9,8 @@ import pytest
 
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.rotated import Rotated
+from tests.e2e.support.tiny import make_model
+from tests.e2e.support.zoo import MIXTURES
 from vllm_compress.cli import main
 from vllm_compress.commands.check import _kernel
 
@@ -103,6 +105,23 @@ def test_check_before_serving_names_formats_and_kernels(
     assert found["bytes_per_device"] < found["bytes"] < found["device_memory"]
     assert main(["check", str(compressed)]) == 0
     assert "nothing wrong found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cpu"), [("mixtral", None), ("gpt_oss", "compressed experts with biases")]
+)
+def test_experts_that_would_not_be_served_are_told_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, on_cpu: str | None
+) -> None:
+    kind, config = MIXTURES[name]
+    model, out = make_model(kind, tmp_path / "model", **config), str(tmp_path / "out")
+    assert main(["check", str(model), "--recipe", "int8", "-o", out, "--json"]) == 0
+    assert "on CPUs only" in json.loads(capsys.readouterr().out)["experts"]
+    assert main(["convert", str(model), "--recipe", "int8", "-o", out, "--quiet"]) == 0
+    assert main(["check", out, "--hardware", "h100-sxm"]) == 2
+    assert "experts.0." in capsys.readouterr().err
+    assert main(["check", out, "--hardware", "local"]) == (2 if on_cpu else 0)
+    assert (on_cpu or "") in capsys.readouterr().err
 
 
 def test_of_a_wrapper_the_kernel_of_the_format_inside_is_named_too() -> None:
