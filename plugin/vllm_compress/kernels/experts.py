@@ -24,6 +24,7 @@ from torch.nn import functional
 from compress_methods.kernels import Prepared, rebuild
 from compress_methods.kernels.base import tensors_of
 from compress_methods.kernels.cpu.library import empty_bytes
+from compress_methods.system.portions import portions
 from vllm_compress.kernels.ops import LIBRARY, Product, product_of
 
 Activation = Callable[[Tensor], Tensor]
@@ -174,17 +175,12 @@ def _together(counts: Sequence[int]) -> Iterator[list[Run]]:
     """Experts that any token goes to, as many at once as have `TOGETHER` tokens. `counts` [1 +
     experts]: first of those that other ranks have."""
     runs: list[Run] = []
-    held, start = 0, sum(counts[:1])
+    start = sum(counts[:1])
     for expert, size in enumerate(counts[1:]):
-        if not size:
-            continue
-        if runs and held + size > TOGETHER:
-            yield runs
-            runs, held = [], 0
-        runs.append((expert, start, size))
-        held, start = held + size, start + size
-    if runs:
-        yield runs
+        if size:
+            runs.append((expert, start, size))
+        start += size
+    return portions(runs, lambda run: run[2], TOGETHER)
 
 
 def _products(x: Tensor, matrices: Sequence[Matrix], sizes: Sequence[int]) -> Tensor:

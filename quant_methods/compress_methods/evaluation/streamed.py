@@ -26,6 +26,7 @@ from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.block_runner import BlockRunner
 from compress_methods.model.device import MOST_SEQUENCES, batch_size, exact_products
 from compress_methods.model.skeleton import Skeleton
+from compress_methods.system.portions import portions
 from compress_methods.system.progress import Progress
 
 PORTION_BYTES = 2**30
@@ -87,17 +88,8 @@ class StreamedModel:
     def _portions(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Indices of rows whose states fit together, short ones first."""
         width = self.skeleton.module(self.skeleton.embedding).weight.shape[1]
-        portion: list[int] = []
-        held = 0
-        for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-            size = _padded(len(rows[i])) * width * FLOAT
-            if portion and held + size > PORTION_BYTES:
-                yield portion
-                portion, held = [], 0
-            portion.append(i)
-            held += size
-        if portion:
-            yield portion
+        short_first = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        return portions(short_first, lambda i: _padded(len(rows[i])) * width * FLOAT, PORTION_BYTES)
 
     def _embed(self, rows: Sequence[Sequence[int]], portion: list[int]) -> list[_Group]:
         """The rows by length, as they go into the first block."""

@@ -20,6 +20,7 @@ from compress_methods.conversion.passes.comparing import Needs
 from compress_methods.conversion.planning.plan import Job
 from compress_methods.model.experts import owner_of
 from compress_methods.model.slot import Slot
+from compress_methods.system.portions import portions
 
 EXPERTS = "experts"
 LIMIT = 2**29
@@ -39,17 +40,8 @@ def expert_of(slot: Slot) -> tuple[str, int]:
 
 def rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """The matrices of as many whole experts at a time as there is memory for."""
-    together: list[Job] = []
-    held = 0
-    for mine in _by_expert(jobs):
-        size = _gathered(mine)
-        if together and held + size > LIMIT:
-            yield together
-            together, held = [], 0
-        together += mine
-        held += size
-    if together:
-        yield together
+    for experts in portions(_by_expert(jobs), _gathered, LIMIT):
+        yield [job for mine in experts for job in mine]
 
 
 def most_gathered(jobs: Sequence[Job]) -> int:
