@@ -80,9 +80,8 @@ def treat_inputs(owner: nn.Module, architecture: Architecture, first: Treat, inn
         by_expert = x.reshape(len(owner.get_parameter(LAST)), -1, x.shape[-1])
         outs = []
         for expert, mine in enumerate(by_expert):
-            weight = owner.get_parameter(LAST)[expert]
             between = inner(_between(owner, mine, expert, transposed))
-            outs.append(between @ (weight if transposed else weight.T))
+            outs.append(_product(owner, LAST, between, expert, transposed))
         return torch.cat(outs)
 
     owner.forward = forward
@@ -99,14 +98,12 @@ def watch_outputs(
     @torch.no_grad()
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *kwargs.values()]
-        for expert, weight in enumerate(module.get_parameter(LAST)):
+        for expert in range(len(module.get_parameter(LAST))):
             x = _tokens(module, given, expert)
             if not len(x):
                 continue
             between = _between(module, x, expert, transposed)
-            out = between @ (weight if transposed else weight.T)
-            bias = module._parameters.get(f"{LAST}_bias")
-            out = out if bias is None else out + bias[expert]
+            out = _product(module, LAST, between, expert, transposed)
             hook(expert, _scores(given, expert, len(x)).to(out), out)
 
     return owner.register_forward_pre_hook(before, with_kwargs=True)
@@ -138,11 +135,7 @@ def _scores(given: Sequence[Any], expert: int, count: int) -> Tensor:
 def _between(module: nn.Module, x: Tensor, expert: int, transposed: bool) -> Tensor:
     """What an expert's last matrix gets of tokens [n, hidden]."""
     name = next(name for name in FIRST if name in module._parameters)
-    weight = module.get_parameter(name)[expert]
-    out = x @ (weight if transposed else weight.T)
-    bias = module._parameters.get(f"{name}_bias")
-    if bias is not None:
-        out = out + bias[expert]
+    out = _product(module, name, x, expert, transposed)
     activation: Any = module.act_fn if hasattr(module, "act_fn") else None
     if name == "up_proj":
         return activation(out)
@@ -150,3 +143,11 @@ def _between(module: nn.Module, x: Tensor, expert: int, transposed: bool) -> Ten
         return module._apply_gate(out)  # type: ignore[operator]
     gate, up = out.chunk(2, dim=-1)
     return activation(gate) * up
+
+
+def _product(module: nn.Module, name: str, x: Tensor, expert: int, transposed: bool) -> Tensor:
+    """One matrix of an expert, and its bias where there is one."""
+    weight = module.get_parameter(name)[expert]
+    out = x @ (weight if transposed else weight.T)
+    bias = module._parameters.get(f"{name}_bias")
+    return out if bias is None else out + bias[expert]

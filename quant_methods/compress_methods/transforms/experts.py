@@ -152,10 +152,8 @@ def _shrink(part: Part, owner: str, kept: Tensor, count: int) -> None:
     """Have the block in memory compute with the experts that stay."""
     for name, tensor, axis in list(_tensors_by_expert(part, owner, count)):
         place, _, leaf = name.rpartition(".")
-        module, left = (
-            part.skeleton.module(place),
-            tensor.index_select(axis, kept.to(tensor.device)),
-        )
+        module = part.skeleton.module(place)
+        left = tensor.index_select(axis, kept.to(tensor.device))
         if leaf in module._parameters:
             module._parameters[leaf] = torch.nn.Parameter(left, requires_grad=False)
         else:

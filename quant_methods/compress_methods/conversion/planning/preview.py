@@ -157,11 +157,9 @@ def preview_plan(
 
     Shards are those of the result; their copies are names of the source.
     """
-    why = (
-        "not part of the model"
-        if len(made.skeleton.blocks) < len(skeleton.blocks)
-        else (f"one of the experts that {reshaping.name} leaves out")
-    )
+    why = "not part of the model"
+    if len(made.skeleton.blocks) == len(skeleton.blocks):
+        why = f"one of the experts that {reshaping.name} leaves out"
     dropped = {old: why for old, new in made.moves.items() if new is None}
     shards: list[Shard] = []
     blocks = 0
