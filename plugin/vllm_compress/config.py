@@ -196,6 +196,7 @@ class CompressConfig(QuantizationConfig):
     def experts(self, prefix: str, layer: Any) -> dict[tuple[int, str], Target]:
         """Targets of a layer of experts by number and vLLM's name for the matrix; all or none."""
         from compress_methods.errors import CheckpointError
+        from vllm_compress.targets import require_served_experts
 
         names = {
             "w1": layer.ckpt_gate_proj_name,
@@ -210,11 +211,9 @@ class CompressConfig(QuantizationConfig):
         }
         found = {place: self.find(name) for place, name in wanted.items()}
         held = {place: target for place, target in found.items() if target is not None}
-        if held and layer.moe_config.has_bias:
-            raise CheckpointError(
-                f"{next(iter(held.values())).module}: compressed experts with biases are not "
-                "served; convert again with a rule that keeps the experts as they are"
-            )
+        if held:
+            module, biased = next(iter(held.values())).module, layer.moe_config.has_bias
+            require_served_experts(module, on_cpu=True, biased=biased)
         if held and len(held) < len(found):
             kept = next(name for place, name in wanted.items() if place not in held)
             raise CheckpointError(

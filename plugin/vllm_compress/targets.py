@@ -107,3 +107,13 @@ def local_directory(model: str, revision: str | None) -> Path | None:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+
+
+def require_served_experts(module: str, *, on_cpu: bool, biased: bool) -> None:
+    """`CheckpointError` where the compressed expert `module` is one that no server takes."""
+    if biased or not on_cpu:
+        why = "with biases are not served" if biased else "are served on CPUs only"
+        raise CheckpointError(
+            f"{module}: compressed experts {why}; convert again with a rule that keeps the experts "
+            "as they are"
+        )

@@ -184,7 +184,8 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
     require_finite_values(checkpoint, args.deep)
     ways = args.tensor_parallel_size
     check_sharding(checkpoint, ways)
-    _require_served_experts(checkpoint, _device(args.hardware))
+    device = _device(args.hardware)
+    _check_experts(checkpoint, device)
     compressed = sum(m.nbytes for m in checkpoint.matrices.values())
     dense = sum(e.nbytes for e in checkpoint.dense.values())
     result = {
@@ -193,28 +194,22 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": compressed + dense,
         "bytes_per_device": compressed // ways + dense,
         "formats": sorted({m.format.describe() for m in checkpoint.matrices.values()}),
-        "device": _device(args.hardware),
-        "kernels": _kernels(checkpoint, _device(args.hardware)),
+        "device": device,
+        "kernels": _kernels(checkpoint, device),
         "files": files,
     }
     memory = _require_memory(str(path), compressed // ways + dense, args.hardware)
     return result | {"device_memory": memory}
 
 
-def _require_served_experts(checkpoint: CompressedCheckpoint, device: str) -> None:
+def _check_experts(checkpoint: CompressedCheckpoint, device: str) -> None:
     """`CheckpointError` where experts are compressed that the server would refuse."""
-    from compress_methods.errors import CheckpointError
+    from vllm_compress.targets import require_served_experts
 
     packed = next((name for name in checkpoint.matrices if EXPERTS in name), None)
-    if packed is None:
-        return
-    biased = any(EXPERTS in name and name.endswith("bias") for name in checkpoint.dense)
-    if biased or device != "cpu":
-        why = "with biases are not served" if biased else "are served on CPUs only"
-        raise CheckpointError(
-            f"{packed}: compressed experts {why}; convert again with a rule that keeps the experts "
-            "as they are"
-        )
+    if packed is not None:
+        biased = any(EXPERTS in name and name.endswith("bias") for name in checkpoint.dense)
+        require_served_experts(packed, on_cpu=device == "cpu", biased=biased)
 
 
 def _require_memory(model: str, needed: int, hardware: str | None) -> int | None:

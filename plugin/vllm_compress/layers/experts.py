@@ -28,7 +28,7 @@ from vllm_compress.kernels import runtime
 from vllm_compress.kernels.worker import prepare_worker
 from vllm_compress.layers import collector
 from vllm_compress.layers.claims import Claims
-from vllm_compress.targets import Target
+from vllm_compress.targets import Target, require_served_experts
 
 GATE, UP, DOWN = "w1", "w3", "w2"
 """vLLM's names for an expert's matrices. Without gates the only other one is called `w1`."""
@@ -84,11 +84,7 @@ class CompressedExperts(FusedMoEMethodBase):
         """What is not served, and shapes."""
         module = next(iter(self.targets.values())).module
         activation = layer.activation.value
-        if not current_platform.is_cpu():
-            raise CheckpointError(
-                f"{module}: compressed experts are served on CPUs only; convert again with a rule "
-                "that keeps the experts as they are"
-            )
+        require_served_experts(module, on_cpu=current_platform.is_cpu(), biased=False)
         if activation not in products.ACTIVATIONS or self.moe.swiglu_limit is not None:
             raise CheckpointError(
                 f"{module}: compressed experts with activation {activation!r}"
