@@ -25,6 +25,7 @@ from compress_methods.training.on_policy import (
     write,
 )
 from compress_methods.training.student import Student
+from tests.unit.compress_methods.training.killed import Killed, dying
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, WORDS = 6, 24, 3
@@ -139,10 +140,6 @@ def test_its_mean_gradient_is_that_of_the_whole_texts_divergence(rows: int) -> N
         torch.testing.assert_close(2 * found, wanted, rtol=1e-4, atol=1e-6)
 
 
-class Killed(BaseException):
-    """Nothing may catch it."""
-
-
 def test_a_killed_training_on_its_own_text_goes_on_to_the_same_bytes(
     novels_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,15 +165,8 @@ def test_a_killed_training_on_its_own_text_goes_on_to_the_same_bytes(
         return {name: entry.read() for name, entry in read_entries(out).items()}
 
     whole = trained(tmp_path / "whole")
-    original = trainer._Watcher.on_step_end
-
-    def dying(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if state.global_step == 4:
-            raise Killed
-        original(self, args, state, control, **given)
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Watcher, "on_step_end", dying)
+        patch.setattr(trainer._Watcher, "on_step_end", dying([], 4))
         with pytest.raises(Killed):
             trained(tmp_path / "killed")
     found = trained(tmp_path / "killed")

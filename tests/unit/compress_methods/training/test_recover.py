@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from compress_methods.training import recover as recovering
 from compress_methods.training import trainer
 from compress_methods.training.losses import divergence
 from compress_methods.training.student import Student
+from tests.unit.compress_methods.training.killed import Killed, dying
 from vllm_compress.cli import main
 
 CPU = torch.device("cpu")
@@ -153,10 +153,6 @@ def test_a_pruned_model_heals_on_text_of_the_users_and_stays_a_plain_one(
     assert load_model(tmp_path / "out").config.num_hidden_layers == 6
 
 
-class Killed(BaseException):
-    """Nothing may catch it."""
-
-
 def test_a_killed_training_goes_on_to_the_same_bytes(
     trained: Path,
     int2: Path,
@@ -166,20 +162,8 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
 ) -> None:
     settings, out = quick(rate=0.02), tmp_path / "out"
     steps: list[int] = []
-
-    original = trainer._Watcher.on_step_end
-
-    def dying(count: int) -> Callable[..., None]:
-        def on_step_end(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
-            steps.append(state.global_step)
-            if len(steps) == count:
-                raise Killed
-            original(self, args, state, control, **given)
-
-        return on_step_end
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Watcher, "on_step_end", dying(5))
+        patch.setattr(trainer._Watcher, "on_step_end", dying(steps, 5))
         with pytest.raises(Killed):
             recover(int2, novels_8m, out, settings, quiet=True)
         # A checkpoint that was being written when the power went.
@@ -189,7 +173,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
         )
         (Path(torn) / trainer.WHOLE).unlink()
         (Path(torn) / "trainer_state.json").write_text("{")
-        patch.setattr(trainer._Watcher, "on_step_end", dying(-1))
         recover(int2, novels_8m, out, settings, quiet=True)
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10]
     assert not (out / ".work").exists()

@@ -20,6 +20,7 @@ from compress_methods.recipe.stages import load_staged
 from compress_methods.recipe.training import Training, parse_training
 from compress_methods.training import staged
 from compress_methods.training.staged import Trained
+from tests.unit.compress_methods.training.killed import Killed
 
 DEPTH = {"transform": "depth", "drop": 2}
 QUICK = {"steps": 3, "batch": 2, "sequences": 8, "held_out": 2, "length": 32}
@@ -100,10 +101,6 @@ def test_a_packing_that_ends_is_held_against_the_original(
     *_, packed = report["stages"]
     assert report["held_out"]["kl"] > 2 * packed["held_out"]["kl"]
     assert report["training"][0]["train"] == "distill"
-
-
-class Killed(BaseException):
-    """Nothing may catch it."""
 
 
 def test_a_killed_recipe_goes_on_with_the_segment_it_was_at(
