@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,18 +18,16 @@ from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu.gemm import CpuExact, CpuGemm
 from compress_methods.kernels.cpu.library import LINE, Library, Mode
 from tests.unit.compress_methods.kernels.arithmetic import (
-    WIDTHS,
     check_sums,
     compiled,
     quantized,
     using,
 )
 
-DRIVER = Path(__file__).parent / "sanitize_cpu_kernels.cpp"
 EMULATION = Path(__file__).parent / "emulated_vnni.h"
 ISAS = [isa for isa in build.INSTRUCTION_SETS if build.runs_here(isa)]
 EMULATED = "emulated_vnni"  # the code for VNNI where a processor has none
-if "avx2" in ISAS:
+if "avx2" in ISAS and "avx_vnni" not in ISAS:
     ISAS.append(EMULATED)
 KERNELS = {"cpu": CpuGemm(), "cpu_exact": CpuExact()}
 
@@ -199,121 +194,6 @@ def test_threads_change_nothing(isa: Library, tokens: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*outs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [isa for isa in ISAS if isa in WIDTHS])
-def test_memory_is_only_touched_where_it_should_be(name: str, tmp_path: Path) -> None:
-    """Address and undefined-behaviour sanitizers over every decoder, group size and mode."""
-    program = tmp_path / "sanitized"
-    flags = ["-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    units = [str(build.SOURCES / unit) for unit in build.PRODUCTS]
-    sources = [f"-I{build.SOURCES}", str(DRIVER), *units]
-    options = [*flags, *flags_of(name), *sources, "-o", str(program)]
-    subprocess.run([build.compiler(), *options], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    counts = dict(zip(*[iter(done.stdout.split())] * 2, strict=True))
-    ran = {"products": "5460", "rotated": "3900", "corrected": "3900"}
-    ran |= {"look-ups": "195", "paths": "6"}
-    assert counts == ran
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-
-CHOOSE = """
-import torch
-from compress_methods.formats import Stored
-from compress_methods.formats.integer import MID, WHOLE, Integer
-from compress_methods.kernels import choose
-fmt = Integer(4, 128)
-print(choose(Stored.whole(fmt, fmt.pack(fmt.nearest(torch.ones(64, 256))), (64, 256))).name)
-"""
-
-
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [
-        ("no-such-compiler", "no C++ compiler (no-such-compiler); install g++"),
-        ("false", "/false failed: no message"),
-    ],
-)
-def test_without_a_compiler_torch_does_the_work(compiler: str, reason: str, tmp_path: Path) -> None:
-    done = run_python(CHOOSE, CXX=compiler, VLLM_COMPRESS_CACHE=str(tmp_path))
-    assert done.stdout == "torch_int4\n"
-    assert done.stderr.count("no CPU kernels of its own") == 1
-    assert reason in done.stderr
-    assert not list(tmp_path.glob("*.so"))
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    done = run_python(CHOOSE, VLLM_COMPRESS_CACHE=str(tmp_path / "file"))
-    assert done.stdout == "torch_int4\n"
-    assert f"{tmp_path / 'file'}: File exists; VLLM_COMPRESS_CACHE names another" in done.stderr
-
-
-@pytest.mark.slow
-def test_kernels_are_built_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hasty = tmp_path / "g++"  # only what is loaded here is compiled, not optimized
-    ours = build.namespace(build.instruction_set())
-    hasty.write_text(
-        f'#!/bin/sh\ncase "$*" in *VC_NAMESPACE={ours}\\ *|*--version*) '
-        f'exec {build.compiler()} "$@" -O0;; esac\nfor last; do :; done\n: > "$last"\n'
-    )
-    hasty.chmod(0o755)
-    monkeypatch.setenv("CXX", str(hasty))
-    command = [sys.executable, "-m", "vllm_compress.cli", "build-kernels"]
-    options = ["--all", "-o", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    assert [Path(line).is_file() for line in done.stdout.split()] == [True] * len(
-        build.INSTRUCTION_SETS
-    )
-    code = "from compress_methods.kernels.cpu.library import library; print(library().isa)"
-    found = run_python(code, VLLM_COMPRESS_CACHE=str(tmp_path), PATH=os.environ["PATH"])
-    assert found.stdout.strip() == build.instruction_set()
-    assert found.stderr == ""
-    failed = subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=os.environ | {"CXX": "none"}
-    )
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("vllm-compress: error: no C++ compiler (none)")
-
-
-@pytest.mark.slow
-def test_two_processes_compile_once(tmp_path: Path) -> None:
-    counter = tmp_path / "g++"
-    counter.write_text(
-        f'#!/bin/sh\ncase "$1" in --version) echo 1;; *) echo x >> {tmp_path}/calls; sleep 1;; '
-        f'esac\nexec {build.compiler()} "$@" -O0\n'
-    )
-    counter.chmod(0o755)
-    code = "from compress_methods.kernels.cpu.build import build; print(build('plain'))"
-    environment = os.environ | {"CXX": str(counter), "VLLM_COMPRESS_CACHE": str(tmp_path / "new")}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    paths = {process.communicate(timeout=120)[0] for process in both}
-    assert len(paths) == 1
-    assert (tmp_path / "calls").read_text() == "x\n" * (len(build.UNITS) + 1)  # and linked
-    assert Path(paths.pop().decode().strip()).is_file()
-
-
-def test_the_name_depends_on_what_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {build.library_path(isa) for isa in build.INSTRUCTION_SETS}
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    assert len(before | {build.library_path(isa) for isa in build.INSTRUCTION_SETS}) == 2 * len(
-        before
-    )
 
 
 def test_mode_numbers_are_those_of_the_source() -> None:

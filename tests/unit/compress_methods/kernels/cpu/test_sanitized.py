@@ -1,0 +1,33 @@
+"""Our CPU products touch no memory but their own, for every decoder, group size and mode."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from compress_methods.kernels.cpu import build
+from tests.unit.compress_methods.kernels.arithmetic import WIDTHS
+
+DRIVER = Path(__file__).parent / "sanitize_cpu_kernels.cpp"
+ALL = "address,undefined"
+WIDE = "address,alignment"  # what else is undefined is so for any width: `plain` looks for it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [isa for isa in WIDTHS if build.runs_here(isa)])
+def test_memory_is_only_touched_where_it_should_be(name: str, tmp_path: Path) -> None:
+    program = tmp_path / "sanitized"
+    watched = ALL if name == "plain" else WIDE
+    flags = ["-std=c++17", "-O0", "-g1", f"-fsanitize={watched}", "-fno-sanitize-recover=all"]
+    units = [str(build.SOURCES / unit) for unit in build.PRODUCTS]
+    sources = [f"-I{build.SOURCES}", str(DRIVER), *units]
+    options = [*flags, *build.INSTRUCTION_SETS[name], *sources, "-o", str(program)]
+    subprocess.run([build.compiler(), *options], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = dict(zip(*[iter(done.stdout.split())] * 2, strict=True))
+    ran = {"products": "5460", "rotated": "3900", "corrected": "3900"}
+    ran |= {"look-ups": "195", "paths": "6"}
+    assert counts == ran
