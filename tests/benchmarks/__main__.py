@@ -1,7 +1,8 @@
-"""Run the benchmarks named on the command line, or all but `peers`; print tables, keep JSON.
+"""Run the benchmarks named on the command line, or all but `peers` and `gpu`; print tables, keep
+JSON.
 
     python -m tests.benchmarks [quality] [parts] [bits] [losses] [rtn] [gptq] [layers] [refine]
-        [activations] [kernels] [serving] [profile] [planner] [peers]
+        [activations] [kernels] [serving] [profile] [planner] [peers] [gpu]
 
 `COMPRESS_MISSING=1` measures of `quality` and `parts` only the rows that their results lack.
 
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.readme import FROM_AN_INDEX, RESULTS, ROOMS, SEVERAL, module_of
+from tests.benchmarks.readme import WHEN_NAMED, RESULTS, ROOMS, SEVERAL, module_of
 
 NAMES = tuple(name for name in ROOMS if name not in SEVERAL)
 
@@ -45,7 +46,7 @@ def main(names: list[str]) -> int:
         print(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     RESULTS.mkdir(exist_ok=True)
-    for name in names or [name for name in NAMES if name not in FROM_AN_INDEX]:
+    for name in names or [name for name in NAMES if name not in WHEN_NAMED]:
         module = module_of(name)
         results = {"machine": machine(), **module.run()}
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -37,10 +37,11 @@ ROOMS = {
     "serving": "speed",
     "profile": "speed",
     "planner": "speed",
+    "gpu": "speed",
 }
 """Folder of each benchmark's module."""
-FROM_AN_INDEX = ("peers",)
-"""Benchmarks that install other tools, so are only run when named."""
+WHEN_NAMED = ("peers", "gpu")
+"""Benchmarks that not every machine can run: they install other tools, or need a GPU."""
 SEVERAL = {"memory": ("rtn", "gptq", "layers")}
 """Benchmarks whose rows are one table."""
 VIEWS: dict[str, Callable[[], str]] = {

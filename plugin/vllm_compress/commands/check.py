@@ -264,13 +264,14 @@ def _kernels(checkpoint: Any, device: str) -> dict[str, str]:
 def _kernel(fmt: Any, shape: tuple[int, int], device: str) -> str:
     """Of one matrix, and of the format inside a wrapper. On GPUs vLLM's own come first; which of
     them it is, only vLLM knows, and only there."""
-    from compress_methods.formats.integer import Integer
-    from compress_methods.kernels import choose
-    from vllm_compress.kernels.from_vllm import VllmInt8, VllmMixedPrecision
+    from compress_methods.kernels import KERNELS, choose, kernel
+    from vllm_compress.kernels import from_vllm_floats  # noqa: F401  (enters them in the table)
+    from vllm_compress.kernels.from_vllm import FromVllm
 
-    for kernel in (VllmMixedPrecision(), VllmInt8()):
-        if device == "cuda" and isinstance(fmt, Integer) and kernel.takes(fmt):
-            return kernel.name
+    for name in KERNELS if device == "cuda" else ():
+        entry = kernel(name)
+        if isinstance(entry, FromVllm) and entry.takes(fmt):
+            return name
     name = choose(_stand_in(fmt, shape, device)).name
     return name if fmt.inner is fmt else f"{name} ({_kernel(fmt.inner, shape, device)})"
 

@@ -1,15 +1,17 @@
 """vLLM's own kernels as entries of the one table: Marlin, Machete and their like.
 
 They rank first on GPUs; elsewhere they are taken only where VLLM_COMPRESS_KERNEL=vllm insists.
-Integer weights of 4 or 8 bits go to vLLM's mixed-precision chooser in the layout of
-compressed-tensors checkpoints; 8 bits, one symmetric scale per row and int8 activations go to its
-int8 chooser. Which kernel runs is vLLM's decision. Where it has none the next rank is taken (or,
-insisted, it is an error that carries vLLM's reasons).
+Integer weights go to vLLM's mixed-precision chooser in the layout of compressed-tensors
+checkpoints, those of 2, 3, 5 and 6 bits to Humming; 8 bits, one symmetric scale per row and int8
+activations go to its int8 chooser. Floats are in `from_vllm_floats.py`. Which kernel runs is vLLM's
+decision. Where it has none the next rank is taken (or, insisted, it is an error that carries vLLM's
+reasons). Levels between whole numbers, `mid`, are in no type of vLLM's and so left to others.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from fractions import Fraction
 from logging import getLogger
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ from torch.nn import Parameter
 from torch.nn.functional import pad as pad_with_zeros
 
 from compress_methods.errors import CheckpointError
-from compress_methods.formats import Stored
+from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer, IntegerSolution
 from compress_methods.kernels import Kernel, Operator, Prepared, Want, register_kernel
 from vllm_compress.names import KERNEL_VARIABLE
@@ -36,25 +38,27 @@ class FromVllm(Kernel):
     pads: ClassVar[bool] = True
 
     @abstractmethod
-    def takes(self, fmt: Integer) -> bool:
+    def takes(self, fmt: Format) -> bool:
         """Whether it is for such a format."""
 
+    def holds(self, stored: Stored) -> bool:
+        """Whether it is for the values of such a matrix, whose format it takes."""
+        return True
+
     @abstractmethod
-    def choose(self, fmt: Integer, rows: int, cols: int, dtype: torch.dtype) -> Any:
+    def choose(self, fmt: Any, rows: int, cols: int, dtype: torch.dtype) -> Any:
         """vLLM's choice of kernel; raises where there is none."""
 
     @abstractmethod
-    def register(
-        self, layer: Any, fmt: Integer, solution: IntegerSolution, dtype: torch.dtype
-    ) -> None:
-        """Give the layer the parameters that the kernel looks for."""
+    def register(self, layer: Any, stored: Stored, pad: int, dtype: torch.dtype) -> None:
+        """Give the layer the parameters that the kernel looks for, with `pad` rows of zero."""
 
     def rank(self, stored: Stored, want: Want) -> int | None:
         fmt, insisted = stored.format, self.wanted(want)
         asked = insisted or (want.kernel is None and stored.device.type != "cpu")
         if not asked or want.embed or want.host is None or want.dtype is None:
             return None
-        if not isinstance(fmt, Integer) or not self.takes(fmt):
+        if not (self.takes(fmt) and self.holds(stored)):
             return None
         rows, cols = stored.size[0] + want.pad, stored.size[1]
         try:
@@ -72,15 +76,13 @@ class FromVllm(Kernel):
 
     def prepare(self, stored: Stored, want: Want) -> Prepared:
         fmt, layer = stored.format, want.host
-        assert isinstance(fmt, Integer)
         assert want.dtype is not None
         rows, cols = stored.size[0] + want.pad, stored.size[1]
         chosen = self.choose(fmt, rows, cols, want.dtype)
-        solution = padded(fmt.solution(stored.tensors), want.pad)
         layer.input_size_per_partition, layer.output_size_per_partition = cols, rows
         layer.logical_widths = [rows]
         layer.params_dtype = want.dtype
-        self.register(layer, fmt, solution, want.dtype)
+        self.register(layer, stored, want.pad, want.dtype)
         chosen.process_weights_after_loading(layer)
         return Prepared(self.name, rows, cols, format=fmt, handle=(chosen, layer))
 
@@ -98,8 +100,8 @@ class VllmMixedPrecision(FromVllm):
 
     name: ClassVar[str] = "vllm_mixed_precision"
 
-    def takes(self, fmt: Integer) -> bool:
-        return fmt.activations is None and fmt.bits in (4, 8) and fmt.holds_zero
+    def takes(self, fmt: Format) -> bool:
+        return isinstance(fmt, Integer) and fmt.activations is None and fmt.holds_zero
 
     def choose(self, fmt: Integer, rows: int, cols: int, dtype: torch.dtype) -> Any:
         from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
@@ -108,16 +110,11 @@ class VllmMixedPrecision(FromVllm):
         )
         from vllm.scalar_type import scalar_types
 
-        kinds = {
-            (4, True): scalar_types.uint4b8,
-            (8, True): scalar_types.uint8b128,
-            (4, False): scalar_types.uint4,
-            (8, False): scalar_types.uint8,
-        }
+        kind = f"uint{fmt.bits}" + (f"b{2 ** (fmt.bits - 1)}" if fmt.symmetric else "")
         config = MPLinearLayerConfig(
             full_weight_shape=(cols, rows),
             partition_weight_shape=(cols, rows),
-            weight_type=kinds[fmt.bits, fmt.symmetric],
+            weight_type=getattr(scalar_types, kind),
             act_type=dtype,
             group_size=fmt.group_size,
             zero_points=not fmt.symmetric,
@@ -126,16 +123,18 @@ class VllmMixedPrecision(FromVllm):
             config, w_q_param_name=WEIGHT, w_s_param_name=SCALE, w_zp_param_name=ZERO
         )
 
-    def register(
-        self, layer: Any, fmt: Integer, solution: IntegerSolution, dtype: torch.dtype
-    ) -> None:
+    def register(self, layer: Any, stored: Stored, pad: int, dtype: torch.dtype) -> None:
         from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+
+        fmt = stored.format
+        assert isinstance(fmt, Integer)
+        solution = padded(fmt.solution(stored.tensors), pad)
 
         def loader(*_: Any) -> None:
             raise RuntimeError("compressed weights cannot be loaded again")
 
         shared = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
-        factor = 32 // fmt.bits
+        factor = Fraction(32, fmt.bits)
         codes = pack_int32(solution.codes, fmt.bits)
         packed = PackedvLLMParameter(data=codes, packed_dim=1, packed_factor=factor, **shared)
         layer.register_parameter(WEIGHT, packed)
@@ -153,9 +152,10 @@ class VllmInt8(FromVllm):
 
     name: ClassVar[str] = "vllm_int8"
 
-    def takes(self, fmt: Integer) -> bool:
-        settings = (fmt.activations, fmt.bits, fmt.group_size, fmt.symmetric)
-        return settings == ("int8", 8, -1, True)
+    def takes(self, fmt: Format) -> bool:
+        return isinstance(fmt, Integer) and (
+            (fmt.activations, fmt.bits, fmt.group_size, fmt.symmetric) == ("int8", 8, -1, True)
+        )
 
     def choose(self, fmt: Integer, rows: int, cols: int, dtype: torch.dtype) -> Any:
         from vllm.model_executor.kernels.linear import init_int8_linear_kernel
@@ -167,9 +167,9 @@ class VllmInt8(FromVllm):
             module_name="vllm_compress",
         )
 
-    def register(
-        self, layer: Any, fmt: Integer, solution: IntegerSolution, dtype: torch.dtype
-    ) -> None:
+    def register(self, layer: Any, stored: Stored, pad: int, dtype: torch.dtype) -> None:
+        assert isinstance(stored.format, Integer)
+        solution = padded(stored.format.solution(stored.tensors), pad)
         signed = (solution.codes.short() - 128).to(torch.int8).contiguous()
         layer.register_parameter("weight", Parameter(signed, requires_grad=False))
         scale = Parameter(solution.scales.float().reshape(-1, 1), requires_grad=False)
@@ -204,7 +204,14 @@ def padded(solution: IntegerSolution, rows: int) -> IntegerSolution:
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [n, m] -> int32 [n, m*bits/32], first code in the lowest bits."""
-    lanes = codes.to(torch.int64).unflatten(1, (-1, 32 // bits))
-    shifts = torch.arange(0, 32, bits, device=codes.device)
-    return (lanes << shifts).sum(-1).to(torch.int32).contiguous()
+    """uint8 codes [n, m] -> int32 [n, ceil(m*bits/32)]: one stream of bits, the first code in the
+    lowest of the first word; those of 3, 5 and 6 bits go on in the next where a word ends."""
+    count = -(-codes.shape[1] * bits // 32)
+    groups = pad_with_zeros(codes, (0, -codes.shape[1] % 32)).unflatten(1, (-1, 32))
+    words = torch.zeros(*groups.shape[:2], bits, dtype=torch.int64, device=codes.device)
+    for place, code in enumerate(groups.to(torch.int64).unbind(-1)):
+        word, shift = divmod(place * bits, 32)
+        words[..., word] |= code << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[..., word + 1] |= code >> (32 - shift)
+    return words.flatten(1)[:, :count].to(torch.int32).contiguous()

@@ -16,7 +16,10 @@ from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import MAIN_TENSOR, Stored
 from compress_methods.kernels import Prepared, Want, dispatch
 from compress_methods.kernels.base import ZEROS
-from vllm_compress.kernels import from_vllm  # noqa: F401  (enters vLLM's kernels in the table)
+from vllm_compress.kernels import (  # noqa: F401  (enter vLLM's kernels in the table)
+    from_vllm,
+    from_vllm_floats,
+)
 from vllm_compress.kernels.ops import forced_kernel
 from vllm_compress.names import KERNEL_VARIABLE
 

@@ -2,6 +2,7 @@
 
 from compress_methods.kernels import (  # noqa: F401  (registers them)
     composite,
+    in_triton,
     lowrank,
     reference,
     rotated,

@@ -127,7 +127,7 @@ def test_experts_that_would_not_be_served_are_told_before(
 def test_of_a_wrapper_the_kernel_of_the_format_inside_is_named_too() -> None:
     fmt = Rotated(Integer(4, 128))
     assert _kernel(fmt, (256, 512), "cuda") == "rotated (vllm_mixed_precision)"
-    assert _kernel(Rotated(Integer(3, 128)), (256, 512), "cuda") == "rotated (reference)"
+    assert _kernel(Rotated(Integer(2, levels="mid")), (256, 512), "cuda") == "rotated (triton)"
     assert _kernel(fmt, (256, 512), "cpu") == f"rotated ({_kernel(fmt.base, (256, 512), 'cpu')})"
 
 

@@ -8,7 +8,7 @@ import torch
 
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format, Stored
-from compress_methods.formats.integer import Integer, IntegerSolution
+from compress_methods.formats.integer import Integer
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
@@ -16,7 +16,7 @@ from compress_methods.kernels import Want, dispatch, rebuild
 
 pytest.importorskip("vllm")
 
-from vllm_compress.kernels import from_vllm, ops, runtime
+from vllm_compress.kernels import ops, runtime
 from vllm_compress.layers import collector as collecting
 from vllm_compress.layers.geometry import Geometry, Segment
 from vllm_compress.targets import Target
@@ -272,46 +272,3 @@ def test_the_cache_key_changes_with_the_kernel(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(ops.KERNEL_VARIABLE, "reference")
     after = envs.compile_factors()
     assert {k for k in after if before.get(k) != after[k]} == {"VLLM_COMPRESS_FINGERPRINT"}
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_tensors_for_vllms_kernels_decode_to_the_same_codes(bits: int, symmetric: bool) -> None:
-    """In compressed-tensors' layout, as vLLM itself unpacks it."""
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        unpack_quantized_values_into_int32,
-    )
-    from vllm.scalar_type import scalar_types
-
-    fmt = Integer(bits=bits, group_size=32, symmetric=symmetric)
-    kind = {4: scalar_types.uint4, 8: scalar_types.uint8}[bits]
-    solution = fmt.solution(packed(fmt, 64, 128))
-    words = from_vllm.pack_int32(solution.codes, bits)
-    assert words.shape == (64, 128 * bits // 32)
-    assert torch.equal(unpack_quantized_values_into_int32(words, kind, 1), solution.codes.int())
-    if solution.zeros is not None:
-        zeros = from_vllm.pack_int32(solution.zeros.T, bits).T
-        decoded = unpack_quantized_values_into_int32(zeros, kind, 0)
-        assert torch.equal(decoded, solution.zeros.int())
-
-
-def test_vllms_int8_kernel_gets_the_values_of_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small codes only: without VNNI larger ones saturate, which is why it is refused there."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    fmt = Integer(bits=8, group_size=-1, activations="int8")
-    codes = torch.randint(128 - 63, 128 + 64, (128, 256)).to(torch.uint8)
-    tensors = fmt.pack(IntegerSolution(codes, torch.full((128, 1), 0.01)))
-    layer = torch.nn.Module()
-    layer.bias = None
-    monkeypatch.setenv(ops.KERNEL_VARIABLE, "vllm")
-    monkeypatch.setattr(from_vllm, "require_instructions", lambda *_: None)
-    with set_current_vllm_config(VllmConfig()):
-        matrix = Stored.whole(fmt, tensors, (128, 256))
-        prepared = runtime.prepare([matrix], Want(dtype=torch.bfloat16, host=layer))
-        assert prepared.kernel == "vllm_int8"
-        x = (torch.rand(4, 256) + 0.5).bfloat16()
-        out = ops.product_of(prepared)(x, [], None).float()
-    expected = fmt.quantize_activations(x.float()) @ fmt.unpack(tensors).T
-    # Half a step of bfloat16; a whole one without AVX-512, where vLLM cuts the last bits off.
-    assert torch.allclose(out, expected, rtol=2**-7, atol=1e-3)
