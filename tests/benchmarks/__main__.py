@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.readme import WHEN_NAMED, RESULTS, ROOMS, SEVERAL, module_of
+from tests.benchmarks.readme import RESULTS, ROOMS, SEVERAL, WHEN_NAMED, module_of
 
 NAMES = tuple(name for name in ROOMS if name not in SEVERAL)
 

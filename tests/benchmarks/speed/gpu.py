@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +77,29 @@ def stored(fmt: Format, rows: int, cols: int) -> Stored:
     return Stored.whole(fmt, whole, (rows, cols))
 
 
-def products(on: torch.device) -> list[dict[str, Any]]:
+def milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """The median of calls, each with a cold cache."""
     from triton.testing import do_bench
 
-    def milliseconds(function: Any) -> float:
-        found: float = do_bench(function, warmup=10, rep=40, return_mode="median")
-        return found
+    found: float = do_bench(lambda: function(*arguments), warmup=10, rep=40, return_mode="median")
+    return found
 
+
+def products(on: torch.device) -> list[dict[str, Any]]:
     rows = []
     for shape, (outputs, inputs) in SHAPES.items():
         dense = torch.randn(outputs, inputs, device=on, dtype=torch.bfloat16)
         x = torch.randn(max(TOKENS), inputs, device=on, dtype=torch.bfloat16)
-        plain = {t: milliseconds(lambda t=t: x[:t] @ dense.T) for t in TOKENS}
+        plain = {t: milliseconds(torch.matmul, x[:t], dense.T) for t in TOKENS}
+        del dense
         for name, fmt in FORMATS.items():
+            torch.cuda.empty_cache()
             matrix = stored(fmt, outputs, inputs).to(on)
             size = sum(tensor.nbytes for tensor in matrix.tensors.values())
             prepared = prepare(matrix, Want(dtype=torch.bfloat16))
             source = torch.empty(size, dtype=torch.uint8, device=on)
-            target = torch.empty_like(source)
-            copy = milliseconds(lambda s=source, t=target: t.copy_(s))
-            ours = {t: milliseconds(lambda t=t, p=prepared: matmul(x[:t], p)) for t in TOKENS}
+            copy = milliseconds(torch.empty_like(source).copy_, source)
+            ours = {t: milliseconds(matmul, x[:t], prepared) for t in TOKENS}
             rows.append(
                 {
                     "shape": shape,
@@ -109,9 +113,6 @@ def products(on: torch.device) -> list[dict[str, Any]]:
                 }
             )
             print(rows[-1], file=sys.stderr, flush=True)
-            del matrix, prepared, source, target
-        del dense
-        torch.cuda.empty_cache()
     return rows
 
 
