@@ -123,7 +123,13 @@ class CompressConfig(QuantizationConfig):
         return super().get_cache_scale_mapper()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self.targets = hf_to_vllm_mapper.apply_dict(self.targets)
+        from compress_methods.formats import MAIN_TENSOR
+
+        # Rules are for tensors: one for the end of a name may mean a matrix that is kept.
+        tail = f".{MAIN_TENSOR}"
+        tensors = {f"{name}{tail}": target for name, target in self.targets.items()}
+        mapped = hf_to_vllm_mapper.apply_dict(tensors)
+        self.targets = {name.removesuffix(tail): target for name, target in mapped.items()}
 
     def find(self, name: str) -> Target | None:
         """Target of a vLLM module; checkpoints of a base model lack the name's first component."""
@@ -196,7 +202,6 @@ class CompressConfig(QuantizationConfig):
     def experts(self, prefix: str, layer: Any) -> dict[tuple[int, str], Target]:
         """Targets of a layer of experts by number and vLLM's name for the matrix; all or none."""
         from compress_methods.errors import CheckpointError
-        from vllm_compress.targets import require_served_experts
 
         names = {
             "w1": layer.ckpt_gate_proj_name,
@@ -211,9 +216,6 @@ class CompressConfig(QuantizationConfig):
         }
         found = {place: self.find(name) for place, name in wanted.items()}
         held = {place: target for place, target in found.items() if target is not None}
-        if held:
-            module, biased = next(iter(held.values())).module, layer.moe_config.has_bias
-            require_served_experts(module, on_cpu=True, biased=biased)
         if held and len(held) < len(found):
             kept = next(name for place, name in wanted.items() if place not in held)
             raise CheckpointError(

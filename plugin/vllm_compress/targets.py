@@ -109,11 +109,10 @@ def local_directory(model: str, revision: str | None) -> Path | None:
         return None
 
 
-def require_served_experts(module: str, *, on_cpu: bool, biased: bool) -> None:
+def require_served_experts(module: str, *, on_cpu: bool) -> None:
     """`CheckpointError` where the compressed expert `module` is one that no server takes."""
-    if biased or not on_cpu:
-        why = "with biases are not served" if biased else "are served on CPUs only"
+    if not on_cpu:
         raise CheckpointError(
-            f"{module}: compressed experts {why}; convert again with a rule that keeps the experts "
-            "as they are"
+            f"{module}: compressed experts are served on CPUs only; convert again with a rule that "
+            "keeps the experts as they are"
         )

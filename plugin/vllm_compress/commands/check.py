@@ -208,8 +208,7 @@ def _check_experts(checkpoint: CompressedCheckpoint, device: str) -> None:
 
     packed = next((name for name in checkpoint.matrices if EXPERTS in name), None)
     if packed is not None:
-        biased = any(EXPERTS in name and name.endswith("bias") for name in checkpoint.dense)
-        require_served_experts(packed, on_cpu=device == "cpu", biased=biased)
+        require_served_experts(packed, on_cpu=device == "cpu")
 
 
 def _require_memory(model: str, needed: int, hardware: str | None) -> int | None:

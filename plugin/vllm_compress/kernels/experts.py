@@ -1,12 +1,14 @@
 """The torch op of a layer of experts, in any format, on CPUs.
 
-    vllm_compress::experts(x, scores, chosen, tensors, local, plan)    [tokens, hidden] -> the same
+    vllm_compress::experts(x, scores, chosen, tensors, biases, local, plan)
+    [tokens, hidden] -> the same
 
 Tokens are sorted by expert; each expert's go through its two prepared matrices by the kernels that
-these were prepared for, the activation between them, and are added up by their scores. `local` maps
-experts to those of this rank, -1 elsewhere. `plan` is all that is not a tensor, parsed once. Where
-all experts are prepared alike, which is all formats but those that keep what they need, tensors
-[experts, ...] hold the same tensor of all: a call takes a few instead of hundreds.
+these were prepared for, the activation between them, and are added up by their scores. `biases` of
+the matrices are float32 [experts, outputs] each, or there are none. `local` maps experts to those
+of this rank, -1 elsewhere. `plan` is all that is not a tensor, parsed once. Where all experts are
+prepared alike, which is all formats but those that keep what they need, tensors [experts, ...] hold
+the same tensor of all: a call takes a few instead of hundreds.
 Fails where a CUDA graph would capture it: how many tokens an expert gets decides what runs.
 """
 
@@ -53,6 +55,13 @@ def _relu2(x: Tensor) -> Tensor:
     return x.relu().square()
 
 
+def _gpt_oss(x: Tensor) -> Tensor:
+    """GPT-OSS's own: silu with a slope, both halves clipped, and 1 added to what is gated."""
+    gate, up = x.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
 PLAIN: dict[str, Activation] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -60,6 +69,7 @@ PLAIN: dict[str, Activation] = {
     "relu2": _relu2,
 }
 ACTIVATIONS = {name: _gated(function) for name, function in PLAIN.items() if name != "relu2"}
+ACTIVATIONS["swigluoai"] = _gpt_oss
 ACTIVATIONS |= {f"{name}_no_mul": function for name, function in PLAIN.items()}
 """By the names vLLM has for them; gates lie before what they gate."""
 
@@ -135,11 +145,11 @@ def _alike(mine: Sequence[Tensor], together: Sequence[Tensor]) -> bool:
     return [(t.shape, t.dtype) for t in mine] == [(t.shape[1:], t.dtype) for t in together]
 
 
-def _multiply(x: Tensor, matrix: Matrix) -> Tensor:
+def _multiply(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     text, tensors = matrix
     if text not in _PRODUCTS:
         _PRODUCTS[text] = product_of(rebuild(text, tensors))
-    return _PRODUCTS[text](x, tensors, None)
+    return _PRODUCTS[text](x, tensors, bias)
 
 
 def experts(
@@ -147,6 +157,7 @@ def experts(
     scores: Tensor,
     chosen: Tensor,
     tensors: list[Tensor],
+    biases: list[Tensor],
     local: Tensor | None,
     plan: str,
 ) -> Tensor:
@@ -160,13 +171,15 @@ def experts(
     for runs in _together((mine + 1).bincount().tolist()):
         matrices = [made.matrices(expert, tensors) for expert, _, _ in runs]
         sizes = [size for _, _, size in runs]
+        added = [[bias[expert] for expert, _, _ in runs] for bias in biases]
+        of_first, of_last = added or ([None] * len(runs), [None] * len(runs))
         span = slice(runs[0][1], runs[0][1] + sum(sizes))
         given = x[rows[span]]
         if made.on_input:
             given = (given * score[span]).to(x.dtype)
-        inner = _products(given, [first for first, _ in matrices], sizes)
+        inner = _products(given, [first for first, _ in matrices], of_first, sizes)
         inner = between(inner.float()).to(x.dtype)
-        found = _products(inner, [last for _, last in matrices], sizes).float()
+        found = _products(inner, [last for _, last in matrices], of_last, sizes).float()
         out.index_add_(0, rows[span], found if made.on_input else found * score[span])
     return out.to(x.dtype)
 
@@ -183,12 +196,17 @@ def _together(counts: Sequence[int]) -> Iterator[list[Run]]:
     return portions(runs, lambda run: run[2], TOGETHER)
 
 
-def _products(x: Tensor, matrices: Sequence[Matrix], sizes: Sequence[int]) -> Tensor:
-    """Each matrix with its tokens, which lie one after another."""
+def _products(
+    x: Tensor,
+    matrices: Sequence[Matrix],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int],
+) -> Tensor:
+    """Each matrix with its tokens, which lie one after another, and its bias."""
     if len(matrices) == 1:
-        return _multiply(x, matrices[0])
-    pieces = zip(x.split(list(sizes)), matrices, strict=True)
-    return torch.cat([_multiply(piece, matrix) for piece, matrix in pieces])
+        return _multiply(x, matrices[0], biases[0])
+    parts = zip(x.split(list(sizes)), matrices, biases, strict=True)
+    return torch.cat([_multiply(*part) for part in parts])
 
 
 def experts_shape(
@@ -196,6 +214,7 @@ def experts_shape(
     scores: Tensor,
     chosen: Tensor,
     tensors: list[Tensor],
+    biases: list[Tensor],
     local: Tensor | None,
     plan: str,
 ) -> Tensor:
@@ -204,8 +223,8 @@ def experts_shape(
 
 
 LIBRARY.define(
-    "experts(Tensor x, Tensor scores, Tensor chosen, Tensor[] tensors, Tensor? local, str plan)"
-    " -> Tensor"
+    "experts(Tensor x, Tensor scores, Tensor chosen, Tensor[] tensors, Tensor[] biases, "
+    "Tensor? local, str plan) -> Tensor"
 )
 LIBRARY.impl("experts", experts, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_compress::experts", experts_shape, lib=LIBRARY)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.platforms import current_platform
 
@@ -33,6 +34,9 @@ from vllm_compress.targets import Target, require_served_experts
 GATE, UP, DOWN = "w1", "w3", "w2"
 """vLLM's names for an expert's matrices. Without gates the only other one is called `w1`."""
 PREFIXES = {GATE: "w13_", UP: "w13_", DOWN: "w2_"}
+BIASES = ("w13_bias", "w2_bias")
+IN_CHECKPOINTS, IN_VLLM = ".mlp.experts.", ".mlp.experts.routed_experts."
+"""Where GPT-OSS has experts."""
 Place = tuple[int, str]
 
 
@@ -75,7 +79,13 @@ class CompressedExperts(FusedMoEMethodBase):
             collector.check_cuts(target, [self.inner], (0, hidden_size), ranks)
         for target in {(t.format, t.shape): t for t in self._of(DOWN)}.values():
             collector.check_cuts(target, [(0, hidden_size)], self.inner, ranks)
-        self._attach(layer)
+        if not self.moe.has_bias:
+            self._attach(layer)
+            return
+        self._attach_by_name(layer)
+        for name, outputs in zip(BIASES, (2 * size, hidden_size), strict=True):
+            empty = torch.zeros(num_experts, outputs, dtype=params_dtype)
+            layer.register_parameter(name, Parameter(empty, requires_grad=False))
 
     def _of(self, *shards: str) -> Iterator[Target]:
         return (target for (_, shard), target in self.targets.items() if shard in shards)
@@ -84,7 +94,7 @@ class CompressedExperts(FusedMoEMethodBase):
         """What is not served, and shapes."""
         module = next(iter(self.targets.values())).module
         activation = layer.activation.value
-        require_served_experts(module, on_cpu=current_platform.is_cpu(), biased=False)
+        require_served_experts(module, on_cpu=current_platform.is_cpu())
         if activation not in products.ACTIVATIONS or self.moe.swiglu_limit is not None:
             raise CheckpointError(
                 f"{module}: compressed experts with activation {activation!r}"
@@ -109,6 +119,26 @@ class CompressedExperts(FusedMoEMethodBase):
                     empty.weight_loader = self._loader(layer, name)  # type: ignore[attr-defined]
                     layer.register_parameter(PREFIXES[shard] + name, empty)
 
+    def _attach_by_name(self, layer: Any) -> None:
+        """The same for the one model with biases, GPT-OSS, whose loader looks whole names up: each
+        expert's matrices get a room of their own. Its names for the checkpoint's tensors, which it
+        has for those of all experts at once, say where that is until all are loaded."""
+        gpt_oss_names()[IN_CHECKPOINTS] = IN_VLLM
+        for (expert, shard), target in self.targets.items():
+            number, name = target.module.rsplit(".", 2)[1:]
+            if number not in layer._modules:
+                layer.add_module(number, Module())
+            room = Module()
+            layer.get_submodule(number).add_module(name, room)
+            for tensor, spec in target.format.tensors(*target.shape).items():
+                dtype = torch_dtype(spec.dtype)
+                empty = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+                keep = self._loader(layer, tensor)
+                empty.weight_loader = partial(  # type: ignore[attr-defined]
+                    keep, weight_name=tensor, shard_id=shard, expert_id=expert
+                )
+                room.register_parameter(tensor, empty)
+
     def _loader(self, layer: Any, name: str) -> Any:
         def load(
             param: Parameter,
@@ -131,13 +161,23 @@ class CompressedExperts(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.found is None:
             return
-        placeholders = [name for name, _ in layer.named_parameters(recurse=False)]
+        placeholders = [
+            name for name, _ in layer.named_parameters(recurse=False) if name not in BIASES
+        ]
         device = next(layer.parameters()).device
         here = [e for e in self._numbers() if self._local(layer, e) >= 0]
         here.sort(key=lambda expert: self._local(layer, expert))
         prepared = (self._prepared(expert, device) for expert in here)
         plan, tensors = products.stack(prepared, len(here))
         runtime.remove(layer, placeholders)
+        for number in self._numbers():
+            layer._modules.pop(str(number), None)
+        if self.moe.has_bias:
+            gpt_oss_names().pop(IN_CHECKPOINTS, None)
+            first, last = (layer.get_parameter(name) for name in BIASES)
+            # Biases of gates and of what they gate take turns; their matrices do not.
+            first.data = torch.cat([first[:, ::2], first[:, 1::2]], 1).float()
+            last.data = last.float()
         plan = replace(
             plan,
             activation=layer.activation.value,
@@ -185,7 +225,16 @@ class CompressedExperts(FusedMoEMethodBase):
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         tensors = [getattr(layer, name) for name in self.names]
+        biases = [getattr(layer, name) for name in BIASES] if self.moe.has_bias else []
         found: Tensor = torch.ops.vllm_compress.experts(
-            x, topk_weights, topk_ids, tensors, layer.expert_map, self.plan
+            x, topk_weights, topk_ids, tensors, biases, layer.expert_map, self.plan
         )
         return found
+
+
+def gpt_oss_names() -> dict[str, str]:
+    """What vLLM's class for GPT-OSS puts in place of parts of the names of tensors."""
+    from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
+
+    names: dict[str, str] = GptOssForCausalLM.hf_to_vllm_mapper.orig_to_new_substr
+    return names

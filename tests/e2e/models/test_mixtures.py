@@ -47,7 +47,9 @@ def test_families(engine: Engine, tmp_path: Path, name: str) -> None:
     check_served(engine, packed, prompts(), ROUNDED, agree=0.8)
 
 
-@pytest.mark.parametrize(("name", "fmt"), [("mixtral", "sparse"), ("qwen3_moe", "lookup")])
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("mixtral", "sparse"), ("qwen3_moe", "lookup"), ("gpt_oss", "int8")]
+)
 def test_formats_over_two_ranks(two_ranks: Engine, tmp_path: Path, name: str, fmt: str) -> None:
     packed = pack(name, fmt, tmp_path)
     check_served(two_ranks, packed, prompts(), EXACT, ranks=2, kernel="reference")
@@ -68,8 +70,3 @@ def test_experts_of_one_layer_go_together(engine: Engine, tmp_path: Path) -> Non
     packed = compress(model, tmp_path / "out", FORMATS, {r"re:.*experts\.0\..*": "int4"})
     error = engine.run(packed, prompts(), dtype="float32").error
     assert "experts.1.w1 is kept as it is, but model.layers.0.block_sparse_moe.experts.0." in error
-
-
-def test_experts_with_biases_are_refused_in_one_line(engine: Engine, tmp_path: Path) -> None:
-    error = engine.run(pack("gpt_oss", "int4", tmp_path), prompts(), dtype="float32").error
-    assert "compressed experts with biases are not served; convert again with a rule" in error

@@ -271,6 +271,5 @@ UNSERVED_MIXTURES = {
     "deepseek_v3": "vLLM's latent attention computes in 16 bits alone on a CPU",
     "ernie4_5_moe": "vLLM's and transformers' differ by 0.33 in the uncompressed model already",
     "phimoe": "vLLM's router stops with a ValueError in the uncompressed model already",
-    "gpt_oss": "compressed experts with biases are refused",
 }
 SERVED_MIXTURES = [name for name in MIXTURES if name not in UNSERVED_MIXTURES]

@@ -107,11 +107,9 @@ def test_check_before_serving_names_formats_and_kernels(
     assert "nothing wrong found" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "on_cpu"), [("mixtral", None), ("gpt_oss", "compressed experts with biases")]
-)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_that_would_not_be_served_are_told_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, on_cpu: str | None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     kind, config = MIXTURES[name]
     model, out = make_model(kind, tmp_path / "model", **config), str(tmp_path / "out")
@@ -120,8 +118,7 @@ def test_experts_that_would_not_be_served_are_told_before(
     assert main(["convert", str(model), "--recipe", "int8", "-o", out, "--quiet"]) == 0
     assert main(["check", out, "--hardware", "h100-sxm"]) == 2
     assert "experts.0." in capsys.readouterr().err
-    assert main(["check", out, "--hardware", "local"]) == (2 if on_cpu else 0)
-    assert (on_cpu or "") in capsys.readouterr().err
+    assert main(["check", out, "--hardware", "local"]) == 0
 
 
 def test_of_a_wrapper_the_kernel_of_the_format_inside_is_named_too() -> None:

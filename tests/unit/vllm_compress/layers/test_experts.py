@@ -74,7 +74,7 @@ class Layer(nn.Module):
 
 
 def method(targets: Any, rank: int = 0, ranks: int = 1, **changes: Any) -> CompressedExperts:
-    settings = {"tp_rank": rank, "tp_size": ranks, "swiglu_limit": None}
+    settings = {"tp_rank": rank, "tp_size": ranks, "swiglu_limit": None, "has_bias": False}
     return CompressedExperts(targets, SimpleNamespace(**{**settings, **changes}))
 
 
@@ -173,6 +173,35 @@ def test_scores_may_multiply_what_experts_get() -> None:
     assert (found - expected(targets, tensors, inputs)).norm() > 0.1 * found.norm()
 
 
+def test_biases_are_added_to_both_products() -> None:
+    """Of GPT-OSS, whose gates and what they gate take turns in the bias."""
+    targets, tensors = packed(Integer(bits=8, group_size=32))
+    x, scores, chosen = routed(6)
+    first, last = torch.randn(EXPERTS, 2 * INNER), torch.randn(EXPERTS, HIDDEN)
+    layer = Layer(list(range(EXPERTS)), activation=MoEActivation.SWIGLUOAI)
+    made = method(targets, has_bias=True)
+    made.create_weights(layer, EXPERTS, HIDDEN, INNER, torch.float32)
+    names = dict(layer.named_parameters())
+    for (expert, shard), found in tensors.items():
+        for name, tensor in found.items():  # as the loader of a model does that knows whole names
+            parameter = names[f"{expert}.{shard}.{name}"]
+            parameter.weight_loader(parameter, tensor)
+    names["w13_bias"].data.copy_(first)
+    names["w2_bias"].data.copy_(last)
+    made.process_weights_after_loading(layer)
+    aim = torch.zeros_like(x)
+    for token, (mine, experts) in enumerate(zip(scores, chosen.tolist(), strict=True)):
+        for score, expert in zip(mine, experts, strict=True):
+            gate, up, down = (
+                targets[expert, shard].format.unpack(tensors[expert, shard])
+                for shard in ("w1", "w3", "w2")
+            )
+            gated = gate @ x[token] + first[expert, ::2], up @ x[token] + first[expert, 1::2]
+            inner = products.ACTIVATIONS["swigluoai"](torch.cat(gated))
+            aim[token] += score * (down @ inner + last[expert])
+    check(made.apply(layer, x, scores, chosen), aim, 1e-3)
+
+
 def test_16_bit_activations_stay_so() -> None:
     targets, tensors = packed(FORMATS[0])
     inputs = routed(6, dtype=torch.bfloat16)
@@ -195,10 +224,13 @@ def test_experts_may_differ_in_format_and_are_then_kept_apart() -> None:
 def test_activations_are_vllms(name: str) -> None:
     from vllm.model_executor.layers import activation
 
-    x = torch.randn(3, 64) * 3
+    x = given = torch.randn(3, 64) * 6
+    if name == "swigluoai":  # vLLM has gates and what they gate in turn
+        x = torch.stack(given.chunk(2, 1), -1).flatten(1)
     named = MoEActivation.from_str(name)
     if named.is_gated:
-        cls = {"silu": "SiluAndMul", "gelu": "GeluAndMul", "gelu_tanh": "GeluAndMul"}[name]
+        classes = {"silu": "SiluAndMul", "swigluoai": "SwigluOAIAndMul"}
+        cls = classes.get(name, "GeluAndMul")
         kwargs = {"approximate": "tanh"} if name == "gelu_tanh" else {}
         with torch.device("cpu"):
             from vllm.config import VllmConfig, set_current_vllm_config
@@ -210,7 +242,7 @@ def test_activations_are_vllms(name: str) -> None:
         from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 
         aim = apply_moe_activation(named, out, x.clone())
-    assert torch.allclose(products.ACTIVATIONS[name](x), aim, atol=1e-6)
+    assert torch.allclose(products.ACTIVATIONS[name](given), aim, atol=1e-5)
 
 
 def test_the_op_is_known_to_the_compiler() -> None:
@@ -223,7 +255,7 @@ def test_the_op_is_known_to_the_compiler() -> None:
     stored = [getattr(layer, name) for name in made.names]
     torch.library.opcheck(
         torch.ops.vllm_compress.experts.default,
-        (*routed(4), stored, None, made.plan),
+        (*routed(4), stored, [], None, made.plan),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -242,9 +274,9 @@ def test_what_is_missing_or_wrong_is_one_line() -> None:
         method(targets, swiglu_limit=7.0).create_weights(
             Layer([0]), 1, HIDDEN, INNER, torch.float32
         )
-    with pytest.raises(CheckpointError, match=r"activation 'swigluoai' are not served, only silu"):
+    with pytest.raises(CheckpointError, match=r"activation 'swiglustep' are not served, only silu"):
         method(targets).create_weights(
-            Layer([0], activation=MoEActivation.SWIGLUOAI), 1, HIDDEN, INNER, torch.float32
+            Layer([0], activation=MoEActivation.SWIGLUSTEP), 1, HIDDEN, INNER, torch.float32
         )
     with pytest.raises(CheckpointError, match=r"256 columns in int4 g32 cannot be divided over 16"):
         method(targets, 0, 16).create_weights(Layer([0]), 1, HIDDEN, INNER // 16, torch.float32)
@@ -257,14 +289,10 @@ def test_of_a_layer_all_experts_are_compressed_or_none() -> None:
         ckpt_gate_proj_name="w1",
         ckpt_down_proj_name="w2",
         ckpt_up_proj_name="w3",
-        moe_config=SimpleNamespace(num_logical_experts=EXPERTS, has_bias=False),
+        moe_config=SimpleNamespace(num_logical_experts=EXPERTS),
     )
     named = {f"mlp.{t.module}": t for t in targets.values()}
     assert CompressConfig.experts(config, "mlp.experts", layer) == targets
-    layer.moe_config.has_bias = True
-    with pytest.raises(CheckpointError, match=r"experts with biases are not served"):
-        CompressConfig.experts(config, "mlp.experts", layer)
-    layer.moe_config.has_bias = False
     del named["mlp.experts.4.w2"]
     with pytest.raises(CheckpointError, match=r"mlp\.experts\.4\.w2 is kept as it is, but experts"):
         CompressConfig.experts(config, "mlp.experts", layer)
