@@ -37,6 +37,7 @@ examples:
   vllm-compress serve out/int4 --port 8000
   vllm-compress serve out/int4 --deployment int4-canary --max-model-len 4096
   vllm-compress serve --config configs/deployments/novels-int4.yaml --port 9000
+  vllm-compress serve out/int8 --draft out/int3
 """
 HELP = "see `vllm-compress serve --help`"
 
@@ -46,11 +47,11 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         description=DESCRIPTION,
         epilog=EPILOG,
-        usage="vllm-compress serve [--deployment NAME] [--verify] (DIR | --config FILE) "
-        "[any option of vllm serve]",
+        usage="vllm-compress serve [--deployment NAME] [--verify] [--draft DRAFT "
+        "[--draft-tokens N]] (DIR | --config FILE) [any option of vllm serve]",
     )
     parser.add_argument("model", metavar="DIR", nargs="?", help="model directory or Hub id")
-    _add_deployment(parser)
+    _add_ours(parser)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -68,7 +69,7 @@ def _split(arguments: Sequence[str] | None) -> list[str]:
     return [word for words in split for word in words]
 
 
-def _add_deployment(parser: argparse.ArgumentParser) -> None:
+def _add_ours(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deployment",
         metavar="NAME",
@@ -79,30 +80,66 @@ def _add_deployment(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first read every file of a compressed model against its checksum",
     )
+    parser.add_argument(
+        "--draft",
+        metavar="DRAFT",
+        help="a smaller version of the model, which writes tokens ahead; nothing is lost by it",
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        metavar="N",
+        type=int,
+        help="how many; left out, what was measured of DRAFT decides",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    # What stands after DIR or FILE is vLLM's, except for our two options.
+    # What stands after DIR or FILE is vLLM's, except for our own options.
     mine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mine.error = _usage  # type: ignore[method-assign]
-    _add_deployment(mine)
+    _add_ours(mine)
     found, theirs = mine.parse_known_args(args.rest if args.config is None else args.config[1:])
     name = found.deployment if found.deployment is not None else args.deployment
     if name is not None:
         check_name(name, "--deployment")
     verify = args.verify or found.verify
+    draft = found.draft or args.draft, found.draft_tokens or args.draft_tokens
     if args.config is not None:
-        return _serve_file(args.config, theirs, name, verify)
+        return _serve_file(args.config, theirs, name, verify, draft)
     if args.model is None:
         raise CompressError(f"the following arguments are required: DIR or --config FILE; {HELP}")
     check_model(args.model, _tensor_parallel(theirs), verify)
+    theirs += _draft_options(args.model, draft, theirs, verify)
     _announce_deployment(name)
     require_vllm()
     return run_vllm(["serve", args.model, *theirs])
 
 
-def _serve_file(config: list[str], theirs: list[str], name: str | None, verify: bool) -> int:
-    """As the file says, but for options in `theirs` and a `name`."""
+def _draft_options(
+    model: str, draft: tuple[str | None, int | None], theirs: list[str], verify: bool
+) -> list[str]:
+    """What vLLM is told of a draft, which is looked at like the model."""
+    from vllm_compress.operations.draft import make_draft
+
+    path, ahead = draft
+    if path is None:
+        if ahead is not None:
+            raise CompressError("--draft-tokens without --draft")
+        return []
+    made = make_draft(model, path, ahead, _options_in(theirs))
+    check_model(path, _tensor_parallel(theirs), verify)
+    print(made.line(), file=sys.stderr)
+    return made.options()
+
+
+def _serve_file(
+    config: list[str],
+    theirs: list[str],
+    name: str | None,
+    verify: bool,
+    draft: tuple[str | None, int | None],
+) -> int:
+    """As the file says, but for options in `theirs`, a `name` and a `draft`."""
     from vllm_compress.operations.deployment_file import load_deployment
 
     if not config:
@@ -114,6 +151,9 @@ def _serve_file(config: list[str], theirs: list[str], name: str | None, verify: 
         raise DeploymentError(f"{config[0]}: model: {deployment.model} is not there")
     arguments = [*deployment.vllm_arguments(without=_options_in(theirs)), *theirs]
     check_model(deployment.model, _tensor_parallel(arguments), verify)
+    path, ahead = draft
+    chosen = path or deployment.draft, ahead or (None if path else deployment.draft_tokens)
+    arguments += _draft_options(deployment.model, chosen, arguments, verify)
     require_vllm()
     _check_options(deployment.vllm, f"{config[0]}: vllm")
     _announce_deployment(deployment.to_json())
@@ -177,13 +217,16 @@ def _number(arguments: list[str], *names: str) -> int:
 def _memory(model: str, arguments: list[str]) -> list[str]:
     """On CPUs, what to add to vLLM's options for the KV cache, said on stderr in one line."""
     from vllm_compress.metrics.checkpoint_summary import quantization_method, summarize_checkpoint
+    from vllm_compress.operations.draft import draft_in
     from vllm_compress.operations.kv_cache import kv_cache_options
 
     options = _options_in(arguments)
     if "-h" in arguments or "help" in options or not _on_cpu():
         return []
-    method = quantization_method(Path(model).expanduser())
-    weights = summarize_checkpoint(model, method).weight_bytes or 0
+    weights = 0
+    for directory in (model, *draft_in(arguments)):
+        method = quantization_method(Path(directory).expanduser())
+        weights += summarize_checkpoint(directory, method).weight_bytes or 0
     copies = _number(arguments, "--data-parallel-size", "-dp")
     shares = _tensor_parallel(arguments) * _number(arguments, "--pipeline-parallel-size", "-pp")
     added, line = kv_cache_options(options, weights * copies, shares * copies)

@@ -21,11 +21,13 @@ _missing: set[str] = set()
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """One engine at one moment."""
+    """One engine at one moment; tokens that a draft wrote ahead in the step, those accepted."""
 
     running: int | None
     waiting: int | None
     kv_cache_usage: float | None
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,13 @@ def read_load(stats: Any) -> EngineLoad:
     """Read `SchedulerStats`. Requests held back for any reason count as waiting."""
     waiting = _field(stats, "num_waiting_reqs")
     deferred = _field(stats, "num_skipped_waiting_reqs")
+    ahead = _field(stats, "spec_decoding_stats")
     return EngineLoad(
         running=_field(stats, "num_running_reqs"),
         waiting=None if waiting is None else waiting + (deferred or 0),
         kv_cache_usage=_field(stats, "kv_cache_usage"),
+        drafted=None if ahead is None else _field(ahead, "num_draft_tokens"),
+        accepted=None if ahead is None else _field(ahead, "num_accepted_tokens"),
     )
 
 

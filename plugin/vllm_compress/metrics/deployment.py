@@ -86,7 +86,8 @@ class Deployment:
     """What is served, on what, and how well it must do.
 
     `model` is an absolute path or a Hub id. `variant` is None where nobody knows yet. `vllm` maps
-    options of `vllm serve`, without the dashes in front, to values.
+    options of `vllm serve`, without the dashes in front, to values. `draft` is a directory,
+    `draft_tokens` how many tokens it writes ahead, see `operations/draft.py`.
     """
 
     name: str
@@ -96,6 +97,8 @@ class Deployment:
     device: Device = field(default_factory=Device)
     objectives: Objectives | None = None
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    draft: str | None = None
+    draft_tokens: int | None = None
 
     def vllm_arguments(self, without: Collection[str] = ()) -> list[str]:
         """The options as `vllm serve` takes them, those named in `without` left out."""

@@ -81,6 +81,12 @@ class Series:
     preemptions: Counter = _counter(
         "preemptions_total", "Requests sent back to wait because the KV cache was full."
     )
+    draft_tokens: Counter = _counter(
+        "draft_tokens_total", "Tokens that a draft model wrote ahead; 0 without one."
+    )
+    accepted_tokens: Counter = _counter(
+        "draft_tokens_accepted_total", "Those among them that the model itself would have said."
+    )
 
     first_token: Histogram = _histogram(
         "time_to_first_token_seconds",

@@ -57,6 +57,8 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
         self._cached_tokens = every.cached_tokens.labels(name)
         self._generation_tokens = every.generation_tokens.labels(name)
         self._preemptions = every.preemptions.labels(name)
+        self._draft_tokens = every.draft_tokens.labels(name)
+        self._accepted_tokens = every.accepted_tokens.labels(name)
         self._first_token = every.first_token.labels(name)
         self._per_token = every.per_token.labels(name)
         self._latency = every.latency.labels(name)
@@ -97,6 +99,8 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
         ):
             if value is not None:
                 gauge.labels(self._deployment, engine).set(value)
+        self._draft_tokens.inc(load.drafted or 0)
+        self._accepted_tokens.inc(load.accepted or 0)
 
     def _record_step(self, step: adapter.EngineStep) -> None:
         for counter, value in (

@@ -8,6 +8,8 @@
     device: {type: l4, count: 1, price_per_hour: 0.8}     # price of one device, any currency
     objectives: {ttft: 0.5, tpot: 0.05, target: 0.95}     # seconds; share that meets them
     vllm: {port: 8000, max-model-len: 4096}               # options of `vllm serve`
+    draft: ../../out/int3           # a smaller version of the model that writes tokens ahead
+    draft_tokens: 3                 # how many; left out, what was measured of the draft decides
 
 Only `version`, `name` and `model` are required. `device.type` is a key of configs/hardware.yaml or
 a word of your own; the price of a known type may stand there instead. Left out, the variant is
@@ -57,6 +59,8 @@ class _File:
     device: dict = field(default_factory=dict)
     objectives: dict | None = None
     vllm: dict = field(default_factory=dict)
+    draft: str | None = None
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -66,6 +70,10 @@ class _File:
                 check_name(getattr(self, key), key)
         if not self.model:
             raise DeploymentError("model is empty, expected a directory or a Hugging Face id")
+        if self.draft_tokens is not None and (self.draft is None or self.draft_tokens < 1):
+            raise DeploymentError(
+                f"draft_tokens is {self.draft_tokens}, expected a number from 1 up, beside a draft"
+            )
 
 
 def load_deployment(path: str | Path) -> Deployment:
@@ -97,6 +105,8 @@ def parse_deployment(block: Any, path: Path) -> Deployment:
         device=_with_table(device, options, f"{path}: device"),
         objectives=objectives,
         vllm=options,
+        draft=None if raw.draft is None else _locate(raw.draft, path),
+        draft_tokens=raw.draft_tokens,
     )
 
 

@@ -26,6 +26,7 @@ from vllm.v1.metrics.stats import (
     RequestStateStats,
     SchedulerStats,
 )
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from tests.conftest import REPOSITORY
 from vllm_compress.metrics import adapter, stat_logger
@@ -38,6 +39,7 @@ GAUGES |= {"gpus", "devices", "weight_bytes", "deployment_info"}
 GAUGES |= {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
 COUNTERS = {"prompt_tokens", "prompt_tokens_cached", "generation_tokens", "requests"}
 COUNTERS |= {"preemptions", "energy_joules", "objective_requests"}
+COUNTERS |= {"draft_tokens", "draft_tokens_accepted"}
 ABSENT = {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
 ABSENT |= {"energy_joules", "objective_requests"}  # unless a file, or the machine, says something
 HISTOGRAMS = {
@@ -94,6 +96,7 @@ def test_series_are_the_sums_of_what_vllm_reports(config: VllmConfig, name: str)
     load = SchedulerStats(
         num_running_reqs=3, num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.25
     )
+    load.spec_decoding_stats = SpecDecodingStats(3, 1, num_draft_tokens=3, num_accepted_tokens=2)
     logger.record(load, step(7, 5, reason=FinishReason.STOP), mm_cache_stats=None, engine_idx=0)
     second = step(9, 1, reason=FinishReason.LENGTH, latency=8.0)
     second.num_preempted_reqs = 2
@@ -102,6 +105,8 @@ def test_series_are_the_sums_of_what_vllm_reports(config: VllmConfig, name: str)
     assert value("prompt_tokens_total", deployment=name) == 16
     assert value("generation_tokens_total", deployment=name) == 6
     assert value("preemptions_total", deployment=name) == 2
+    assert value("draft_tokens_total", deployment=name) == 3
+    assert value("draft_tokens_accepted_total", deployment=name) == 2
     finished = {
         str(reason): value("requests_total", deployment=name, finish_reason=str(reason))
         for reason in FinishReason
@@ -249,6 +254,7 @@ def test_a_field_vllm_renamed_costs_its_own_series_only(
 PROCESS = """
 import sys
 from types import SimpleNamespace as N
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm_compress.metrics.stat_logger import DeploymentStatLogger
 config = N(

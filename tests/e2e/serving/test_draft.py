@@ -1,0 +1,56 @@
+"""A compressed version of a model writes ahead of it: no token changes, and metrics count them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from compress_methods import convert
+from tests.e2e.support.engine import Engine
+from tests.e2e.support.server import VllmServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+PROMPTS = [[5, 60, 700, 81, 9, 300, 20, 410], [1, 511, 255]]
+TOKENS = 40
+
+
+def test_a_draft_changes_no_token(
+    engine: Engine, novels_8m: Path, some_text: Path, tmp_path: Path
+) -> None:
+    recipe = {
+        "formats": {"w": {"format": "integer", "bits": 4, "group_size": 128}},
+        "modules": [{"match": "blocks", "format": "w", "algorithm": "rtn"}],
+        "calibration": {"held_out": 4, "length": 64},
+    }
+    draft = tmp_path / "draft"
+    convert(novels_8m, recipe, draft, calibration=some_text, device="cpu", quiet=True)
+    alone = engine.run(novels_8m, PROMPTS, tokens=TOKENS, dtype="float32")
+    assert not alone.error
+    server = VllmServer(novels_8m)
+    start = server.command.index("--port")
+    ours = [sys.executable, "-m", "vllm_compress.cli", "serve", str(novels_8m)]
+    server.command = [*ours, "--draft", str(draft), "--dtype", "float32", *server.command[start:]]
+    with server:
+        assert "% accepted" in server.log
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        for prompt, expected in zip(PROMPTS, alone.generated, strict=True):
+            answer = client.completions.create(
+                model=str(novels_8m),
+                prompt=prompt,
+                max_tokens=TOKENS,
+                temperature=0,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+            assert answer.choices[0].token_ids == expected[:TOKENS]  # type: ignore[attr-defined]
+        counted = {
+            sample.name.removeprefix("vllm_compress_"): sample.value
+            for family in text_string_to_metric_families(server.get("/metrics"))
+            for sample in family.samples
+        }
+    accepted = counted["draft_tokens_accepted_total"]
+    assert 0.5 < accepted / counted["draft_tokens_total"] < 1
+    assert accepted < counted["generation_tokens_total"] == TOKENS * len(PROMPTS)
