@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from vllm_compress.cli import main
+from vllm_compress.metrics.series import Series
 from vllm_compress.operations.deployment_file import Deployment, load_deployment, parse_deployment
 from vllm_compress.operations.gateway.route import read_route
 
@@ -152,6 +154,7 @@ def overlay(name: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 def with_component(name: str, folder: Path) -> tuple[dict[str, Any], ...]:
     """The overlay `gpu` with a component, kustomized from a copy as paths must be relative."""
+    folder.mkdir(exist_ok=True)
     shutil.copytree(KUBERNETES, folder / "kubernetes")
     (folder / "kustomization.yaml").write_text(
         f"resources: [kubernetes/overlays/gpu]\ncomponents: [kubernetes/components/{name}]\n"
@@ -308,6 +311,45 @@ def test_gateway_and_rollout_need_neither_torch_nor_vllm(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "/split: no answer" in done.stderr
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_no_pod_writes_where_it_should_not(name: str) -> None:
+    """Nor as root, nor with privileges; replicas are spread over machines."""
+    for manifest in overlay(name).values():
+        for template in templates(manifest).values():
+            (container,) = template["spec"]["containers"]
+            own, whole = container["securityContext"], template["spec"]["securityContext"]
+            assert own["readOnlyRootFilesystem"] is True
+            assert own["allowPrivilegeEscalation"] is False
+            assert own["capabilities"] == {"drop": ["ALL"]}
+            assert whole["runAsNonRoot"] is True
+            written = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+            assert written == {"/dev/shm", "/home/vllm", "/tmp"}
+            if manifest["kind"] == "Deployment":
+                (spread,) = template["spec"]["topologySpreadConstraints"]
+                selected = spread["labelSelector"]["matchLabels"]
+                assert selected.items() <= template["metadata"]["labels"].items()
+                assert INSTANCE in selected, "each variant on its own"
+
+
+def test_policies_and_scalers_are_for_pods_there_are(tmp_path: Path) -> None:
+    policy = with_component("policy", tmp_path / "policy")
+    scaled = with_component("autoscaling", tmp_path / "scaled")
+    labels = [t["metadata"]["labels"] for m in policy for t in templates(m).values()]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for manifest in (*policy, *scaled):
+        kinds.setdefault(manifest["kind"], []).append(manifest.get("spec", {}))
+    budgets = [spec["selector"]["matchLabels"] for spec in kinds["PodDisruptionBudget"]]
+    assert {one[INSTANCE] for one in budgets} == {one[INSTANCE] for one in labels}
+    (network,) = kinds["NetworkPolicy"]
+    assert all(network["podSelector"]["matchLabels"].items() <= one.items() for one in labels)
+    assert network["policyTypes"] == ["Ingress", "Egress"]
+    (scaler,) = kinds["HorizontalPodAutoscaler"]
+    names = {m["metadata"]["name"] for m in scaled if m["kind"] == "Deployment"}
+    assert scaler["scaleTargetRef"]["name"] in names
+    (metric,) = (m["pods"]["metric"]["name"] for m in scaler["metrics"])
+    assert metric in {field.metadata["name"] for field in fields(Series)}
 
 
 def test_ignored_files_stay_out_of_the_build_context() -> None:
