@@ -28,6 +28,7 @@ from compress_methods.checkpoint.loading import load_model
 from compress_methods.conversion.driver import Running
 from compress_methods.conversion.job import (
     TOKENS,
+    Text,
     carry_out,
     check_calibration,
     job_fingerprint,
@@ -135,7 +136,8 @@ class Trained:
             report = recover(before, self.source.directory, segment, place, self.running)
         else:
             stages = open_stages(before, segment, *self.opening[1:], quiet=self.running.quiet)
-            report = carry_out(segment, stages, place, self.text, self.running)
+            text = Text() if segment.starts_anew else self.text
+            report = carry_out(segment, stages, place, text, self.running)
         told = {key: report[key] for key in TOLD if key in report}
         journal.record(name, f"{WORK}/{name}/{REPORT}", {"told": told})
         if number:
