@@ -79,6 +79,18 @@ def add_parser(subparsers: Any) -> None:
     ):
         default = getattr(Training, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default {default})")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="learn from the teacher's K likeliest tokens, written down first (default 0, all)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="compute blocks twice, in less memory",
+    )
     add_device_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -90,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
     keys = [
         *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),
-        *("on_policy", "teacher_mix", "lora"),
+        *("on_policy", "teacher_mix", "lora", "top_k", "gradient_checkpointing"),
     ]
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}

@@ -5,6 +5,7 @@ held-out figures are measured on what was written, read again, on text that neit
 stopped the training. In the output directory, as `conversion/journal.py` has it:
 
     .work/tokens.safetensors   text, where the teacher writes it
+    .work/noted/               the teacher's predictions, with `top_k`
     .work/checkpoints/         of transformers' Trainer; a killed training goes on from the last
     .work/result/              what will be published
 
@@ -66,9 +67,10 @@ from compress_methods.system.words import size_text
 from compress_methods.training.lessons import COUNTED, Row
 from compress_methods.training.lessons import TOKENS as INPUT
 from compress_methods.training.material import Material, plain_rows, read_material
+from compress_methods.training.noted import note_all
 from compress_methods.training.student import Student, check_adapters
 
-TRAINING, RESULT, CHECKPOINTS = "training", "result", "checkpoints"
+TRAINING, RESULT, CHECKPOINTS, NOTED = "training", "result", "checkpoints", "noted"
 FLOAT = 4
 COPIES = 7
 """Of all values in float32, at most: teacher, student, its values, gradients, two moments, best."""
@@ -131,6 +133,8 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
             f"{names[0]}: predicts {sizes[0]} tokens, expected the {sizes[1]} of its teacher "
             f"{names[1]}"
         )
+    if settings.top_k > sizes[1]:
+        raise RecipeError(f"top_k is {settings.top_k}, expected at most the {sizes[1]} tokens")
     if open_skeleton(theirs.directory).architecture.loss != NEXT_TOKEN:
         raise CheckpointError(f"{names[1]}: does not predict the next token, so it cannot teach")
     if settings.lora:
@@ -184,18 +188,25 @@ def _make(pair: Pair, journal: Journal) -> None:
         settings.lora,
         settings.seed,
     )
-    reported = rows[settings.sequences + settings.held_out :]
+    if settings.gradient_checkpointing:
+        student.recompute()
+    learnt = settings.sequences + settings.held_out
+    reported = rows[learnt:]
     before = measure(teacher, student.model, reported)
+    if settings.top_k:
+        rows, teacher = _noted(pair, teacher, rows[:learnt], journal.work), None
     checkpoints, place = journal.work / CHECKPOINTS, journal.work / RESULT
     with Progress(settings.steps, f"training ({settings.train})", quiet=running.quiet) as progress:
         outcome = train(student, teacher, rows, settings, checkpoints, progress)
         if outcome.note:
             progress.say(outcome.note)
-    changed = student.stored()
+    changed, zeros = student.stored(), sum(piece.zeros for piece in student.pieces)
     del student
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     write_changed(pair.student.directory, place, changed)
+    if teacher is None:
+        teacher = load_model(pair.teacher.directory, torch.float32, device)
     after = measure(teacher, load_model(place, torch.float32, device), reported)
     facts = _finite(
         {
@@ -205,6 +216,7 @@ def _make(pair: Pair, journal: Journal) -> None:
             "best": outcome.best,
             "loss_curve": [list(point) for point in outcome.loss],
             "held_out_curve": [list(point) for point in outcome.kl],
+            "zeros_kept": zeros,
             "note": outcome.note,
             "before": before.to_dict(),
             "held_out": after.to_dict(),
@@ -249,6 +261,13 @@ def _rows(pair: Pair, work: Path) -> list[Row]:
             pair.teacher, tokenizer, settings, progress, work / TOKENS, pair.running.device
         )
     return plain_rows(tokens)
+
+
+def _noted(pair: Pair, teacher: Any, rows: list[Row], work: Path) -> list[Row]:
+    """The rows with what the teacher says of them, in the work folder."""
+    settings, quiet = pair.settings, pair.running.quiet
+    with Progress(len(rows), "the teacher writes its predictions down", quiet=quiet) as progress:
+        return note_all(teacher, rows, settings.top_k, settings.batch, work / NOTED, progress)
 
 
 def measure(teacher: Any, model: Any, rows: Sequence[Row]) -> Evaluation:
