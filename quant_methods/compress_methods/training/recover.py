@@ -33,9 +33,15 @@ from torch import Tensor
 from compress_methods import __version__
 from compress_methods.calibration.self_generated import sample_from_model
 from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
-from compress_methods.checkpoint.compressed import INCOMPLETE, INDEX, read_entries, read_json
+from compress_methods.checkpoint.compressed import (
+    INCOMPLETE,
+    INDEX,
+    open_compressed,
+    read_entries,
+    read_json,
+)
 from compress_methods.checkpoint.integrity import REPORT, seal
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading import is_compressed, load_model
 from compress_methods.checkpoint.safetensors import Writer, read_header
 from compress_methods.checkpoint.source import (
     Source,
@@ -52,18 +58,17 @@ from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.report import model_card
 from compress_methods.errors import CheckpointError, RecipeError
-from compress_methods.evaluation.fit import parameters
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits
-from compress_methods.formats import TensorSpec
+from compress_methods.formats import Format, TensorSpec
 from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.device import peak_device_bytes, signature
 from compress_methods.recipe.training import Training
 from compress_methods.search.publish import CARD, opened, publish
 from compress_methods.system.files import copy_file, write_text
-from compress_methods.system.memory import available_bytes, peak_bytes
+from compress_methods.system.memory import peak_bytes
 from compress_methods.system.progress import Progress
-from compress_methods.system.words import size_text
+from compress_methods.training.cost import Planned, require_memory
 from compress_methods.training.lessons import COUNTED, Row
 from compress_methods.training.lessons import TOKENS as INPUT
 from compress_methods.training.material import Material, plain_rows, read_material
@@ -71,9 +76,6 @@ from compress_methods.training.noted import note_all
 from compress_methods.training.student import Student, check_adapters
 
 TRAINING, RESULT, CHECKPOINTS, NOTED = "training", "result", "checkpoints", "noted"
-FLOAT = 4
-COPIES = 7
-"""Of all values in float32, at most: teacher, student, its values, gradients, two moments, best."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,19 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
         check_adapters(mine.directory, settings.lora)
     check_length(theirs.directory, settings.length)
     check_length(mine.directory, settings.length)
-    needed = COPIES * FLOAT * sum(parameters(theirs.directory).values())
-    if running.device.type == "cpu" and needed > available_bytes():
-        raise RecipeError(
-            f"training {mine.name} towards {theirs.name} takes about {size_text(needed)} of "
-            f"memory, {size_text(available_bytes())} are free"
-        )
+    if running.device.type == "cpu":
+        require_memory(_planned(mine, theirs, settings), f"training {mine.name}")
     material = read_material(theirs.directory, settings)
     return Pair(mine, theirs, material, settings, running)
+
+
+def _planned(mine: Source, theirs: Source, settings: Training) -> Planned:
+    packed: list[tuple[Format, int, int]] = []
+    if is_compressed(mine.directory):
+        held = open_compressed(mine.directory).held.values()
+        packed = [(matrix.format, matrix.rows, matrix.cols) for matrix in held]
+    teacher, student = (open_skeleton(source.directory) for source in (theirs, mine))
+    return Planned(settings, teacher, student, packed)
 
 
 def require_trainer() -> None:
