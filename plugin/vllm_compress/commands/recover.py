@@ -25,6 +25,8 @@ examples:
   vllm-compress recover out/depth25 --teacher path/to/model -o out/healed --train distill
   vllm-compress recover out/healed --teacher path/to/model -o out/taught --train sft \\
     --data answers.jsonl --sequences 2000 --length 512
+  torchrun --nproc-per-node 4 -m vllm_compress.cli recover out/depth25 --teacher path/to/model \\
+    -o out/healed --train distill    # four GPUs or machines' cores; each has the whole student
 """
 
 
@@ -99,6 +101,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from compress_methods import recover
     from compress_methods.recipe.training import parse_training
+    from compress_methods.training.processes import is_first
 
     keys = [
         *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),
@@ -112,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     report = recover(
         args.model, args.teacher, args.output, settings, device=args.device, quiet=args.quiet
     )
-    print(json.dumps(report, indent=2) if args.json else _summary(report, Path(args.output)))
+    if is_first():
+        print(json.dumps(report, indent=2) if args.json else _summary(report, Path(args.output)))
     return 0
 
 

@@ -54,7 +54,7 @@ from compress_methods.checkpoint.source import (
 from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.driver import Running
 from compress_methods.conversion.job import TOKENS
-from compress_methods.conversion.journal import Journal
+from compress_methods.conversion.journal import WORK, Journal
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.report import model_card
 from compress_methods.errors import CheckpointError, RecipeError
@@ -73,6 +73,7 @@ from compress_methods.training.lessons import COUNTED, Row
 from compress_methods.training.lessons import TOKENS as INPUT
 from compress_methods.training.material import Material, plain_rows, read_material
 from compress_methods.training.noted import note_all
+from compress_methods.training.processes import Processes, join
 from compress_methods.training.student import Student, check_adapters
 
 TRAINING, RESULT, CHECKPOINTS, NOTED = "training", "result", "checkpoints", "noted"
@@ -105,21 +106,30 @@ def recover(
     model: str | Path, teacher: str | Path, settings: Training, out: Path, running: Running
 ) -> dict[str, Any]:
     """Train `model` towards `teacher` into `out`, or go on; returns the report."""
+    require_trainer()
+    processes, running = join(settings, running)
     pair = open_pair(model, teacher, settings, running)
+    if not processes.leads:
+        if processes.agree(False):
+            learn(pair, out / WORK, processes)
+        processes.wait()
+        return read_json(out / REPORT)
     with opened(out, pair.fingerprint) as journal:
+        found = None
         if journal.complete:
             found = verified(journal, pair.student.directory, None, running.quiet)
-            if found is not None:
-                return found
-        if RESULT not in journal.finished or not journal.holds(RESULT):
-            _make(pair, journal)
-        return publish(journal, RESULT, TRAINING, lambda report, _: report)
+        made = RESULT in journal.finished and journal.holds(RESULT)
+        if processes.agree(found is None and not made):
+            _make(pair, journal, processes)
+        if found is None:
+            found = publish(journal, RESULT, TRAINING, lambda report, _: report)
+        processes.wait()
+        return found
 
 
 def open_pair(model: str | Path, teacher: str | Path, settings: Training, running: Running) -> Pair:
     """Both checkpoints and the text, checked before anything runs; a `CompressError` says what is
     wrong with them."""
-    require_trainer()
     if running.device.index:
         raise RecipeError(
             f"training runs on the first GPU, not on {running.device}; choose it by "
@@ -179,18 +189,30 @@ def _vocabulary(directory: Path) -> Any:
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
-def _make(pair: Pair, journal: Journal) -> None:
-    """Train, write and measure; the result is then in the work folder, and journaled."""
+@dataclass(frozen=True)
+class Learned:
+    """A student that was trained, its teacher (None where that had to go), the rows to report on,
+    and how far from the teacher it was on them."""
+
+    student: Student
+    teacher: Any
+    outcome: Any
+    reported: Sequence[Row]
+    before: Evaluation | None
+
+
+def learn(pair: Pair, work: Path, processes: Processes) -> Learned:
+    """Train in this process, and in the others; the first one alone looks at what is reported."""
     from compress_methods.training.trainer import train  # seconds, and only to train
 
-    began, settings, running = time.monotonic(), pair.settings, pair.running
-    device = running.device
-    rows = _rows(pair, journal.work)
-    teacher = load_model(pair.teacher.directory, torch.float32, device)
+    settings, running = pair.settings, pair.running
+    with processes.in_turn():
+        rows = _rows(pair, work)
+    teacher = load_model(pair.teacher.directory, torch.float32, running.device)
     student = Student(
         pair.student.directory,
         settings.train,
-        device,
+        running.device,
         pair.teacher,
         settings.lora,
         settings.seed,
@@ -199,16 +221,27 @@ def _make(pair: Pair, journal: Journal) -> None:
         student.recompute()
     learnt = settings.sequences + settings.held_out
     reported = rows[learnt:]
-    before = measure(teacher, student.model, reported)
+    before = measure(teacher, student.model, reported) if processes.leads else None
     if settings.top_k:
-        rows, teacher = _noted(pair, teacher, rows[:learnt], journal.work), None
-    checkpoints, place = journal.work / CHECKPOINTS, journal.work / RESULT
+        with processes.in_turn():
+            rows = _noted(pair, teacher, rows[:learnt], work)
+        teacher = None
     with Progress(settings.steps, f"training ({settings.train})", quiet=running.quiet) as progress:
-        outcome = train(student, teacher, rows, settings, checkpoints, progress)
+        outcome = train(student, teacher, rows, settings, work / CHECKPOINTS, progress, processes)
         if outcome.note:
             progress.say(outcome.note)
+    return Learned(student, teacher, outcome, reported, before)
+
+
+def _make(pair: Pair, journal: Journal, processes: Processes) -> None:
+    """Train, write and measure; the result is then in the work folder, and journaled."""
+    began, settings, device = time.monotonic(), pair.settings, pair.running.device
+    learned = learn(pair, journal.work, processes)
+    student, outcome, before = learned.student, learned.outcome, learned.before
+    assert before is not None
+    teacher, reported, place = learned.teacher, learned.reported, journal.work / RESULT
     changed, zeros = student.stored(), sum(piece.zeros for piece in student.pieces)
-    del student
+    del student, learned
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     write_changed(pair.student.directory, place, changed)
