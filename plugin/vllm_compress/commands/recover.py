@@ -81,6 +81,14 @@ def add_parser(subparsers: Any) -> None:
     ):
         default = getattr(Training, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default {default})")
+    _add_memory(parser)
+    add_device_argument(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Options for where memory is short."""
     parser.add_argument(
         "--top-k",
         type=int,
@@ -93,9 +101,6 @@ def add_parser(subparsers: Any) -> None:
         default=None,
         help="compute blocks twice, in less memory",
     )
-    add_device_argument(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
