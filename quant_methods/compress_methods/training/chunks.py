@@ -1,18 +1,18 @@
-"""Divergences over large vocabularies, whose logits are never all in memory.
+"""Losses over large vocabularies, whose logits are never all in memory.
 
 Two logits [positions, vocab] in float32, their log-probabilities and the gradients are nine times
 as much as one of them: 128,000 tokens at 2,048 positions take 9 GB. Here the models give the states
-that go into their heads, and heads and divergence are computed for so many positions at a time as
-`LIMIT` allows, and once more on the way back. The loss is the same.
+that go into their heads, and heads and loss are computed for so many positions at a time as `LIMIT`
+allows, and once more on the way back. The loss is the same.
 
 Fails where: a model does more to its logits than its head says (caps, scales). That is found by
-comparing one position, and the logits are then computed whole and only the divergence in chunks.
+comparing one position, and the logits are then computed whole and only the loss in chunks.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-
-from compress_methods.training.losses import by_position
 
 LIMIT = 2**24
 """Values of a piece of logits."""
@@ -76,13 +74,16 @@ def _head(model: Any, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | No
     return head.weight if weight is None else weight, bias
 
 
-def chunked(teacher: Predicted, student: Predicted, beta: float, vocabulary: int) -> Tensor:
-    """The divergence at each position, [batch, length], differentiable in the student's."""
+def in_chunks(
+    loss: Callable[..., Tensor], student: Predicted, others: Sequence[Tensor], vocabulary: int
+) -> Tensor:
+    """`loss` [n] of the student's logits [n, vocab] and of parts of `others` [batch, length, ...]
+    at the same places, at all of them [batch, length]; differentiable in the student's states."""
 
-    def piece(theirs: Tensor, mine: Tensor) -> Tensor:
-        return by_position(teacher.logits(theirs), student.logits(mine), beta)
+    def piece(states: Tensor, *rest: Tensor) -> Tensor:
+        return loss(student.logits(states), *rest)
 
     count = max(1, LIMIT // vocabulary)
-    pairs = zip(*(one.states.flatten(0, 1).split(count) for one in (teacher, student)), strict=True)
-    found = [checkpoint(piece, *pair, use_reentrant=False) for pair in pairs]
+    parts = [one.flatten(0, 1).split(count) for one in (student.states, *others)]
+    found = [checkpoint(piece, *some, use_reentrant=False) for some in zip(*parts, strict=True)]
     return torch.cat(found).view(student.states.shape[:2])

@@ -90,7 +90,7 @@ class Planned:
         inside = STATES * hidden + CHANNELS * channels
         kept = blocks * hidden + inside if training.gradient_checkpointing else blocks * inside
         logits = training.length * config.vocab_size
-        if not (training.by_token or training.top_k or training.match or training.teacher_mix):
+        if not (training.match or training.teacher_mix):
             logits = min(logits, LIMIT // training.batch)
         return int(FLOAT * (training.length * kept + LOGITS * logits))
 

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from compress_methods.recipe.training import TOPK_KL, Training
-from compress_methods.training.chunks import chunked, is_large, predicted
+from compress_methods.training.chunks import in_chunks, is_large, predicted
 from compress_methods.training.lessons import COUNTED, TOKENS, TOP_LOGPROBS, TOP_TOKENS
-from compress_methods.training.losses import averaged, divergence, token_loss, top_divergence
+from compress_methods.training.losses import (
+    averaged,
+    by_position,
+    divergence,
+    named,
+    of_token,
+    token_loss,
+    top_by_position,
+    top_divergence,
+    weights_of,
+)
 from compress_methods.training.matching import Matcher
 from compress_methods.training.material import Batch
 from compress_methods.training.on_policy import is_turn, sequence_loss, write
@@ -55,7 +65,11 @@ class Objective:
         mine = predicted(student.model, partial(student.run, values), values, tokens)
         with torch.no_grad():
             theirs = predicted(self.teacher, self.teacher, {}, tokens)
-        each = chunked(theirs, mine, beta, vocabulary)
+
+        def divergences(logits: Tensor, states: Tensor) -> Tensor:
+            return by_position(theirs.logits(states), logits, beta)
+
+        each = in_chunks(divergences, mine, [theirs.states], vocabulary)
         return each.mean() if weights is None else averaged(each, weights)
 
     def _both(self, student: Student, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -85,7 +99,19 @@ class Objective:
         return logits
 
     def _by_token(self, student: Student, batch: Batch) -> Tensor:
-        logits = student(batch[TOKENS])
-        if self.settings.loss == TOPK_KL or self.settings.top_k:
-            return top_divergence(batch[TOP_TOKENS], batch[TOP_LOGPROBS], logits)
-        return token_loss(batch[TOKENS], logits, batch.get(COUNTED))
+        tokens, counted = batch[TOKENS], batch.get(COUNTED)
+        by_top = self.settings.loss == TOPK_KL or self.settings.top_k
+        vocabulary = student.model.config.get_text_config().vocab_size
+        if not is_large(tokens, vocabulary):
+            logits = student(tokens)
+            if by_top:
+                return top_divergence(batch[TOP_TOKENS], batch[TOP_LOGPROBS], logits)
+            return token_loss(tokens, logits, counted)
+        values = student.values()
+        mine = predicted(student.model, partial(student.run, values), values, tokens)
+        if by_top:
+            tops = [batch[TOP_TOKENS], batch[TOP_LOGPROBS]]
+            each = in_chunks(top_by_position, mine, tops, vocabulary)
+            return averaged(each, named(batch[TOP_LOGPROBS]))
+        each = in_chunks(of_token, mine, [tokens.roll(-1, 1)], vocabulary)
+        return averaged(each[:, :-1], weights_of(tokens, counted))
