@@ -28,6 +28,8 @@ from compress_methods.transforms.width import head_size
 if TYPE_CHECKING:
     from compress_methods.model.skeleton import Skeleton
 
+MOST = 2**20
+
 
 @register_transform
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Fresh(Pass):
 
     def __post_init__(self) -> None:
         for key in ("blocks", "hidden", "ffn", "heads", "kv_heads", "seed"):
-            if getattr(self, key) < 0:
-                raise RecipeError(f"{key} is {getattr(self, key)}, expected a number from 0")
+            if not 0 <= (found := getattr(self, key)) <= MOST:
+                raise RecipeError(f"{key} is {found!r:.40}, expected a number from 0 to {MOST:,}")
 
     def plan(self, skeleton: Skeleton) -> Outline:
         count = len(skeleton.blocks)

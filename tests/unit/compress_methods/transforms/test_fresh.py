@@ -71,6 +71,7 @@ def test_training_has_to_follow_at_once(stages: tuple[dict[str, Any], ...]) -> N
         ({"heads": 3}, "hidden 256, heads 3 and kv_heads 1 have to divide each other"),
         ({"hidden": 32}, "hidden 32, heads 0 and"),
         ({"ffn": -1}, "ffn is -1, expected a number from 0"),
+        ({"hidden": 64 * 10**15}, "hidden is 64000000000000000, expected a number from 0 to 1,04"),
     ],
 )
 def test_bad_sizes_are_refused(
