@@ -18,9 +18,11 @@ def register() -> None:
         from vllm_compress.config import register_config
         from vllm_compress.kernels.third_party import enter_if_offered
         from vllm_compress.metrics.deployment import declare_environment
+        from vllm_compress.scales import register_loader
 
         declare_environment()
         register_config()
+        register_loader()
         enter_if_offered()
     except Exception as problem:
         logger.warning(

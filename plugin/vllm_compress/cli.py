@@ -27,6 +27,7 @@ COMMANDS = {
     "check": "find what will go wrong before converting or serving",
     "inspect": "show formats, bytes and bits per weight of a model",
     "split-adapter": "write low-rank factors as a LoRA adapter beside their base",
+    "split-scales": "write trained scales, served with the codes of their base",
     "eval": "measure what compression lost",
     "sensitivity": "measure what each layer would lose in each format",
     "plan": "say what hardware a model needs, before converting it",

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from compress_methods.api import convert, recover
     from compress_methods.checkpoint.loading import load_model
     from compress_methods.conversion.adapter import split_adapter
+    from compress_methods.conversion.scales import split_scales
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "load_model", "recover", "split_adapter"]
+__all__ = ["__version__", "convert", "load_model", "recover", "split_adapter", "split_scales"]
 
 _LAZY = {
     "convert": "compress_methods.api",
     "load_model": "compress_methods.checkpoint.loading",
     "recover": "compress_methods.api",
     "split_adapter": "compress_methods.conversion.adapter",
+    "split_scales": "compress_methods.conversion.scales",
 }
 
 

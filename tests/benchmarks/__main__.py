@@ -1,8 +1,8 @@
 """Run the benchmarks named on the command line, or all but `peers` and `gpu`; print tables, keep
 JSON.
 
-    python -m tests.benchmarks [quality] [parts] [bits] [losses] [rtn] [gptq] [layers] [refine]
-        [activations] [kernels] [serving] [profile] [planner] [peers] [gpu]
+    python -m tests.benchmarks [quality] [parts] [bits] [losses] [task] [rtn] [gptq] [layers]
+        [refine] [activations] [kernels] [serving] [profile] [planner] [peers] [gpu]
 
 `COMPRESS_MISSING=1` measures of `quality` and `parts` only the rows that their results lack.
 

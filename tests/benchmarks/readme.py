@@ -26,6 +26,7 @@ ROOMS = {
     "parts": "loss",
     "bits": "loss",
     "losses": "loss",
+    "task": "loss",
     "peers": "loss",
     "rtn": "conversion",
     "gptq": "conversion",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vllm_compress.commands.convert import add_job_arguments
 if TYPE_CHECKING:
     from compress_methods.checkpoint.compressed import CompressedCheckpoint
     from compress_methods.conversion.planning.plan import Plan
+    from compress_methods.conversion.stages import Stage
     from compress_methods.recipe.stages import StagedRecipe
 
 DESCRIPTION = "Check a recipe against a model, or a compressed model against the place it will run."
@@ -30,7 +32,8 @@ examples:
 --json before converting: model, recipe, modules, bytes_before, bytes_after, disk, disk_free,
 memory, memory_free (bytes), device_memory (null without --hardware), seconds, calibration (how much
 of what text; null where none is used); advice, where it is short; note, where chats became text;
-of several stages, stages (a line each); training, where there is some, which the others leave out;
+of several stages, stages (a line each); training, where there is some (a line each), which the
+others leave out;
 experts, of a mixture, where they can be served; of a search, levels (how many there are;
 bytes_after is that of the first) and bytes_after_least (of the last).
 --json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
@@ -122,7 +125,7 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
         result["stages"] = statement(stages).splitlines()[:-1]
     if levels:
         result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
-    return result | _training(recipe) | _experts(plan)
+    return result | _training(recipe, stages) | _experts(plan)
 
 
 def _experts(plan: Plan) -> dict[str, str]:
@@ -133,15 +136,24 @@ def _experts(plan: Plan) -> dict[str, str]:
     return {"experts": EXPERTS_ON_CPUS} if found else {}
 
 
-def _training(recipe: StagedRecipe) -> dict[str, Any]:
-    """What a recipe that trains has still to be told of."""
+def _training(recipe: StagedRecipe, stages: Sequence[Stage]) -> dict[str, Any]:
+    """What each training of a recipe takes; the other numbers leave it out."""
+    from compress_methods.conversion.resources import flops_per_second
+    from compress_methods.training.cost import planned_of, require_memory
     from compress_methods.training.recover import require_trainer
 
     if not recipe.training:
         return {}
     require_trainer()
-    told = (f"{one.train} for {one.steps} steps" for _, one in recipe.training)
-    return {"training": f"{', '.join(told)}; its memory and seconds come on top"}
+    flops, told = flops_per_second(), []
+    for planned in planned_of(recipe, stages):
+        training = planned.training
+        require_memory(planned, f"train {training.train}")
+        told.append(
+            f"{training.train} for {training.steps} steps: {planned.moved:,} values, about "
+            f"{planned.memory / 1e6:,.1f} MB of memory and {planned.seconds(flops):,.0f} s"
+        )
+    return {"training": told}
 
 
 def _check_gate(recipe: StagedRecipe, opening: tuple[str | Path, bool, int]) -> bool:
@@ -297,7 +309,7 @@ def _lines(result: dict[str, Any]) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
-            value = ("\n" + " " * 18 if key == "stages" else ", ").join(value)
+            value = ("\n" + " " * 18 if key in ("stages", "training") else ", ").join(value)
         elif isinstance(value, int) and ("bytes" in key or "disk" in key or "memory" in key):
             value = f"{value / 1e6:,.1f} MB"
         elif key == "seconds":

@@ -25,6 +25,8 @@ examples:
   vllm-compress recover out/depth25 --teacher path/to/model -o out/healed --train distill
   vllm-compress recover out/healed --teacher path/to/model -o out/taught --train sft \\
     --data answers.jsonl --sequences 2000 --length 512
+  torchrun --nproc-per-node 4 -m vllm_compress.cli recover out/depth25 --teacher path/to/model \\
+    -o out/healed --train distill    # four GPUs or machines' cores; each has the whole student
 """
 
 
@@ -79,18 +81,36 @@ def add_parser(subparsers: Any) -> None:
     ):
         default = getattr(Training, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default {default})")
+    _add_memory(parser)
     add_device_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Options for where memory is short."""
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="learn from the teacher's K likeliest tokens, written down first (default 0, all)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="compute blocks twice, in less memory",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     from compress_methods import recover
     from compress_methods.recipe.training import parse_training
+    from compress_methods.training.processes import is_first
 
     keys = [
         *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),
-        *("on_policy", "teacher_mix", "lora"),
+        *("on_policy", "teacher_mix", "lora", "top_k", "gradient_checkpointing"),
     ]
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}
@@ -100,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     report = recover(
         args.model, args.teacher, args.output, settings, device=args.device, quiet=args.quiet
     )
-    print(json.dumps(report, indent=2) if args.json else _summary(report, Path(args.output)))
+    if is_first():
+        print(json.dumps(report, indent=2) if args.json else _summary(report, Path(args.output)))
     return 0
 
 

@@ -67,7 +67,7 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool, sampled: bool = F
         memory += max(most_gathered(shard.jobs) for shard in plan.shards)
         # Codes, momentum and gradient of a block that is trained.
         memory += 3 * FLOAT * _most_refined(plan)
-        flops = _flops_per_second()
+        flops = flops_per_second()
         surveying, weighing = _surveying(plan, skeleton), _weighing(plan, skeleton)
         memory += surveying[0] + weighing.memory
         seconds += (_forward_flops(plan, skeleton) + surveying[1] + weighing.flops) / flops
@@ -178,7 +178,8 @@ def _weighing(plan: Plan, skeleton: Skeleton) -> _Weighing:
     )
 
 
-def _flops_per_second() -> float:
+def flops_per_second() -> float:
+    """Of large products on this machine."""
     a = torch.rand(1024, 1024)
     a @ a
     began = time.perf_counter()
@@ -254,7 +255,7 @@ def _with_hessians(cost: Estimate, planned: Planned) -> Estimate:
     return Estimate(
         cost.disk,
         cost.memory + 4 * FLOAT * columns**2,
-        cost.seconds + flops / _flops_per_second(),
+        cost.seconds + flops / flops_per_second(),
     )
 
 

@@ -118,6 +118,11 @@ class StagedRecipe:
         return found
 
     @property
+    def starts_anew(self) -> bool:
+        """Whether it begins with a student that knows nothing, so that text tells nothing of it."""
+        return any(visitor.remakes for visitor in self.transforms)
+
+    @property
     def candidates(self) -> list[StagedRecipe]:
         """What a gate tries, one after another: this recipe without the gate, its fallbacks."""
         return [dataclasses.replace(self, accept=None, fallback=()), *self.fallback]
@@ -332,6 +337,10 @@ def _parse(block: Any, where: str, name: str) -> StagedRecipe:
             )
     if not transforms and not training:
         raise RecipeError(f"{where}: stages has only the packing; write formats and modules alone")
+    trains_next = bool(training) and training[0][0] == 1
+    for i, visitor in enumerate(transforms):
+        if visitor.remakes and (i or not trains_next):
+            raise RecipeError(f"{where}: {visitor.name} comes first, and a train stage behind it")
     calibration = parse_calibration(block, where)
     return StagedRecipe(name, tuple(transforms), packing, calibration, training=tuple(training))
 

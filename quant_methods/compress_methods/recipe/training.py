@@ -14,7 +14,9 @@ decide when to stop, and as many again are reported on. `rate` 0 is the method's
 `on_policy` of the steps the student learns from what it writes itself; with `teacher_mix` each
 token of that is, in this share, drawn by the teacher. `lora` above 0 is the rank of adapters that
 `distill` or `sft` trains instead of the weights. `match: {hidden: 1.0, attention: 0.5}` adds how
-far inner states are from the teacher's, so weighted.
+far inner states are from the teacher's, so weighted. `top_k` above 0: the teacher writes that many
+tokens that it finds likeliest at each place down first, and is not in memory afterwards.
+`gradient_checkpointing: true` computes blocks twice rather than keep what is inside them.
 """
 
 from __future__ import annotations
@@ -40,7 +42,16 @@ BETAS = MappingProxyType({KL: 0.0, REVERSE_KL: 1.0})
 CE, TOPK_KL = BY_TOKEN = ("ce", "topk_kl")
 HIDDEN, ATTENTION = MATCHED = ("hidden", "attention")
 LEAST = MappingProxyType(
-    {"steps": 1, "batch": 1, "sequences": 1, "held_out": 1, "length": 8, "seed": 0, "lora": 0}
+    {
+        "steps": 1,
+        "batch": 1,
+        "sequences": 1,
+        "held_out": 1,
+        "length": 8,
+        "seed": 0,
+        "lora": 0,
+        "top_k": 0,
+    }
 )
 
 
@@ -62,6 +73,8 @@ class Training:
     teacher_mix: float = 0.0
     lora: int = 0
     match: Mapping[str, float] = field(default_factory=dict)
+    top_k: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.train not in RATES:
@@ -95,6 +108,8 @@ class Training:
         for key in ("on_policy", "match"):
             if getattr(self, key) and self.by_token:
                 raise RecipeError(f"{key} needs a loss of {', '.join(BETAS)} or {{jsd: 0.5}}")
+        if self.top_k and (self.loss != KL or self.on_policy or self.match):
+            raise RecipeError("top_k needs `loss: kl`, without on_policy and match")
         for name, weight in self.match.items():
             if name not in MATCHED:
                 raise RecipeError(f"match: unknown {name!r:.80}; {nearest(str(name), MATCHED)}")

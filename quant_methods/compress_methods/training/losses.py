@@ -53,25 +53,42 @@ def by_position(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
+def of_token(student: Tensor, tokens: Tensor) -> Tensor:
+    """-log q of `tokens` [n], at each place of logits [n, vocab]."""
+    return torch.nn.functional.cross_entropy(student.float(), tokens, reduction="none")
+
+
 def token_loss(tokens: Tensor, student: Tensor, counted: Tensor | None) -> Tensor:
     """Mean of -log q over the tokens [batch, n] that are `counted`, all unless given, but the
     first of each row; logits are [batch, n, vocab]."""
-    found = torch.nn.functional.cross_entropy(
-        student[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-    )
-    weights = torch.ones_like(found) if counted is None else counted[:, 1:].flatten().float()
-    return averaged(found, weights)
+    found = of_token(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return averaged(found, weights_of(tokens, counted).flatten())
+
+
+def weights_of(tokens: Tensor, counted: Tensor | None) -> Tensor:
+    """What the prediction at each place but the last counts, [batch, n - 1]."""
+    return torch.ones_like(tokens[:, 1:]).float() if counted is None else counted[:, 1:].float()
 
 
 def top_divergence(names: Tensor, log_p: Tensor, student: Tensor) -> Tensor:
     """Mean of the KL of the teacher's likeliest tokens `names` [batch, n, k], over the positions
     that have some; others, and tokens that are none, have -inf in `log_p` [batch, n, k]."""
+    return averaged(top_by_position(student, names, log_p), named(log_p))
+
+
+def named(log_p: Tensor) -> Tensor:
+    """1 where a teacher has named tokens, else 0."""
+    return (log_p != -math.inf).any(-1).float()
+
+
+def top_by_position(student: Tensor, names: Tensor, log_p: Tensor) -> Tensor:
+    """That KL at each position, [...]."""
     log_q = student.float().log_softmax(-1).gather(-1, names)
     none = log_p == -math.inf
     p, q = log_p.exp(), log_q.masked_fill(none, -math.inf).exp()
     known = (p * (log_p.masked_fill(none, 0) - log_q)).sum(-1)
     rest, left = ((1 - x.sum(-1)).clamp(min=LEAST) for x in (p, q))
-    return averaged(known + rest * (rest.log() - left.log()), (~none).any(-1).float())
+    return known + rest * (rest.log() - left.log())
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

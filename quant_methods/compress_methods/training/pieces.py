@@ -21,15 +21,19 @@ CODES_RATE = 0.6
 """Of codes, in steps from one to the next, when that of a scale is 1."""
 FAR = 0.5
 """Beyond this relative error a matrix of the same name is not what another was rounded from."""
+SPARSE = 0.05
+"""A matrix with this share of zeros was pruned: they stay."""
 Leaves = Mapping[str, Tensor]
 
 
 class Piece(ABC):
     """Something stored that is trained: `leaves` are its parameters as training begins, `slots`
-    where its values go in the model, and `rates` how fast a leaf moves, 1 unless given."""
+    where its values go in the model, and `rates` how fast a leaf moves, 1 unless given. `zeros`:
+    how many values stay zero."""
 
     leaves: dict[str, Tensor]
     slots: Sequence[Slot | str]
+    zeros: int = 0
     rates: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
@@ -45,7 +49,8 @@ class Piece(ABC):
 
 
 class Floats(Piece):
-    """A tensor kept as floats. `slot`: the matrix that it is, or the parameter's name."""
+    """A tensor kept as floats. `slot`: the matrix that it is, or the parameter's name. Zeros of a
+    matrix that was pruned stay zeros."""
 
     def __init__(self, entry: Entry, slot: Slot | str, device: torch.device) -> None:
         self.entry, self.name = entry, entry.name
@@ -53,9 +58,18 @@ class Floats(Piece):
         tensor = entry.read().to(device).float()
         self.unit = _size(tensor)
         self.leaves = {"values": tensor / self.unit}
+        empty = tensor == 0
+        pruned = tensor.dim() > 1 and empty.float().mean() >= SPARSE
+        self.empty = empty if pruned else None
+        self.zeros = int(empty.sum()) if pruned else 0
 
     def value(self, leaves: Leaves) -> Tensor:
-        return stored_as(leaves["values"] * self.unit, self.dtype)
+        return self._whole(leaves["values"])
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """Values in units of the tensor's size as they are stored."""
+        found = stored_as(values * self.unit, self.dtype)
+        return found if self.empty is None else found.masked_fill(self.empty, 0)
 
     def stored(self, leaves: Leaves) -> dict[str, Tensor]:
         return {self.name: self.value(leaves).to(self.dtype)}
@@ -84,8 +98,7 @@ class Adapted(Floats):
         }
 
     def value(self, leaves: Leaves) -> Tensor:
-        values = self.values + leaves["left"] @ leaves["right"]
-        return stored_as(values * self.unit, self.dtype)
+        return self._whole(self.values + leaves["left"] @ leaves["right"])
 
 
 class Packed(Piece):

@@ -5,6 +5,7 @@ held-out figures are measured on what was written, read again, on text that neit
 stopped the training. In the output directory, as `conversion/journal.py` has it:
 
     .work/tokens.safetensors   text, where the teacher writes it
+    .work/noted/               the teacher's predictions, with `top_k`
     .work/checkpoints/         of transformers' Trainer; a killed training goes on from the last
     .work/result/              what will be published
 
@@ -32,9 +33,15 @@ from torch import Tensor
 from compress_methods import __version__
 from compress_methods.calibration.self_generated import sample_from_model
 from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
-from compress_methods.checkpoint.compressed import INCOMPLETE, INDEX, read_entries, read_json
+from compress_methods.checkpoint.compressed import (
+    INCOMPLETE,
+    INDEX,
+    open_compressed,
+    read_entries,
+    read_json,
+)
 from compress_methods.checkpoint.integrity import REPORT, seal
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading import is_compressed, load_model
 from compress_methods.checkpoint.safetensors import Writer, read_header
 from compress_methods.checkpoint.source import (
     Source,
@@ -47,31 +54,29 @@ from compress_methods.checkpoint.source import (
 from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.driver import Running
 from compress_methods.conversion.job import TOKENS
-from compress_methods.conversion.journal import Journal
+from compress_methods.conversion.journal import WORK, Journal
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.report import model_card
 from compress_methods.errors import CheckpointError, RecipeError
-from compress_methods.evaluation.fit import parameters
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits
-from compress_methods.formats import TensorSpec
+from compress_methods.formats import Format, TensorSpec
 from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.device import peak_device_bytes, signature
 from compress_methods.recipe.training import Training
 from compress_methods.search.publish import CARD, opened, publish
 from compress_methods.system.files import copy_file, write_text
-from compress_methods.system.memory import available_bytes, peak_bytes
+from compress_methods.system.memory import peak_bytes
 from compress_methods.system.progress import Progress
-from compress_methods.system.words import size_text
+from compress_methods.training.cost import Planned, require_memory
 from compress_methods.training.lessons import COUNTED, Row
 from compress_methods.training.lessons import TOKENS as INPUT
 from compress_methods.training.material import Material, plain_rows, read_material
+from compress_methods.training.noted import note_all
+from compress_methods.training.processes import Processes, join
 from compress_methods.training.student import Student, check_adapters
 
-TRAINING, RESULT, CHECKPOINTS = "training", "result", "checkpoints"
-FLOAT = 4
-COPIES = 7
-"""Of all values in float32, at most: teacher, student, its values, gradients, two moments, best."""
+TRAINING, RESULT, CHECKPOINTS, NOTED = "training", "result", "checkpoints", "noted"
 
 
 @dataclass(frozen=True)
@@ -101,21 +106,30 @@ def recover(
     model: str | Path, teacher: str | Path, settings: Training, out: Path, running: Running
 ) -> dict[str, Any]:
     """Train `model` towards `teacher` into `out`, or go on; returns the report."""
+    require_trainer()
+    processes, running = join(settings, running)
     pair = open_pair(model, teacher, settings, running)
+    if not processes.leads:
+        if processes.agree(False):
+            learn(pair, out / WORK, processes)
+        processes.wait()
+        return read_json(out / REPORT)
     with opened(out, pair.fingerprint) as journal:
+        found = None
         if journal.complete:
             found = verified(journal, pair.student.directory, None, running.quiet)
-            if found is not None:
-                return found
-        if RESULT not in journal.finished or not journal.holds(RESULT):
-            _make(pair, journal)
-        return publish(journal, RESULT, TRAINING, lambda report, _: report)
+        made = RESULT in journal.finished and journal.holds(RESULT)
+        if processes.agree(found is None and not made):
+            _make(pair, journal, processes)
+        if found is None:
+            found = publish(journal, RESULT, TRAINING, lambda report, _: report)
+        processes.wait()
+        return found
 
 
 def open_pair(model: str | Path, teacher: str | Path, settings: Training, running: Running) -> Pair:
     """Both checkpoints and the text, checked before anything runs; a `CompressError` says what is
     wrong with them."""
-    require_trainer()
     if running.device.index:
         raise RecipeError(
             f"training runs on the first GPU, not on {running.device}; choose it by "
@@ -131,20 +145,27 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
             f"{names[0]}: predicts {sizes[0]} tokens, expected the {sizes[1]} of its teacher "
             f"{names[1]}"
         )
+    if settings.top_k > sizes[1]:
+        raise RecipeError(f"top_k is {settings.top_k}, expected at most the {sizes[1]} tokens")
     if open_skeleton(theirs.directory).architecture.loss != NEXT_TOKEN:
         raise CheckpointError(f"{names[1]}: does not predict the next token, so it cannot teach")
     if settings.lora:
         check_adapters(mine.directory, settings.lora)
     check_length(theirs.directory, settings.length)
     check_length(mine.directory, settings.length)
-    needed = COPIES * FLOAT * sum(parameters(theirs.directory).values())
-    if running.device.type == "cpu" and needed > available_bytes():
-        raise RecipeError(
-            f"training {mine.name} towards {theirs.name} takes about {size_text(needed)} of "
-            f"memory, {size_text(available_bytes())} are free"
-        )
+    if running.device.type == "cpu":
+        require_memory(_planned(mine, theirs, settings), f"training {mine.name}")
     material = read_material(theirs.directory, settings)
     return Pair(mine, theirs, material, settings, running)
+
+
+def _planned(mine: Source, theirs: Source, settings: Training) -> Planned:
+    packed: list[tuple[Format, int, int]] = []
+    if is_compressed(mine.directory):
+        held = open_compressed(mine.directory).held.values()
+        packed = [(matrix.format, matrix.rows, matrix.cols) for matrix in held]
+    teacher, student = (open_skeleton(source.directory) for source in (theirs, mine))
+    return Planned(settings, teacher, student, packed)
 
 
 def require_trainer() -> None:
@@ -168,34 +189,64 @@ def _vocabulary(directory: Path) -> Any:
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
-def _make(pair: Pair, journal: Journal) -> None:
-    """Train, write and measure; the result is then in the work folder, and journaled."""
+@dataclass(frozen=True)
+class Learned:
+    """A student that was trained, its teacher (None where that had to go), the rows to report on,
+    and how far from the teacher it was on them."""
+
+    student: Student
+    teacher: Any
+    outcome: Any
+    reported: Sequence[Row]
+    before: Evaluation | None
+
+
+def learn(pair: Pair, work: Path, processes: Processes) -> Learned:
+    """Train in this process, and in the others; the first one alone looks at what is reported."""
     from compress_methods.training.trainer import train  # seconds, and only to train
 
-    began, settings, running = time.monotonic(), pair.settings, pair.running
-    device = running.device
-    rows = _rows(pair, journal.work)
-    teacher = load_model(pair.teacher.directory, torch.float32, device)
+    settings, running = pair.settings, pair.running
+    with processes.in_turn():
+        rows = _rows(pair, work)
+    teacher = load_model(pair.teacher.directory, torch.float32, running.device)
     student = Student(
         pair.student.directory,
         settings.train,
-        device,
+        running.device,
         pair.teacher,
         settings.lora,
         settings.seed,
     )
-    reported = rows[settings.sequences + settings.held_out :]
-    before = measure(teacher, student.model, reported)
-    checkpoints, place = journal.work / CHECKPOINTS, journal.work / RESULT
+    if settings.gradient_checkpointing:
+        student.recompute()
+    learnt = settings.sequences + settings.held_out
+    reported = rows[learnt:]
+    before = measure(teacher, student.model, reported) if processes.leads else None
+    if settings.top_k:
+        with processes.in_turn():
+            rows = _noted(pair, teacher, rows[:learnt], work)
+        teacher = None
     with Progress(settings.steps, f"training ({settings.train})", quiet=running.quiet) as progress:
-        outcome = train(student, teacher, rows, settings, checkpoints, progress)
+        outcome = train(student, teacher, rows, settings, work / CHECKPOINTS, progress, processes)
         if outcome.note:
             progress.say(outcome.note)
-    changed = student.stored()
-    del student
+    return Learned(student, teacher, outcome, reported, before)
+
+
+def _make(pair: Pair, journal: Journal, processes: Processes) -> None:
+    """Train, write and measure; the result is then in the work folder, and journaled."""
+    began, settings, device = time.monotonic(), pair.settings, pair.running.device
+    learned = learn(pair, journal.work, processes)
+    student, outcome, before = learned.student, learned.outcome, learned.before
+    assert before is not None
+    teacher, reported, place = learned.teacher, learned.reported, journal.work / RESULT
+    changed, zeros = student.stored(), sum(piece.zeros for piece in student.pieces)
+    del student, learned
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     write_changed(pair.student.directory, place, changed)
+    if teacher is None:
+        teacher = load_model(pair.teacher.directory, torch.float32, device)
     after = measure(teacher, load_model(place, torch.float32, device), reported)
     facts = _finite(
         {
@@ -205,6 +256,7 @@ def _make(pair: Pair, journal: Journal) -> None:
             "best": outcome.best,
             "loss_curve": [list(point) for point in outcome.loss],
             "held_out_curve": [list(point) for point in outcome.kl],
+            "zeros_kept": zeros,
             "note": outcome.note,
             "before": before.to_dict(),
             "held_out": after.to_dict(),
@@ -249,6 +301,13 @@ def _rows(pair: Pair, work: Path) -> list[Row]:
             pair.teacher, tokenizer, settings, progress, work / TOKENS, pair.running.device
         )
     return plain_rows(tokens)
+
+
+def _noted(pair: Pair, teacher: Any, rows: list[Row], work: Path) -> list[Row]:
+    """The rows with what the teacher says of them, in the work folder."""
+    settings, quiet = pair.settings, pair.running.quiet
+    with Progress(len(rows), "the teacher writes its predictions down", quiet=quiet) as progress:
+        return note_all(teacher, rows, settings.top_k, settings.batch, work / NOTED, progress)
 
 
 def measure(teacher: Any, model: Any, rows: Sequence[Row]) -> Evaluation:

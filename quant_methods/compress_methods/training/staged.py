@@ -28,6 +28,7 @@ from compress_methods.checkpoint.loading import load_model
 from compress_methods.conversion.driver import Running
 from compress_methods.conversion.job import (
     TOKENS,
+    Text,
     carry_out,
     check_calibration,
     job_fingerprint,
@@ -45,6 +46,7 @@ from compress_methods.recipe.training import Training
 from compress_methods.search.prune_to import Opening
 from compress_methods.search.publish import Report, opened, publish
 from compress_methods.training.material import plain_rows, read_material
+from compress_methods.training.processes import count_of
 from compress_methods.training.recover import TRAINING, measure, recover, require_trainer
 
 SEGMENTS, STAGES = "segments", "stages"
@@ -66,6 +68,11 @@ class Trained:
         running: Running,
     ) -> None:
         require_trainer()
+        if count_of() > 1:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: is carried out by one process; what it prunes or packs "
+                "can be trained by several with `recover`"
+            )
         if layout is not OWN:
             raise RecipeError(f"recipe {recipe.name!r}: cannot train the layout {layout.name!r}")
         self.out, self.opening, self.running = out, opening, running
@@ -135,7 +142,8 @@ class Trained:
             report = recover(before, self.source.directory, segment, place, self.running)
         else:
             stages = open_stages(before, segment, *self.opening[1:], quiet=self.running.quiet)
-            report = carry_out(segment, stages, place, self.text, self.running)
+            text = Text() if segment.starts_anew else self.text
+            report = carry_out(segment, stages, place, text, self.running)
         told = {key: report[key] for key in TOLD if key in report}
         journal.record(name, f"{WORK}/{name}/{REPORT}", {"told": told})
         if number:

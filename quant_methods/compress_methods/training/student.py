@@ -19,7 +19,7 @@ is stored. Matrices in the format `lowrank` have such factors, which then are tr
 
 A parameter is measured in its own size (the root mean square of its tensor), so that one learning
 rate fits all. Zero points and lookup tables, which are stored as whole numbers, stay; so do floats
-of 8 bits.
+of 8 bits, the masks of sparse matrices, and the zeros of a plain matrix that has 5% or more.
 
 Needs memory for all values in float32, their gradients, and of what is trained four times as much.
 Fails where: nothing that can be trained is stored. Codes of 2 bits take long: a step from one to
@@ -46,6 +46,7 @@ from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.slot import Slot
 from compress_methods.recipe.training import DISTILL, QAT, SCALES
 from compress_methods.training.pieces import Adapted, Coded, Floats, Leaves, Packed, Piece
+from compress_methods.training.recompute import recompute_blocks
 
 MATRIX_DIMENSIONS = 2
 
@@ -66,6 +67,7 @@ class Student(nn.Module):
         super().__init__()
         # Not a submodule: what is trained lies beside it, and nothing else is saved.
         self._model = (load_model(directory, torch.float32, device),)
+        self.blocks_name = open_skeleton(directory).blocks_name
         if rank:
             self.pieces = list(_adapters(directory, rank, seed, device))
         else:
@@ -80,6 +82,10 @@ class Student(nn.Module):
     @property
     def model(self) -> Any:
         return self._model[0]
+
+    def recompute(self) -> None:
+        """Keep less for the way back, and compute it again."""
+        recompute_blocks(self.model.get_submodule(self.blocks_name))
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
         """The parameters with their learning rates, as torch's optimizers take them."""

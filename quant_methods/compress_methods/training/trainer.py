@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_callback import PrinterCallback
@@ -24,8 +24,9 @@ from compress_methods.model.skeleton import quiet_transformers
 from compress_methods.recipe.training import QAT, Training
 from compress_methods.system.progress import Progress
 from compress_methods.training.lessons import Row
-from compress_methods.training.material import collate
+from compress_methods.training.material import Batch, collate
 from compress_methods.training.objective import Objective
+from compress_methods.training.processes import Processes
 from compress_methods.training.student import Student
 
 CHECKS = 10
@@ -58,24 +59,27 @@ def train(
     settings: Training,
     work: Path,
     progress: Progress,
+    processes: Processes | None = None,
 ) -> Outcome:
     """Train on the first of the `sequences + 2 * held_out` rows, judged by those after them; the
     student is then the best that there was. Checkpoints go to `work`."""
+    processes = processes or Processes()
     judged = rows[settings.sequences : settings.sequences + settings.held_out]
     start = [parameter.detach().clone() for parameter in student.trained]
     objective = Objective(settings, teacher, student)
     watcher = _Watcher(progress, LOSS if settings.by_token else "KL")
     trainer = _Distiller(
-        student,
-        _arguments(settings, work, student.trained[0].device),
+        _Lesson(student, objective),
+        _arguments(settings, work, student.trained[0].device, processes.count),
         data_collator=collate,
         train_dataset=rows[: settings.sequences],
         eval_dataset=judged,
         callbacks=[watcher],
     )
-    trainer.objective, trainer.settings, trainer.watcher = objective, settings, watcher
+    trainer.settings, trainer.watcher = settings, watcher
     trainer.remove_callback(PrinterCallback)
-    begun = _last_checkpoint(work)
+    with processes.in_turn():
+        begun = _last_checkpoint(work)
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
     outcome = _outcome(trainer.state.log_history, watcher)
@@ -84,6 +88,19 @@ def train(
             for parameter, value in zip(student.trained, start, strict=True):
                 parameter.copy_(value)
     return outcome
+
+
+class _Lesson(nn.Module):
+    """The loss as a module, which several processes can be told to average the gradients of."""
+
+    def __init__(self, student: Student, objective: Objective) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+
+    def forward(self, inputs: Batch, step: int) -> Tensor:
+        if self.training:
+            return self.objective.learned(self.student, inputs, step)
+        return self.objective.judged(self.student, inputs)
 
 
 class _Watcher(TrainerCallback):
@@ -98,7 +115,7 @@ class _Watcher(TrainerCallback):
         self.progress.skip(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        given["model"].limit()
+        given["model"].student.limit()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(1, self.last)
@@ -106,7 +123,8 @@ class _Watcher(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
         kl = metrics[KL]
@@ -121,14 +139,13 @@ class _Watcher(TrainerCallback):
 
 
 class _Distiller(Trainer):
-    """`objective`, `settings` and `watcher` are set before it trains."""
+    """`settings` and `watcher` are set before it trains."""
 
-    objective: Objective
     settings: Training
     watcher: _Watcher
 
     def create_optimizer(self, *_: Any, **__: Any) -> Any:
-        groups = self.model.groups(self.settings.learning_rate)
+        groups = self.model.student.groups(self.settings.learning_rate)
         if self.settings.train == QAT:
             # Of codes only those are to change whose gradient is large beside their row's and
             # column's; Adam would move all alike.
@@ -141,12 +158,12 @@ class _Distiller(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        if not model.training:
-            return self.objective.judged(model, inputs)
         step = self.state.global_step
-        loss = self.objective.learned(model, inputs, step)
-        if not loss.isfinite():
-            self.watcher.stop(f"the loss of step {step + 1} is {loss.item()}")
+        loss: Tensor = model(inputs, step)
+        # All processes have to stop, or those that do not wait for ever.
+        every = self.accelerator.gather(loss.detach()) if model.training else None
+        if every is not None and not every.isfinite().all():
+            self.watcher.stop(f"the loss of step {step + 1} is {every.mean().item()}")
         return loss
 
     def prediction_step(
@@ -156,13 +173,15 @@ class _Distiller(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
 
-def _arguments(settings: Training, work: Path, device: torch.device) -> TrainingArguments:
+def _arguments(
+    settings: Training, work: Path, device: torch.device, processes: int
+) -> TrainingArguments:
     interval = max(1, settings.steps // CHECKS)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch,
+        per_device_train_batch_size=settings.batch // processes,
+        per_device_eval_batch_size=settings.batch // processes,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(WARM_UP * settings.steps),

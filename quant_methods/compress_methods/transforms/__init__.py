@@ -4,6 +4,7 @@ from compress_methods.transforms import (  # noqa: F401  (registers them)
     awq,
     depth,
     experts,
+    fresh,
     rotation,
     sharing,
     smoothquant,

@@ -129,6 +129,9 @@ class Pass(ABC):
     """Whether states between blocks change their basis, see `turned`: embedding and head become
     different matrices, stored apart, and no pass can come before it in its sweep."""
     looks_ahead: ClassVar[bool] = False
+    remakes: ClassVar[bool] = False
+    """Whether nothing of what the model knows stays: training has to follow, and no text runs
+    through it before."""
     needs_text: ClassVar[bool] = True
     """Whether states run through the model: without, it sees weights alone."""
     needs_teacher: ClassVar[bool] = False

@@ -5,18 +5,23 @@ cos(x, block(x)), measured in one pass over the calibration text through the who
 of least influence go, all at once. What stays is not changed, so the result is exact where a
 dropped block did nothing. KV cache, latency and weights shrink in the same proportion.
 
+As a start for training, layers can stay by their place instead: evenly spread, the first and the
+last among them (DistilBERT: Sanh et al., 2019, arXiv:1910.01108), or those of both ends (TF-LLMD:
+Jha et al., 2023, arXiv:2305.14864); or those that are listed.
+
 Fails where: influence says nothing about what later layers make of a difference; small models,
 whose layers all matter, lose much more than large ones. Measure.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress_methods.errors import RecipeError
+from compress_methods.errors import RecipeError, nearest
 from compress_methods.lazy import torch
 from compress_methods.transforms.base import (
     Outline,
@@ -29,14 +34,18 @@ from compress_methods.transforms.base import (
 if TYPE_CHECKING:
     from compress_methods.model.skeleton import Skeleton
 
+INFLUENCE, EVENLY, ENDS = CHOICES = ("influence", "evenly", "ends")
+
 
 @register_transform
 @dataclass(frozen=True)
 class Depth(Pass):
     """`drop`: share of the layers below 1 (never more than asked: 25% of 30 layers are 7), a number
-    of layers from 1."""
+    of layers from 1. `choose`: which stay. `keep`: their numbers, instead of both."""
 
     drop: float = 0.25
+    choose: str = INFLUENCE
+    keep: Sequence[int] = ()
     influence: tuple[float, ...] = field(default=(), init=False, compare=False)
     name: ClassVar[str] = "depth"
     reshapes: ClassVar[bool] = True
@@ -44,12 +53,26 @@ class Depth(Pass):
 
     def __post_init__(self) -> None:
         check_share("drop", self.drop)
+        if self.choose not in CHOICES:
+            near = nearest(self.choose, CHOICES)
+            raise RecipeError(f"unknown choose {self.choose!r:.80}; {near}")
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in self.keep) or any(
+            later <= sooner for sooner, later in itertools.pairwise([-1, *self.keep])
+        ):
+            found = list(self.keep)
+            raise RecipeError(f"keep is {found!r:.80}, expected numbers from 0, ascending")
 
     def plan(self, skeleton: Skeleton) -> Outline:
         check_prunable(skeleton.model.config, self.name)
         return Outline(layers=self._left(len(skeleton.blocks)))
 
     def _left(self, count: int) -> int:
+        if self.keep:
+            if self.keep[-1] >= count:
+                raise RecipeError(
+                    f"depth: keep names layer {self.keep[-1]}, the model has 0 to {count - 1}"
+                )
+            return len(self.keep)
         return count - share_of("depth: drop", self.drop, count)
 
     def survey(self, part: Part) -> list[float]:
@@ -67,9 +90,16 @@ class Depth(Pass):
         return decided
 
     def layers(self, count: int) -> list[int]:
+        left = self._left(count)
+        if self.keep:
+            return list(self.keep)
+        if self.choose == EVENLY:
+            return [round(i * (count - 1) / max(1, left - 1)) for i in range(left)]
+        if self.choose == ENDS:
+            return [i for i in range(count) if not (left + 1) // 2 <= i < count - left // 2]
         scores = self.influence or (0.0,) * count
         ranked = sorted(range(count), key=lambda i: scores[i], reverse=True)
-        return sorted(ranked[: self._left(count)])
+        return sorted(ranked[:left])
 
     def facts(self) -> dict[str, Any]:
         return {"influence": list(self.influence)}

@@ -62,7 +62,7 @@ def preview(
         if types:
             changes["layer_types"] = [types[i] for i in kept]
     changed = {**config, **changes}
-    new = _build(changed, reshaping.name)
+    new = build(changed, reshaping.name)
     moves = find_moves(source, skeleton, kept)
     if outline.experts is None:
         _require_alike(source, skeleton)
@@ -78,7 +78,7 @@ def _experts_from(first: int, skeleton: Skeleton, source: Source) -> Iterator[st
             yield source.tensor_of(slot)
 
 
-def _build(config: Mapping[str, Any], name: str) -> Skeleton:
+def build(config: Mapping[str, Any], name: str) -> Skeleton:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:

@@ -13,7 +13,7 @@ from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
-from compress_methods.training.pieces import Coded, Packed, Piece
+from compress_methods.training.pieces import Adapted, Coded, Floats, Packed, Piece
 from tests.unit.compress_methods.drawn import Drawn, integers, matrices, mid_integers, sparse
 
 CPU = torch.device("cpu")
@@ -138,3 +138,23 @@ def test_kept_values_of_a_sparse_matrix_train_and_its_mask_stays() -> None:
     piece = Packed(matrix_of(fmt, stored(fmt, weight), weight.shape), [], CPU)
     moved = piece.value(leaves_of(piece, 0.5))
     assert torch.equal(moved != 0, fmt.unpack(stored(fmt, weight)) != 0)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_zeros_of_a_pruned_matrix_stay_and_few_zeros_are_values(rank: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64, generator=generator)
+    empty = torch.rand(weight.shape, generator=generator) < share
+    empty[0, 0] = True
+    entry: Any = Held(weight.masked_fill(empty, 0))
+    entry.name, entry.dtype = "m", "bfloat16"
+    piece = Floats(entry, "m", CPU) if not rank else Adapted(entry, "m", CPU, rank, generator)
+    leaves = leaves_of(piece, 0.5)
+    moved = piece.value(leaves)
+    moved.square().sum().backward()
+    assert piece.zeros == (int(empty.sum()) if share else 0)
+    assert torch.equal(moved == 0, empty) == bool(share)
+    assert torch.equal(piece.stored(leaves)["m"].float(), moved)
+    if not rank:
+        assert bool(leaves["values"].grad[0, 0]) != bool(share)  # type: ignore[index]

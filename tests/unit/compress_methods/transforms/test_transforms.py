@@ -236,6 +236,9 @@ BAD_STAGES: list[tuple[dict[str, Any], str]] = [
     ({"transform": "depth", "drop": -1}, r"drop is -1"),
     ({"transform": "depth", "drop": "10%"}, r"drop is 10.0% of 8 layers, less than one"),
     ({"transform": "depth", "drop": "a lot"}, r"drop is 'a lot', expected float"),
+    ({"transform": "depth", "choose": "end"}, r"unknown choose 'end'; did you mean 'ends'"),
+    ({"transform": "depth", "keep": [3, 1]}, r"keep is \[3, 1\], expected numbers from 0, asc"),
+    ({"transform": "depth", "keep": [1, 8]}, r"keep names layer 8, the model has 0 to 7"),
     ({"transform": "dept"}, r"unknown transform 'dept'; did you mean 'depth'"),
     ({"transform": "width", "fnn": 0.5}, r"unknown key 'fnn'; did you mean 'ffn'"),
     ({"transform": "width", "ffn": "100%"}, r"ffn is 1.0, expected a share from 0 below 1"),
@@ -286,3 +289,11 @@ def test_no_more_layers_go_than_were_asked_for() -> None:
     assert len(Depth(drop=0.25).layers(30)) == 23
     assert len(Depth(drop=0.1).layers(10)) == 9
     assert len(Depth(drop=3).layers(10)) == 7
+
+
+def test_layers_stay_by_their_place() -> None:
+    assert Depth(drop=0.5, choose="evenly").layers(8) == [0, 2, 5, 7]
+    assert Depth(drop=7, choose="evenly").layers(8) == [0]
+    assert Depth(drop=0.5, choose="ends").layers(8) == [0, 1, 6, 7]
+    assert Depth(drop=3, choose="ends").layers(8) == [0, 1, 2, 6, 7]
+    assert Depth(keep=[1, 4]).layers(8) == [1, 4]
