@@ -13,14 +13,15 @@ calls `quant_method`; or the same in another distribution through the entry-poin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.checkpoint.quantization_config import CompressionSpec
-from compress_methods.checkpoint.safetensors import Entry
+from compress_methods.checkpoint.safetensors import SLAB_BYTES, Entry
 from compress_methods.errors import CheckpointError
-from compress_methods.formats import ITEMSIZE, Format, Stored, TensorSpec
+from compress_methods.formats import ITEMSIZE, Format, Stored, TensorSpec, torch_dtype
+from compress_methods.formats.dense import Dense
 from compress_methods.registry import Registry
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ class Layout(ABC):
     block: Mapping[str, Any]
     name: ClassVar[str]
 
+    def needed(self, module: str, leaf: str, entries: Mapping[str, Entry]) -> Entry:
+        """A tensor of a module by the end of its name; `CheckpointError` where there is none."""
+        name = f"{module}.{leaf}"
+        if name not in entries:
+            raise CheckpointError(f"{name} is missing")
+        return entries[name]
+
     @abstractmethod
     def modules(self, entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
         """[rows, cols] of every compressed module among a checkpoint's tensors."""
@@ -45,6 +53,16 @@ class Layout(ABC):
     @abstractmethod
     def read(self, module: str, entries: Mapping[str, Entry]) -> tuple[Format, Any]:
         """A module's format and its solution, exactly; `CheckpointError` where there is none."""
+
+    def format(self, module: str, entries: Mapping[str, Entry]) -> Format | None:
+        """What `read` gives the solution of, from headers and small tensors alone; None where no
+        format of ours holds the module exactly, and `read` gives its values, dense."""
+        fmt, _ = self.read(module, entries)
+        return None if isinstance(fmt, Dense) else fmt
+
+    def holds(self, kind: str) -> bool:
+        """Whether a result in this layout can have matrices of a kind, as `Skeleton.kind` says."""
+        return kind != "embedding"
 
     def specs(self, module: str, fmt: Format, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Full names and shapes of the tensors that `write` makes; `FormatError` where a format has
@@ -76,9 +94,28 @@ class DecodedEntry(Entry):
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
-    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+    def of(self, dtype: str) -> DecodedEntry:
+        """The same, read in another dtype."""
+        size = self.shape[0] * self.shape[1] * ITEMSIZE[dtype]
+        return replace(self, dtype=dtype, nbytes=size)
+
+    def values(self) -> Tensor:
+        """The whole matrix, float32: no other way of reading is cheaper."""
         fmt, solution = self.layout.read(self.module, self.entries)
-        return out.copy_(fmt.matrix(solution)[first : first + len(out)])
+        return fmt.matrix(solution)
+
+    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+        return out.copy_(self.values()[first : first + len(out)])
+
+    def slabs(self, multiple: int = 1, limit: int = SLAB_BYTES) -> Iterator[tuple[int, Tensor]]:
+        values = self.values().to(torch_dtype(self.dtype))
+        step = self._slab_rows(multiple, limit)
+        for first in range(0, self.rows, step):
+            yield first, values[first : first + step]
+
+    def copy_to(self, target: Tensor, check: Callable[[Tensor], Tensor] | None = None) -> None:
+        for first, slab in self.slabs():
+            target[first : first + len(slab)] = slab if check is None else check(slab)
 
 
 def decoded_entries(block: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
