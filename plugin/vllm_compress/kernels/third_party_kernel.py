@@ -113,10 +113,11 @@ def require_whole_groups(c: MPLinearLayerConfig) -> None:
     with another group's scale, by vLLM's kernels, too."""
     (whole, rows), (cols, _) = c.full_weight_shape, c.partition_weight_shape
     if c.group_size > 0 and cols < whole and cols % c.group_size:
+        ranks = whole // cols
         raise CheckpointError(
-            f"a matrix [{rows}, {whole}] in groups of {c.group_size} columns over "
-            f"{whole // cols} ranks: {cols} columns each would cut a group; use a smaller "
-            f"tensor-parallel size, or `vllm-compress import --tensor-parallel-size {whole // cols}`"
+            f"a matrix [{rows}, {whole}] in groups of {c.group_size} columns over {ranks} ranks: "
+            f"{cols} columns each would cut a group; use a smaller tensor-parallel size, or "
+            f"`vllm-compress import --tensor-parallel-size {ranks}`"
         )
 
 

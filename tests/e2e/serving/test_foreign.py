@@ -85,7 +85,8 @@ def test_what_vllm_does_not_load_is_served_once_imported(
         pytest.importorskip("gguf")
     import_checkpoint(ASSETS / name, tmp_path / "o", quiet=True)
     found = json.loads((ASSETS / name / "expected.json").read_text())
-    result = engine.run(tmp_path / "o", [found["prompt"]], dtype="float32", env=EXACT)
+    settings = {"dtype": "float32", "max_model_len": 128, "env": EXACT}
+    result = engine.run(tmp_path / "o", [found["prompt"]], **settings)
     assert not result.error, result.error
     assert result.logprobs[0] == pytest.approx(found["logprobs"], abs=1e-3)
 
