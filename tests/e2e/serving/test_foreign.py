@@ -99,7 +99,7 @@ def test_groups_that_two_ranks_cut_are_refused_until_they_are_imported(
     packed, dense = write_foreign(model, tmp_path, "compressed-tensors", fmt)
     ranks = {"dtype": "float32", "tensor_parallel_size": 2, "env": EXACT}
     assert two_ranks.run(packed, PROMPTS, **ranks).error
-    assert "320 columns each would cut a group" in two_ranks.log
+    assert "columns each would cut a group" in two_ranks.log
     import_checkpoint(packed, tmp_path / "o", tensor_parallel_size=2, quiet=True)
     result = two_ranks.run(tmp_path / "o", PROMPTS, **ranks)
     assert not result.error, result.error

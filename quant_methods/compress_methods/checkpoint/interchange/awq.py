@@ -42,7 +42,8 @@ class Awq(Layout):
     name: ClassVar[str] = "awq"
 
     def modules(self, entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
-        version, bits = self.block.get("version", VERSION), self.block.get("bits", BITS)
+        version = self.block.get("version") or self.block.get("checkpoint_format") or VERSION
+        bits = self.block.get("bits", BITS)
         if str(version).lower() != VERSION or bits != BITS:
             raise CheckpointError(
                 f"quantization_config: version is {version!r} with {bits} bits, expected "

@@ -47,6 +47,12 @@ class Gptq(Layout):
     name: ClassVar[str] = "gptq"
 
     def modules(self, entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
+        version = self.block.get("checkpoint_format") or self.name
+        if version not in (self.name, SECOND):
+            raise CheckpointError(
+                f"quantization_config: checkpoint_format is {version!r}, expected {self.name!r} or "
+                f"{SECOND!r}"
+            )
         tail = f".{WEIGHT}"
         named = [name.removesuffix(tail) for name in entries if name.endswith(tail)]
         return {m: (entries[f"{m}{tail}"].shape[1], self._cols(m, entries)) for m in named}

@@ -108,6 +108,26 @@ def test_a_foreign_checkpoint_is_a_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("awq", "version", "gemv", "version is 'gemv' with 4 bits, expected 'gemm' with 4"),
+        ("gptq-v2-3bit", "checkpoint_format", "marlin", "checkpoint_format is 'marlin', expected"),
+        ("compressed-tensors-int8", "config_groups", {}, "no config_groups has model.layers.0"),
+    ],
+)
+def test_packings_that_are_not_read_are_refused(
+    name: str, key: str, value: Any, words: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(ASSETS / name, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "leaf", "words"),
     [
         ("awq", "qzeros", "up_proj.qzeros is missing"),
