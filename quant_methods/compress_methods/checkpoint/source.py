@@ -280,7 +280,7 @@ def find_parts(
 def read_any(directory: Path, allow_pickle: bool) -> Mapping[str, Entry]:
     """Every tensor of a checkpoint by name, as it is stored; `CheckpointError`."""
     block = read_json(directory / "config.json").get("quantization_config")
-    if isinstance(block, Mapping) and block.get("quant_method") == METHOD:
+    if isinstance(block, Mapping) and block.get("quant_method") == METHOD and "files" in block:
         return gguf_entries(block)
     if (directory / INDEX).exists() or (directory / SINGLE).exists():
         return read_entries(directory)

@@ -92,7 +92,7 @@ def _entry(source: Source, slot: Slot) -> Any:
 def _format(source: Source, slot: Slot) -> Format | None:
     entry = _entry(source, slot)
     assert isinstance(entry, DecodedEntry)
-    return entry.layout.format(entry.module, entry.entries)
+    return entry.format()
 
 
 def _fitting(

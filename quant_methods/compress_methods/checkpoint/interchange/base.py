@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.checkpoint.quantization_config import CompressionSpec
 from compress_methods.checkpoint.safetensors import SLAB_BYTES, Entry
-from compress_methods.errors import CheckpointError
+from compress_methods.errors import CheckpointError, CompressError
 from compress_methods.formats import ITEMSIZE, Format, Stored, TensorSpec, torch_dtype
 from compress_methods.formats.dense import Dense
 from compress_methods.registry import Registry
@@ -99,10 +101,21 @@ class DecodedEntry(Entry):
         size = self.shape[0] * self.shape[1] * ITEMSIZE[dtype]
         return replace(self, dtype=dtype, nbytes=size)
 
+    def stored(self) -> tuple[Format, Any]:
+        """Format and solution; `CheckpointError` where the tensors are not what they should be."""
+        with _expecting(self.layout, self.module, self.path):
+            return self.layout.read(self.module, self.entries)
+
+    def format(self) -> Format | None:
+        """What holds it exactly, as `Layout.format` says."""
+        with _expecting(self.layout, self.module, self.path):
+            return self.layout.format(self.module, self.entries)
+
     def values(self) -> Tensor:
         """The whole matrix, float32: no other way of reading is cheaper."""
-        fmt, solution = self.layout.read(self.module, self.entries)
-        return fmt.matrix(solution)
+        with _expecting(self.layout, self.module, self.path):
+            fmt, solution = self.layout.read(self.module, self.entries)
+            return fmt.matrix(solution)
 
     def read_into(self, out: Tensor, first: int = 0) -> Tensor:
         return out.copy_(self.values()[first : first + len(out)])
@@ -118,6 +131,20 @@ class DecodedEntry(Entry):
             target[first : first + len(slab)] = slab if check is None else check(slab)
 
 
+@contextmanager
+def _expecting(layout: Layout, module: str, path: Path) -> Iterator[None]:
+    """Say in one line that a module's tensors do not fit each other."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as problem:
+        if isinstance(problem, CompressError):
+            raise
+        reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:200]
+        raise CheckpointError(
+            f"{path}: the tensors of {module} are not those of {layout.name} ({reason})"
+        ) from problem
+
+
 def decoded_entries(block: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """A quantized checkpoint's tensors with one `weight` in place of those that store it.
 
@@ -131,7 +158,10 @@ def decoded_entries(block: Mapping[str, Any], entries: Mapping[str, Entry]) -> d
         )
     layout = LAYOUTS.get(method, "quantization_config", CheckpointError)(block)
     plain = dict(entries)
-    for module, shape in layout.modules(entries).items():
+    first = next(iter(entries.values()), None)
+    with _expecting(layout, "the model", first.path if first else Path()):
+        modules = layout.modules(entries)
+    for module, shape in modules.items():
         names = layout.names(module, entries)
         for name in names:
             plain.pop(name, None)

@@ -23,7 +23,7 @@ def repack(part: StreamedPart, job: Job) -> Facts:
         raise RecipeError(f"{slot.module}: repack takes what is quantized, the source has floats")
     if slot.parameter in part.edited:
         raise RecipeError(f"{slot.module}: repack takes it as it is, but a transform changed it")
-    fmt, solution = entry.layout.read(entry.module, entry.entries)
+    fmt, solution = entry.stored()
     values = fmt.matrix(solution)
     found = recast(fmt, solution, job.format)
     tensors = None if found is None else job.format.pack(found)

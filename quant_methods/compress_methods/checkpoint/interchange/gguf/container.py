@@ -56,7 +56,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Described]]:
             return _Reader(file, path).read()
     except OSError as problem:
         raise CheckpointError(f"{path}: not readable ({problem.strerror or problem})") from problem
-    except (struct.error, UnicodeDecodeError, OverflowError, MemoryError):
+    except (struct.error, UnicodeDecodeError, OverflowError, MemoryError, RecursionError):
         raise CheckpointError(f"{path}: damaged or cut off GGUF header") from None
 
 

@@ -43,6 +43,14 @@ class Groups:
     activations: str | None = None
     size: int = 0
 
+    def __post_init__(self) -> None:
+        if self.zeros is not None and self.zeros.shape != self.scales.shape:
+            raise ValueError(
+                f"zero points {list(self.zeros.shape)}, scales {list(self.scales.shape)}"
+            )
+        if self.group_of is None and not self.size and self.cols % self.scales.shape[1]:
+            raise ValueError(f"{self.scales.shape[1]} groups of {self.cols} columns")
+
     @property
     def middle(self) -> int:
         return 2 ** (self.bits - 1)
@@ -78,6 +86,8 @@ class Groups:
     def read(self, codes: Tensor) -> tuple[Format, Any]:
         """Format and solution of codes uint8 [rows, cols]; dense values where nothing else holds
         them."""
+        if codes.shape != (len(self.scales), self.cols):
+            raise ValueError(f"codes {list(codes.shape)}, scales of {len(self.scales)} rows")
         fmt = self.format()
         if fmt is None:
             return DENSE, self.values(codes)

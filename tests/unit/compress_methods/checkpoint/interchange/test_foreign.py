@@ -108,6 +108,30 @@ def test_a_foreign_checkpoint_is_a_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        ("awq", "scales"),
+        ("gptq-desc-act", "qzeros"),
+        ("compressed-tensors-int8", "weight_scale"),
+        ("compressed-tensors-fp8", "weight_scale"),
+        ("bitsandbytes-nf4", "weight.absmax"),
+        ("bitsandbytes-int8", "SCB"),
+        ("hqq", "scale"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_one_line(name: str, leaf: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(ASSETS / name, tmp_path / "copy"))
+    tensors = read_tensors(copy / "model.safetensors")
+    key = f"model.layers.0.mlp.up_proj.{leaf}"
+    tensors[key] = tensors[key][:3].contiguous()
+    write_tensors(copy / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value)
+    assert "up_proj" in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
         ("awq", "version", "gemv", "version is 'gemv' with 4 bits, expected 'gemm' with 4"),
