@@ -23,6 +23,7 @@ from compress_methods.errors import CompressError, named, nearest
 PROGRAM = "vllm-compress"
 COMMANDS = {
     "convert": "compress a model as a recipe says",
+    "import": "store what another tool quantized in formats of vllm-compress",
     "recover": "train what compression lost back, towards the original",
     "check": "find what will go wrong before converting or serving",
     "inspect": "show formats, bytes and bits per weight of a model",
@@ -40,6 +41,8 @@ COMMANDS = {
     "compare": "replay prompts to two servers: is one as good as the other",
     "build-kernels": "compile the CPU kernels ahead of time",
 }
+FILES = {"import": "import_"}
+"""Commands whose names are words of Python."""
 ROOMS = dict.fromkeys(("gateway", "rollout", "drain"), "traffic.")
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
 EPILOG = """\
@@ -98,7 +101,9 @@ def load_command(name: str) -> ModuleType:
     """The module of a command."""
     if name not in COMMANDS:
         raise CompressError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    module = f"{__package__}.commands.{ROOMS.get(name, '')}{name.replace('-', '_')}"
+    module = (
+        f"{__package__}.commands.{ROOMS.get(name, '')}{FILES.get(name, name.replace('-', '_'))}"
+    )
     try:
         return import_module(module)
     except ModuleNotFoundError as problem:

@@ -14,16 +14,25 @@ from typing import TYPE_CHECKING, Any
 from compress_methods.lazy import after_import
 
 if TYPE_CHECKING:
-    from compress_methods.api import convert, recover
+    from compress_methods.api import convert, import_checkpoint, recover
     from compress_methods.checkpoint.loading import load_model
     from compress_methods.conversion.adapter import split_adapter
     from compress_methods.conversion.scales import split_scales
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "load_model", "recover", "split_adapter", "split_scales"]
+__all__ = [
+    "__version__",
+    "convert",
+    "import_checkpoint",
+    "load_model",
+    "recover",
+    "split_adapter",
+    "split_scales",
+]
 
 _LAZY = {
     "convert": "compress_methods.api",
+    "import_checkpoint": "compress_methods.api",
     "load_model": "compress_methods.checkpoint.loading",
     "recover": "compress_methods.api",
     "split_adapter": "compress_methods.conversion.adapter",

@@ -1,5 +1,5 @@
-"""convert and recover: from a checkpoint and a recipe to a compressed checkpoint, and from that and
-its original to a better one."""
+"""convert, import and recover: from a checkpoint and a recipe to a compressed checkpoint, from one
+that another tool made, and from one and its original to a better one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from compress_methods import __version__
 from compress_methods.checkpoint.interchange import LAYOUTS
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.source import at_revision
 from compress_methods.conversion.driver import Running
-from compress_methods.conversion.job import carry_out, check_calibration, statement
+from compress_methods.conversion.importing import REFUSE, UNPACK, import_recipe
+from compress_methods.conversion.job import Text, carry_out, check_calibration, statement
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import OutputError, RecipeError
@@ -68,11 +70,39 @@ def convert(
     stages = open_stages(
         model, staged, allow_pickle, tensor_parallel_size, layout=written, quiet=quiet
     )
+    if written is not OWN and stages[-1].packs:
+        written.config(stages[-1].planned.plan.compression_spec("", __version__))  # or refuses
     source = stages[0].planned.source
     text = check_calibration(source.directory, settings_of(stages), calibration)
     if staged.transforms and not quiet:
         print(statement(stages), file=sys.stderr, flush=True)
     return carry_out(staged, stages, Path(out), text, running)
+
+
+def import_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    inexact: str = REFUSE,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    tensor_parallel_size: int = 1,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Re-pack `model`, which another tool quantized (directory, hub id or GGUF file), into `out`
+    without loss; returns the report. `inexact`: what becomes of matrices that no format holds
+    exactly: `refuse`, `bfloat16` (unpacked) or `int8` (rounded). Raises a `CompressError` subclass
+    for anything the user can fix; the same call goes on from where a killed one was."""
+    require_path(out, OutputError)
+    model = at_revision(model, revision)
+    recipe = import_recipe(model, inexact, tensor_parallel_size, allow_pickle)
+    staged = load_staged(recipe)
+    kept = inexact if inexact == UNPACK else None
+    stages = open_stages(
+        model, staged, allow_pickle, tensor_parallel_size, quiet=quiet, kept_dtype=kept
+    )
+    running = Running(resolve_device("cpu"), torch.float32, quiet)
+    return carry_out(staged, stages, Path(out), Text(), running)
 
 
 def recover(

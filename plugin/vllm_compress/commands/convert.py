@@ -61,9 +61,6 @@ def add_job_arguments(parser: argparse.ArgumentParser, recipe_required: bool = T
     """Add the arguments that convert and check share."""
     parser.add_argument("model", metavar="MODEL", help="model directory or Hugging Face id")
     parser.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id"
-    )
-    parser.add_argument(
         "--recipe", metavar="NAME|FILE", required=recipe_required, help="recipe name or YAML file"
     )
     parser.add_argument(
@@ -71,6 +68,14 @@ def add_job_arguments(parser: argparse.ArgumentParser, recipe_required: bool = T
         metavar="FILE|self:PRESET",
         action="append",
         help="text to calibrate on, instead of the recipe's; several are mixed",
+    )
+    add_source_arguments(parser)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those of whatever reads a model and writes one."""
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id"
     )
     parser.add_argument(
         "--tensor-parallel-size",

@@ -28,7 +28,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 from vllm.platforms import current_platform
 from vllm.scalar_type import ScalarType, scalar_types
 
-from compress_methods.errors import FormatError
+from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import Stored
 from compress_methods.formats.grouped import SCALES
 from compress_methods.formats.integer import Integer, IntegerSolution
@@ -64,6 +64,7 @@ class CompressLinearKernel(MPLinearKernel):
             return False, "it is for CPUs"
         if forced_kernel() == "vllm":
             return False, "VLLM_COMPRESS_KERNEL=vllm"
+        require_whole_groups(c)
         try:
             fmt = format_of(c, torch.bfloat16)
             cols, rows = c.partition_weight_shape
@@ -105,6 +106,19 @@ class CompressLinearKernel(MPLinearKernel):
     @property
     def _bits(self) -> int:
         return BITS[self.config.weight_type]
+
+
+def require_whole_groups(c: MPLinearLayerConfig) -> None:
+    """`CheckpointError` where a rank would get a part of a group: its columns would be multiplied
+    with another group's scale, by vLLM's kernels, too."""
+    (whole, rows), (cols, _) = c.full_weight_shape, c.partition_weight_shape
+    if c.group_size > 0 and cols < whole and cols % c.group_size:
+        ranks = whole // cols
+        raise CheckpointError(
+            f"a matrix [{rows}, {whole}] in groups of {c.group_size} columns over {ranks} ranks: "
+            f"{cols} columns each would cut a group; use a smaller tensor-parallel size, or "
+            f"`vllm-compress import --tensor-parallel-size {ranks}`"
+        )
 
 
 def format_of(c: MPLinearLayerConfig, scales: torch.dtype) -> Integer:

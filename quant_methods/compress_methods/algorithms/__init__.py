@@ -6,6 +6,7 @@ from compress_methods.algorithms import (  # noqa: F401  (registers them)
     kmeans,
     magnitude,
     refine,
+    repack,
     rtn,
     sparsegpt,
     svd,

@@ -52,6 +52,8 @@ class Algorithm(ABC):
     """Whether it needs a decoder block around a matrix."""
     row_independent: ClassVar[bool] = True
     """Whether rows of a matrix may be solved in several calls (large ones are, to save memory)."""
+    copies: ClassVar[bool] = False
+    """Whether it takes what the source stores instead of solving."""
 
     def needs(self, fmt: Format) -> tuple[type[Statistic], ...]:
         """Statistics of the layer's input that filling `fmt` takes; a wrapper adds its own to those

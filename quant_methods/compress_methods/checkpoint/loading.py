@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from compress_methods.checkpoint.compressed import CompressedCheckpoint, open_compressed, read_json
+from compress_methods.checkpoint.packed import PackedLinear, keep_packed
 from compress_methods.checkpoint.quantization_config import QUANT_METHOD
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.checkpoint.source import open_source, require_finite
@@ -36,19 +37,28 @@ def load_model(
     directory: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    packed: bool = False,
 ) -> Any:
-    """A transformers model in eval mode on a device, every compressed matrix unpacked to `dtype`.
+    """A transformers model in eval mode on a device, every compressed matrix unpacked to `dtype`;
+    `packed`: linear layers stay as they are stored, see `packed.py`.
 
     Activations that a format quantizes are quantized here too.
     Raises `CheckpointError` for a damaged directory or a parameter that is not there.
     """
     path = Path(directory)
     skeleton = open_skeleton(path)
-    if is_compressed(path):
-        quantize_activations(skeleton, path)
-    source = open_source(path, skeleton, path.name, allow_pickle=False)
     place = resolve_device(device)
-    for name in skeleton.parameter_names():
+    source = open_source(path, skeleton, path.name, allow_pickle=False)
+    names, gone = skeleton.parameter_names(), dict[str, str]()
+    if is_compressed(path):
+        if packed:
+            gone = keep_packed(skeleton, open_compressed(path).held, place, dtype)
+        quantize_activations(skeleton, path)
+    elif packed:
+        raise CheckpointError(f"{path}: not compressed by vllm-compress, so it cannot stay packed")
+    for name in names:
+        if name in gone:
+            continue
         tensor = source.read(name)
         value = tensor.to(place, dtype) if tensor.is_floating_point() else tensor.to(place)
         set_parameter(skeleton.model, name, value)
@@ -91,7 +101,7 @@ def quantize_activations(skeleton: Skeleton, path: Path) -> None:
     checkpoint = open_compressed(path)
     for name, module in skeleton.model.named_modules():
         fmt = checkpoint.spec.format_for(name)
-        if fmt is not None and not isinstance(module, nn.Embedding):
+        if fmt is not None and not isinstance(module, nn.Embedding | PackedLinear):
             quantize_inputs(module, fmt)
     quantize_expert_inputs(skeleton, skeleton.slots.values(), checkpoint.spec.format_for)
 

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,10 @@ from torch import Tensor
 from compress_methods.checkpoint.compressed import INDEX, SINGLE, read_entries, read_json
 from compress_methods.checkpoint.integrity import sha256
 from compress_methods.checkpoint.interchange import DecodedEntry, decoded_entries
+from compress_methods.checkpoint.interchange.gguf import gguf_entries
+from compress_methods.checkpoint.interchange.gguf.container import SUFFIX
+from compress_methods.checkpoint.interchange.gguf.entries import METHOD
+from compress_methods.checkpoint.interchange.gguf.unfold import find_gguf, unfold
 from compress_methods.checkpoint.refusals import why_missing
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.errors import CheckpointError
@@ -79,6 +83,15 @@ class Source:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.held)
+
+    def kept_in(self, dtype: str) -> Source:
+        """The same, the matrices that another tool quantized being of that dtype where they are
+        stored unpacked."""
+        entries = {
+            name: entry.of(dtype) if isinstance(entry, DecodedEntry) else entry
+            for name, entry in self.entries.items()
+        }
+        return replace(self, entries=entries)
 
     def entry(self, parameter: str) -> Entry:
         return self.entries[self.names[parameter]]
@@ -168,13 +181,19 @@ def name_of(model: str | Path) -> str:
 
 
 def resolve_model(model: str | Path, allow_pickle: bool = False) -> Path:
-    """A local directory, or the cached or downloaded snapshot of a hub id (`owner/name@revision`).
+    """A local directory, or the cached or downloaded snapshot of a hub id (`owner/name@revision`);
+    of a GGUF file, or a directory whose weights are one, a directory that opens as it.
 
     Pickles are downloaded only if allowed and where there is nothing else.
     """
     path = Path(model)
     require_path(path, CheckpointError)
+    if path.suffix == SUFFIX and path.is_file():
+        return unfold(path)
     if path.is_dir():
+        found = None if _holds_weights(path) else find_gguf(path)
+        if found is not None:
+            return unfold(found, path if (path / "config.json").exists() else None)
         if not (path / "config.json").exists():
             raise CheckpointError(
                 f"{path / 'config.json'}: no such file; is this a model directory?"
@@ -200,6 +219,10 @@ def resolve_model(model: str | Path, allow_pickle: bool = False) -> Path:
         raise CheckpointError(
             f"{model}: no such directory, and not to be had as a hub id ({reason})"
         ) from problem
+
+
+def _holds_weights(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (INDEX, SINGLE, *PICKLES))
 
 
 def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bool) -> Source:
@@ -256,6 +279,9 @@ def find_parts(
 
 def read_any(directory: Path, allow_pickle: bool) -> Mapping[str, Entry]:
     """Every tensor of a checkpoint by name, as it is stored; `CheckpointError`."""
+    block = read_json(directory / "config.json").get("quantization_config")
+    if isinstance(block, Mapping) and block.get("quant_method") == METHOD and "files" in block:
+        return gguf_entries(block)
     if (directory / INDEX).exists() or (directory / SINGLE).exists():
         return read_entries(directory)
     pickle = next((directory / name for name in PICKLES if (directory / name).exists()), None)

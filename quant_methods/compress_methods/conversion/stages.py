@@ -106,16 +106,18 @@ def open_stages(
     *,
     layout: Layout = OWN,
     quiet: bool = True,
+    kept_dtype: str | None = None,
 ) -> list[Stage]:
     """Plan every stage from the original's headers; writes nothing, and reads no weights but those
     whose zeros `pack_zeros` has to count, which shows progress unless `quiet`. `samples: auto` is
-    settled in the plans.
+    settled in the plans. `kept_dtype`: of matrices that another tool quantized and no rule packs.
 
     Raises a `CompressError` for whatever a stage could not do.
     """
     directory = resolve_model(model, allow_pickle)
     skeleton = open_skeleton(directory, allow_pickle)
     source = open_source(directory, skeleton, name_of(model), allow_pickle)
+    source = source if kept_dtype is None else source.kept_in(kept_dtype)
     config = read_json(directory / "config.json")
     config.pop("quantization_config", None)
     if not skeleton.tied and build_skeleton(directory).tied:

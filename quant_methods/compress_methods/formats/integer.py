@@ -13,7 +13,7 @@ rows):
 
   weight_packed  uint8 [rows, cols*b/8]   codes as `codes.py` packs them: 128 columns of 4 bits are
                  one 64-byte line whose low nibbles are columns 0-63
-  weight_scales  [rows, groups] bfloat16 or float16
+  weight_scales  [rows, groups] bfloat16, float16 or float32
   weight_zeros   uint8 [rows*b/8, groups], asymmetric only: the same planes in blocks of 8 rows, so
                  that any multiple of 8 rows and any group is a clean slice
 
@@ -81,7 +81,7 @@ class Integer(Grouped):
                 ("bits", self.bits, PLANES),
                 ("group_size", self.group_size, GROUP_SIZES),
                 ("activations", self.activations, (None, "int8")),
-                ("scale_dtype", self.scale_dtype, ("bfloat16", "float16")),
+                ("scale_dtype", self.scale_dtype, ("bfloat16", "float16", "float32")),
                 ("levels", self.levels, LEVELS),
             )
         )

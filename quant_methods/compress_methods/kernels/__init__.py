@@ -5,6 +5,7 @@ from compress_methods.kernels import (  # noqa: F401  (registers them)
     in_triton,
     lowrank,
     reference,
+    reordered,
     rotated,
     tensor_train,
     torch_cpu,

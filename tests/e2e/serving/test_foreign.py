@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from compress_methods import import_checkpoint
 from compress_methods.formats.integer import Integer
 from tests.e2e.support.engine import Engine
 from tests.e2e.support.foreign import write_foreign
@@ -13,6 +15,7 @@ from tests.e2e.support.tiny import make_model, reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+ASSETS = Path(__file__).parents[2] / "assets" / "interchange"
 PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 21, 22, 23], [400, 401, 3, 77, 150]]
 CASES = {
     "compressed-tensors int4 g128": ("compressed-tensors", Integer(4, 128, scale_dtype="float16")),
@@ -72,6 +75,36 @@ def test_columns_that_were_ordered_by_activation_are_refused(
     fmt = Integer(4, 64, scale_dtype="float16")
     packed, _ = write_foreign(model, tmp_path, "gptq", fmt, desc_act=True)
     assert "desc_act=True" in engine.run(packed, PROMPTS, dtype="bfloat16").error
+
+
+@pytest.mark.parametrize("name", ["gptq-desc-act", "gguf-q4_0"])
+def test_what_vllm_does_not_load_is_served_once_imported(
+    engine: Engine, tmp_path: Path, name: str
+) -> None:
+    if "gguf" in name:
+        pytest.importorskip("gguf")
+    import_checkpoint(ASSETS / name, tmp_path / "o", quiet=True)
+    found = json.loads((ASSETS / name / "expected.json").read_text())
+    settings = {"dtype": "float32", "max_model_len": 128, "env": EXACT}
+    result = engine.run(tmp_path / "o", [found["prompt"]], **settings)
+    assert not result.error, result.error
+    assert result.logprobs[0] == pytest.approx(found["logprobs"], abs=1e-3)
+
+
+def test_groups_that_two_ranks_cut_are_refused_until_they_are_imported(
+    two_ranks: Engine, tmp_path: Path
+) -> None:
+    model = make_model("Llama", tmp_path / "model", intermediate_size=640)
+    fmt = Integer(4, 128, scale_dtype="float16")
+    packed, dense = write_foreign(model, tmp_path, "compressed-tensors", fmt)
+    ranks = {"dtype": "float32", "tensor_parallel_size": 2, "env": EXACT}
+    assert two_ranks.run(packed, PROMPTS, **ranks).error
+    assert "columns each would cut a group" in two_ranks.log
+    import_checkpoint(packed, tmp_path / "o", tensor_parallel_size=2, quiet=True)
+    result = two_ranks.run(tmp_path / "o", PROMPTS, **ranks)
+    assert not result.error, result.error
+    for got, wanted in zip(result.logprobs, reference(dense, PROMPTS)[0], strict=True):
+        assert got == pytest.approx(wanted, abs=1e-3)
 
 
 def test_with_vllm_forced_8_bits_have_no_kernel_again(engine: Engine, tmp_path: Path) -> None:

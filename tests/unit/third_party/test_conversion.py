@@ -184,9 +184,9 @@ def test_source_of_a_tool_nobody_knows_is_refused(novels_8m: Path, tmp_path: Pat
     for path in novels_8m.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    config["quantization_config"] = {"quant_method": "quanto"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="already quantized by 'compressed-tensors'"):
+    with pytest.raises(CheckpointError, match="already quantized by 'quanto'"):
         convert(tmp_path, "int4-rtn", tmp_path / "out", quiet=True)
 
 

@@ -1,6 +1,15 @@
 """How compressed matrices lie in checkpoints: our own layout and other tools'."""
 
-from compress_methods.checkpoint.interchange import own  # noqa: F401  (registers it)
+from compress_methods.checkpoint.interchange import (  # noqa: F401  (registers them)
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gguf,
+    gptq,
+    hqq,
+    own,
+)
 from compress_methods.checkpoint.interchange.base import (
     LAYOUTS,
     DecodedEntry,

@@ -13,14 +13,17 @@ calls `quant_method`; or the same in another distribution through the entry-poin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.checkpoint.quantization_config import CompressionSpec
-from compress_methods.checkpoint.safetensors import Entry
-from compress_methods.errors import CheckpointError
-from compress_methods.formats import ITEMSIZE, Format, Stored, TensorSpec
+from compress_methods.checkpoint.safetensors import SLAB_BYTES, Entry
+from compress_methods.errors import CheckpointError, CompressError
+from compress_methods.formats import ITEMSIZE, Format, Stored, TensorSpec, torch_dtype
+from compress_methods.formats.dense import Dense
 from compress_methods.registry import Registry
 
 if TYPE_CHECKING:
@@ -34,6 +37,13 @@ class Layout(ABC):
     block: Mapping[str, Any]
     name: ClassVar[str]
 
+    def needed(self, module: str, leaf: str, entries: Mapping[str, Entry]) -> Entry:
+        """A tensor of a module by the end of its name; `CheckpointError` where there is none."""
+        name = f"{module}.{leaf}"
+        if name not in entries:
+            raise CheckpointError(f"{name} is missing")
+        return entries[name]
+
     @abstractmethod
     def modules(self, entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
         """[rows, cols] of every compressed module among a checkpoint's tensors."""
@@ -45,6 +55,16 @@ class Layout(ABC):
     @abstractmethod
     def read(self, module: str, entries: Mapping[str, Entry]) -> tuple[Format, Any]:
         """A module's format and its solution, exactly; `CheckpointError` where there is none."""
+
+    def format(self, module: str, entries: Mapping[str, Entry]) -> Format | None:
+        """What `read` gives the solution of, from headers and small tensors alone; None where no
+        format of ours holds the module exactly, and `read` gives its values, dense."""
+        fmt, _ = self.read(module, entries)
+        return None if isinstance(fmt, Dense) else fmt
+
+    def holds(self, kind: str) -> bool:
+        """Whether a result in this layout can have matrices of a kind, as `Skeleton.kind` says."""
+        return kind != "embedding"
 
     def specs(self, module: str, fmt: Format, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Full names and shapes of the tensors that `write` makes; `FormatError` where a format has
@@ -76,9 +96,53 @@ class DecodedEntry(Entry):
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
+    def of(self, dtype: str) -> DecodedEntry:
+        """The same, read in another dtype."""
+        size = self.shape[0] * self.shape[1] * ITEMSIZE[dtype]
+        return replace(self, dtype=dtype, nbytes=size)
+
+    def stored(self) -> tuple[Format, Any]:
+        """Format and solution; `CheckpointError` where the tensors are not what they should be."""
+        with _expecting(self.layout, self.module, self.path):
+            return self.layout.read(self.module, self.entries)
+
+    def format(self) -> Format | None:
+        """What holds it exactly, as `Layout.format` says."""
+        with _expecting(self.layout, self.module, self.path):
+            return self.layout.format(self.module, self.entries)
+
+    def values(self) -> Tensor:
+        """The whole matrix, float32: no other way of reading is cheaper."""
+        with _expecting(self.layout, self.module, self.path):
+            fmt, solution = self.layout.read(self.module, self.entries)
+            return fmt.matrix(solution)
+
     def read_into(self, out: Tensor, first: int = 0) -> Tensor:
-        fmt, solution = self.layout.read(self.module, self.entries)
-        return out.copy_(fmt.matrix(solution)[first : first + len(out)])
+        return out.copy_(self.values()[first : first + len(out)])
+
+    def slabs(self, multiple: int = 1, limit: int = SLAB_BYTES) -> Iterator[tuple[int, Tensor]]:
+        values = self.values().to(torch_dtype(self.dtype))
+        step = self._slab_rows(multiple, limit)
+        for first in range(0, self.rows, step):
+            yield first, values[first : first + step]
+
+    def copy_to(self, target: Tensor, check: Callable[[Tensor], Tensor] | None = None) -> None:
+        for first, slab in self.slabs():
+            target[first : first + len(slab)] = slab if check is None else check(slab)
+
+
+@contextmanager
+def _expecting(layout: Layout, module: str, path: Path) -> Iterator[None]:
+    """Say in one line that a module's tensors do not fit each other."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as problem:
+        if isinstance(problem, CompressError):
+            raise
+        reason = next(iter(str(problem).splitlines()), type(problem).__name__)[:200]
+        raise CheckpointError(
+            f"{path}: the tensors of {module} are not those of {layout.name} ({reason})"
+        ) from problem
 
 
 def decoded_entries(block: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -94,7 +158,10 @@ def decoded_entries(block: Mapping[str, Any], entries: Mapping[str, Entry]) -> d
         )
     layout = LAYOUTS.get(method, "quantization_config", CheckpointError)(block)
     plain = dict(entries)
-    for module, shape in layout.modules(entries).items():
+    first = next(iter(entries.values()), None)
+    with _expecting(layout, "the model", first.path if first else Path()):
+        modules = layout.modules(entries)
+    for module, shape in modules.items():
         names = layout.names(module, entries)
         for name in names:
             plain.pop(name, None)

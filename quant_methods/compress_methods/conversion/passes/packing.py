@@ -22,6 +22,7 @@ from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
 from compress_methods.conversion.passes.comparing import Comparer, Needs
 from compress_methods.conversion.passes.experts import EXPERTS, fed, rounds
 from compress_methods.conversion.passes.refining import SAVED, Solved, refine_block
+from compress_methods.conversion.passes.repacking import repack
 from compress_methods.conversion.passes.weighing import groups_of, loss_weights
 from compress_methods.conversion.planning.plan import Job
 from compress_methods.errors import CalibrationError
@@ -43,7 +44,7 @@ class Packing(Pass):
             pack_loaded(part)
         else:
             for job in part.shard.jobs:
-                pack_streamed(part, job)
+                (repack if job.algorithm.copies else pack_streamed)(part, job)
 
 
 def pack_loaded(part: BlockPart) -> None:
@@ -52,8 +53,14 @@ def pack_loaded(part: BlockPart) -> None:
     Where the original is compared with, matrices are solved in the order they run in, so that each
     makes up for what those before it have lost. Else all see the part as it was.
     """
-    experts = [job for job in part.shard.jobs if job.slot.kind == EXPERTS]
-    jobs = [job for job in part.shard.jobs if job.slot.kind != EXPERTS]
+    for job in part.shard.jobs:
+        if job.algorithm.copies:  # the values in the model are those that are stored
+            repack(part, job)
+            if job.slot.module != part.skeleton.head and not job.slot.index:
+                quantize_inputs(part.skeleton.module(job.slot.module), job.format)
+    solved_here = [job for job in part.shard.jobs if not job.algorithm.copies]
+    experts = [job for job in solved_here if job.slot.kind == EXPERTS]
+    jobs = [job for job in solved_here if job.slot.kind != EXPERTS]
     needs = _needs(jobs)
     weights = loss_weights(part)
     if part.before() is None or not any(map(compares, needs.values())):

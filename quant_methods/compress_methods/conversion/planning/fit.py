@@ -44,7 +44,7 @@ def why_unfit(
     except FormatError as problem:
         return str(problem).removeprefix(f"{slot.module}: ")
     if layout is not OWN:
-        return None
+        return None if layout.holds(slot.kind) else f"{layout.name} holds no token table"
     if slot.module.rpartition(".")[2] in skeleton.architecture.unquantized:
         return "vLLM's class gives it no quantization method"
     return why_not_served(slot.kind, skeleton.model, bool(skeleton.tied))

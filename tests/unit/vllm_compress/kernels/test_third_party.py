@@ -65,6 +65,29 @@ def test_groups_become_the_largest_of_ours_that_divides_them(group: int, expecte
     assert format_of(config, torch.float16).group_size == expected
 
 
+def test_a_group_that_ranks_would_cut_is_refused() -> None:
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+        MPLinearLayerConfig,
+    )
+    from vllm.scalar_type import scalar_types
+
+    from compress_methods.errors import CheckpointError
+    from vllm_compress.kernels.third_party_kernel import require_whole_groups
+
+    def layer(whole: int, cols: int, group: int) -> MPLinearLayerConfig:
+        kind, dtype = scalar_types.uint4b8, torch.bfloat16
+        return MPLinearLayerConfig((whole, 64), (cols, 64), kind, dtype, group, False)
+
+    for fine in (layer(640, 640, 128), layer(768, 384, 128), layer(640, 320, 64)):
+        require_whole_groups(fine)
+    require_whole_groups(layer(640, 320, -1))
+    with pytest.raises(CheckpointError, match="320 columns each would cut a group") as caught:
+        require_whole_groups(layer(640, 320, 128))
+    assert "import --tensor-parallel-size 2" in str(caught.value)
+    with pytest.raises(CheckpointError, match="groups of 256 columns over 2 ranks"):
+        require_whole_groups(layer(768, 384, 256))
+
+
 def test_what_no_format_holds_is_left_to_vllm() -> None:
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
         MPLinearLayerConfig,

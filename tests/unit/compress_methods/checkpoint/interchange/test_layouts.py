@@ -172,7 +172,7 @@ def model(novels_8m: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(novels_8m, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", None])
+@pytest.mark.parametrize("method", ["quanto", None])
 def test_an_unknown_quant_method_is_refused_in_one_line(
     method: str | None, model: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,1 @@
+"""What several foreign layouts share: words of codes, integers and floats in groups, recasting."""
