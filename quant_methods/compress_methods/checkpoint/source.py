@@ -12,8 +12,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from compress_methods.checkpoint.refusals import why_missing
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import count_not_finite, dtype_name, torch_dtype
+from compress_methods.model.relayout import Relayout, relayout_of
 from compress_methods.model.skeleton import Skeleton, checkpoint_names
 from compress_methods.model.slot import Slot
 from compress_methods.system.user_file import require_path
@@ -51,6 +53,14 @@ class PickledTensor(Entry):
 
 
 @dataclass(frozen=True)
+class ZeroTensor(Entry):
+    """A tensor of zeros that no file holds."""
+
+    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+        return out.zero_()
+
+
+@dataclass(frozen=True)
 class Parts:
     """A parameter of that shape whose matrices the checkpoint holds one by one."""
 
@@ -62,7 +72,7 @@ class Parts:
 class Source:
     """An opened checkpoint. `names` maps the model's parameter names to tensor names; a parameter
     that the checkpoint holds matrix by matrix (experts) is in `parts` instead. `views` are tensors
-    that the checkpoint holds once, under another name that is here too."""
+    that the checkpoint holds once, under another name that is here too, or not at all (zeros)."""
 
     directory: Path
     name: str
@@ -207,8 +217,11 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
 
     What another tool quantized is dequantized exactly while it is read, or refused.
     """
-    entries = read_any(directory, allow_pickle)
+    entries, added = read_any(directory, allow_pickle), frozenset[str]()
     config, held = read_json(directory / "config.json"), list(entries)
+    layout = relayout_of(config)
+    if layout is not None:
+        entries, added = _relaid(entries, layout, config, directory)
     block = config.get("quantization_config")
     if block:
         try:
@@ -229,7 +242,23 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
                 f"{entry.path}: {entry.name} is {list(entry.shape)}, "
                 f"expected {list(shape)} from config.json"
             )
-    return Source(directory, name, entries, names, parts)
+    return Source(directory, name, entries, names, parts, added)
+
+
+def _relaid(
+    entries: Mapping[str, Entry], layout: Relayout, config: Mapping[str, Any], directory: Path
+) -> tuple[dict[str, Entry], frozenset[str]]:
+    """The tensors under another model's names, and the names of those that no file holds."""
+    found = {layout.name(name): replace(e, name=layout.name(name)) for name, e in entries.items()}
+    base = next((name.partition("embeddings.")[0] for name in found if "embeddings." in name), "")
+    dtype = next((entry.dtype for entry in entries.values()), "float32")
+    path = directory / "config.json"
+    added = {
+        name: ZeroTensor(name, path, shape, dtype, 0, 0)
+        for name, shape in ((base + n, shape) for n, shape in layout.zeros(config).items())
+        if name not in found
+    }
+    return {**found, **added}, frozenset(added)
 
 
 def find_parts(

@@ -26,8 +26,9 @@ from compress_methods.checkpoint.loading import load_model
 from compress_methods.errors import CheckpointError
 from compress_methods.evaluation.fit import loading_dtype
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
-from compress_methods.model.architecture import NEXT_TOKEN, architecture_of
+from compress_methods.model.architecture import architecture_of
 from compress_methods.model.device import AUTO, resolve_device
+from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.system.progress import Progress
 
 

@@ -18,8 +18,10 @@ from torch import nn
 
 from compress_methods.errors import CheckpointError
 from compress_methods.model.architecture import Architecture, architecture_of
+from compress_methods.model.relayout import relaid, relayout_of
 from compress_methods.model.slot import Index, Slot
 from compress_methods.model.stored_names import EXPERT, StoredNames
+from compress_methods.model.task import STATES
 
 
 class Skeleton:
@@ -69,6 +71,11 @@ class Skeleton:
             if owner != name and name not in heads:
                 found[name] = owner
         return found
+
+    @property
+    def gives_states(self) -> bool:
+        """Whether the model has no head: it ends in hidden states."""
+        return self.architecture.loss == STATES
 
     def module(self, name: str) -> Any:
         return self.model.get_submodule(name)
@@ -165,6 +172,10 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
         config = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+        values = config.to_dict()
+        if relayout_of(values) is not None:
+            values = relaid(values)
+            config = transformers.AutoConfig.for_model(**values)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         if tied is not None:
@@ -181,7 +192,7 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
         if "custom code" in str(problem):
             reason = "it brings Python code of its own, which is never run"
         raise CheckpointError(
-            f"{directory / 'config.json'}: transformers cannot build a causal LM from it ({reason})"
+            f"{directory / 'config.json'}: transformers cannot build a model from it ({reason})"
         ) from problem
     model.tie_weights()  # skipped while weights are not initialised
     model.eval()

@@ -61,8 +61,8 @@ from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits
 from compress_methods.formats import Format, TensorSpec
-from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.device import peak_device_bytes, signature
+from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.recipe.training import Training
 from compress_methods.search.publish import CARD, opened, publish
 from compress_methods.system.files import copy_file, write_text
