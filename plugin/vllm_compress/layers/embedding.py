@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -21,6 +22,12 @@ from vllm_compress.kernels import ops, runtime
 from vllm_compress.layers import collector
 from vllm_compress.layers.claims import Claims
 from vllm_compress.targets import Target
+
+
+def is_pooling() -> bool:
+    """Whether vLLM runs the model to pool hidden states: it then loads no output head."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.model_config.runner_type == "pooling"
 
 
 class CompressedEmbedding(QuantizeMethodBase):
@@ -53,6 +60,7 @@ class CompressedEmbedding(QuantizeMethodBase):
                 f"is [{layer.org_vocab_size}, {input_size}]; config.json and weights disagree"
             )
         self.dtype = params_dtype
+        self.is_left_out = isinstance(layer, ParallelLMHead) and is_pooling()
         shard = layer.shard_indices
         self.rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)
         self.pad = layer.num_embeddings_per_partition - (self.rows[1] - self.rows[0])
@@ -73,7 +81,9 @@ class CompressedEmbedding(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.collector is None:
             return
-        if self.owner is not None:
+        if self.is_left_out and not self.collector.found:
+            pass
+        elif self.owner is not None:
             self._take_from_owner(layer, *self.owner)
         else:
             self._prepare(layer)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Stored
@@ -25,6 +25,19 @@ from vllm_compress.targets import Target
 
 Made = dict[tuple[str, ...], tuple[Any, "CompressedLinear"]]
 """Layers of this process with their methods, by the modules they hold."""
+
+
+class KeptLinear(UnquantizedLinearMethod):
+    """A linear layer that is kept as it is: after loading it asks whether some other layer should
+    have been compressed, where vLLM's class has dropped the tensors without a word."""
+
+    def __init__(self, claims: Claims) -> None:
+        super().__init__()
+        self.claims = claims
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.claims.check()
+        super().process_weights_after_loading(layer)
 
 
 class CompressedLinear(LinearMethodBase):
