@@ -319,10 +319,10 @@ class Sweep:
             planned = self.planned
             judge = Judge.of(planned.skeleton.architecture, planned.source.directory)
             sums = compare_held_out(self.runner_, self._written(), states, held, judge)
-            self.held_out = judge.summarize(sums)
+            self.held_out = judge.result(sums).to_dict()
             # A search that chooses by one half can only be believed on the other.
             halves = (sums[i::2] for i in (0, 1) if sums[i::2])
-            self.held_out_halves = [judge.summarize(half) for half in halves]
+            self.held_out_halves = [judge.result(half).to_dict() for half in halves]
 
     def _weigh(self, shards: Sequence[Shard]) -> None:
         """Let the loss say how much tokens count, where an algorithm asks for it."""

@@ -9,15 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from compress_methods.errors import RecipeError
-from compress_methods.evaluation.classes import compare_classes, summarize_classes
-from compress_methods.evaluation.embeddings import cosine, summarize_cosines
-from compress_methods.evaluation.metrics import Sums, compare_predictions, summarize
+from compress_methods.evaluation.classes import ClassEvaluation, compare_classes, summarize_classes
+from compress_methods.evaluation.embeddings import EmbeddingEvaluation, cosine, summarize_cosines
+from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
 from compress_methods.evaluation.pooling import pooled, pooling_of
 from compress_methods.model.architecture import Architecture
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.task import CLASSES, NEXT_TOKEN, STATES
 
 TOKENS_WANTED = "judges by the probability of tokens, which {kind} does not give"
+
+Outcome = Evaluation | ClassEvaluation | EmbeddingEvaluation
 
 
 class Judge:
@@ -40,13 +42,11 @@ class Judge:
             return cosine(pooled(base, self.pooling), pooled(other, self.pooling))
         return compare_predictions(base, other, tokens, self.loss == NEXT_TOKEN)
 
-    def summarize(self, texts: Sequence[Any]) -> dict[str, Any]:
-        """What a report says of all of them."""
+    def result(self, texts: Sequence[Any]) -> Outcome:
+        """Means over all of them."""
         if self.loss == CLASSES:
-            return summarize_classes(texts).to_dict()
-        if self.loss == STATES:
-            return summarize_cosines(texts).to_dict()
-        return summarize(texts).to_dict()
+            return summarize_classes(texts)
+        return summarize_cosines(texts) if self.loss == STATES else summarize(texts)
 
 
 def gives_tokens(skeleton: Skeleton) -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from compress_methods.errors import CheckpointError
+from compress_methods.calibration.tokenizer import load_tokenizer
+from compress_methods.errors import CalibrationError, CheckpointError
 from compress_methods.evaluation.classes import compare_classes, summarize_classes
 from compress_methods.evaluation.embeddings import cosine, summarize_cosines
+from compress_methods.evaluation.masked import Mask
+from compress_methods.evaluation.pairs import interval, read_pairs, spearman
 from compress_methods.evaluation.pooling import FIRST, LAST, MEAN, pooled, pooling_of
 from compress_methods.model.architecture import architecture_of
 
@@ -87,3 +90,47 @@ def write(folder: Path, config: dict[str, Any]) -> None:
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+
+def test_hidden_places_are_no_special_tokens_and_the_same_again(novels_8m: Path) -> None:
+    tokenizer = load_tokenizer(novels_8m)
+    with pytest.raises(CalibrationError, match="the tokenizer has no mask token"):
+        Mask(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokens = torch.cat([torch.zeros(10, dtype=torch.int64), torch.arange(100, 190)])
+    hidden, places = Mask(tokenizer).hide(tokens)
+    assert len(places) == 15
+    assert int(places.min()) >= 10
+    assert (hidden[places] == tokenizer.mask_token_id).all()
+    assert int((hidden != tokens).sum()) == 15
+    assert torch.equal(Mask(tokenizer).hide(tokens)[1], places)
+
+
+def test_rank_correlation_is_scipys() -> None:
+    from scipy.stats import spearmanr
+
+    a, b = [0.1, 0.4, 0.4, 0.9, -0.3], [1.0, 0.0, 3.0, 5.0, 2.0]
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman(a, [1.0] * 5) == 0
+    low, high = interval(0.8, 50)
+    assert low < 0.8 < high
+    assert math.atanh(high) - math.atanh(low) == pytest.approx(
+        2 * 1.959964 * math.sqrt((1 + 0.32) / 47), rel=1e-5
+    )
+
+
+PAIR = {"sentence1": "a", "sentence2": "b"}
+BAD: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"sentence1": "a"}] * 4, "pairs.jsonl:1: expected texts under sentence1 and sentence2"),
+    ([PAIR, {**PAIR, "score": 1}, PAIR, PAIR], "pairs.jsonl:2: expected a score in all lines"),
+    ([{**PAIR, "score": True}] * 4, "pairs.jsonl:1: score is True, expected a number"),
+    ([PAIR] * 3, "pairs.jsonl: 3 pairs, expected 4 or more"),
+]
+
+
+@pytest.mark.parametrize(("rows", "said"), BAD)
+def test_wrong_pairs_are_named(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(CalibrationError, match=said):
+        read_pairs(path)
