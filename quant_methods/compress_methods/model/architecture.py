@@ -192,6 +192,9 @@ register_architecture(
         vllm_names={"^modernbert.encoder_layer.": "model."},
     )
 )
+VISION = "gemma3 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl"
+"""A language model with a vision tower beside it, compared by text alone."""
+register_architecture(Architecture("vision-language", tuple(VISION.split()), proven=True))
 
 
 def prunable_types() -> list[str]:

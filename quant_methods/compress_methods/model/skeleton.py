@@ -31,6 +31,7 @@ class Skeleton:
         self.model = model
         self.architecture = architecture or architecture_of(model.config)
         self.stored_names = StoredNames(model)
+        self.tower = self._language_tower()
         self.blocks_name, self.blocks = self._find_blocks()
         modules = {module: name for name, module in model.named_modules()}
         self.embedding = modules[model.get_input_embeddings()]
@@ -45,9 +46,17 @@ class Skeleton:
             return named, self.model.get_submodule(named)
         found = self.model.named_modules()
         lists = [(n, m) for n, m in found if isinstance(m, nn.ModuleList) and len(m)]
+        lists = [(n, m) for n, m in lists if f"{n}.".startswith(self.tower)]
         if not lists:
             raise CheckpointError(f"{type(self.model).__name__}: found no list of blocks")
         return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+    def _language_tower(self) -> str:
+        """How names in the language model begin, where a vision tower stands beside it."""
+        if getattr(self.model.config, "vision_config", None) is None:
+            return ""
+        tower = self.model.get_decoder()
+        return next(f"{name}." for name, module in self.model.named_modules() if module is tower)
 
     def _find_head(self, modules: Mapping[nn.Module, str]) -> str:
         if self.architecture.head is not None:

@@ -31,6 +31,9 @@ TASKS = {
     "ForMaskedLM": Task("AutoModelForMaskedLM", SAME_TOKEN),
     "Model": Task("AutoModel", STATES),
 }
+GENERATION = "ForConditionalGeneration"
+MULTIMODAL = Task("AutoModelForImageTextToText", NEXT_TOKEN)
+"""A language model with a vision tower beside it; without one the name is that of a translator."""
 HEADED = ("LMHeadModel", "HeadsModel", "RewardModel", "ScoreModel")
 """Names that end in `Model` and have a head all the same."""
 
@@ -46,4 +49,7 @@ def task_of(config: Any) -> Task | None:
     name = str(found[0]) if isinstance(found, (list, tuple)) and found else ""
     if name.endswith(HEADED):
         return None
+    if name.endswith(GENERATION):
+        held = config if isinstance(config, Mapping) else vars(config)
+        return MULTIMODAL if held.get("vision_config") is not None else None
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)

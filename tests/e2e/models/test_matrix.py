@@ -18,6 +18,7 @@ from compress_methods.model.architecture import architecture_of, proven_types
 from tests.e2e.support.encoders import ENCODERS
 from tests.e2e.support.engine import Engine
 from tests.e2e.support.tiny import VOCABULARY, compress, make_model, reference
+from tests.e2e.support.vision import VISION
 from tests.e2e.support.zoo import MIXTURES, SERVED, SERVED_MIXTURES, UNSERVED, ZOO
 
 W4 = {"format": "integer", "bits": 4, "group_size": 32}
@@ -102,6 +103,7 @@ def encoder_type(name: str) -> str:
 
 def test_proven_kinds_are_those_compared_here() -> None:
     compared = {model_type(name) for name in [*SERVED, *SERVED_MIXTURES]}
+    compared |= set(VISION)
     compared |= {encoder_type(name) for name in ENCODERS} - {"distilbert"}  # read as a BERT
     assert len(SERVED) >= 40
     assert proven_types() - {"llama4"} == compared  # llama4 wraps llama4_text

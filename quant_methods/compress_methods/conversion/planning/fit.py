@@ -47,6 +47,9 @@ def why_unfit(
         return None
     if slot.module.rpartition(".")[2] in skeleton.architecture.unquantized:
         return "vLLM's class gives it no quantization method"
+    beside = not slot.module.startswith(skeleton.tower) and slot.kind != "lm_head"
+    if beside:
+        return "what stands beside the language model is kept as it is"
     if skeleton.architecture.only_blocks and slot.kind != "blocks":
         return "vLLM's class keeps all that lies outside the blocks as it is"
     return why_not_served(slot.kind, skeleton.model, bool(skeleton.tied))
