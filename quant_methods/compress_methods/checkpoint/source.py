@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress_methods.checkpoint.companions import SUFFIXES, companion_files, companion_name
 from compress_methods.checkpoint.compressed import INDEX, SINGLE, read_entries, read_json
 from compress_methods.checkpoint.integrity import sha256
 from compress_methods.checkpoint.interchange import DecodedEntry, decoded_entries
@@ -32,12 +33,13 @@ from compress_methods.model.slot import Slot
 from compress_methods.system.user_file import require_path
 
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
-COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-NOT_COPIED = {"config.json", "report.json", INDEX, *PICKLES}
 HASHED_TOGETHER = 4
 CLOCK_TICK = 10**9
 _SUMS: dict[tuple[int, ...], str] = {}
-HUB_FILES = ("*.safetensors", "LICENSE*", *(f"*{suffix}" for suffix in sorted(COPIED_SUFFIXES)))
+HUB_FILES = (
+    *("*.safetensors", "LICENSE*", "*.model.v*"),
+    *(f"*{suffix}" for suffix in sorted(SUFFIXES)),
+)
 PICKLED_FILES = ("*.bin",)
 
 
@@ -318,11 +320,15 @@ def fingerprint(source: Source) -> str:
     is copied beside them."""
     weights = {entry.path for entry in source.entries.values()}
     config = source.directory / "config.json"
-    paths = sorted({config, *weights, *companion_files(source.directory)})
+    beside = set(companion_files(source.directory))
+    paths = sorted({config, *weights, *beside})
     # Hashing leaves the interpreter's lock, so a few files at a time are read as fast as they come.
     with ThreadPoolExecutor(HASHED_TOGETHER) as pool:
         sums = list(pool.map(_content_sum, paths))
-    lines = [f"{path.name} {digest}" for path, digest in zip(paths, sums, strict=True)]
+    names = [
+        companion_name(path, source.directory) if path in beside else path.name for path in paths
+    ]
+    lines = [f"{name} {digest}" for name, digest in zip(paths, sums, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -338,15 +344,3 @@ def _content_sum(path: Path) -> str:
         return _SUMS[key]
     except OSError as problem:
         raise CheckpointError(f"{path}: not readable ({problem.strerror or problem})") from problem
-
-
-def companion_files(directory: Path) -> list[Path]:
-    """Tokenizer, generation config and the like: everything to copy beside the weights."""
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file()
-        and path.name not in NOT_COPIED
-        and not path.name.startswith(".")
-        and (path.suffix in COPIED_SUFFIXES or path.name.upper().startswith("LICENSE"))
-    )
