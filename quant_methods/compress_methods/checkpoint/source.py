@@ -328,7 +328,7 @@ def fingerprint(source: Source) -> str:
     names = [
         companion_name(path, source.directory) if path in beside else path.name for path in paths
     ]
-    lines = [f"{name} {digest}" for name, digest in zip(paths, sums, strict=True)]
+    lines = [f"{name} {digest}" for name, digest in zip(names, sums, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
