@@ -36,7 +36,7 @@ class CompressedEmbedding(QuantizeMethodBase):
     def __init__(self, target: Target, claims: Claims | None = None) -> None:
         self.target = target
         self.format = target.format
-        self.collector: collector.Collector | None = collector.Collector([target], claims)
+        self.collector = collector.Collector([target], claims)
         self.stored = list(target.format.tensors(*target.shape))
         self.owner: tuple[Module, CompressedEmbedding] | None = None
         self.names: list[str] = []
@@ -53,7 +53,6 @@ class CompressedEmbedding(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        assert self.collector is not None
         if self.target.shape != (layer.org_vocab_size, input_size):
             raise CheckpointError(
                 f"{self.target.module}: compressed as {list(self.target.shape)}, but the model's "
@@ -79,7 +78,7 @@ class CompressedEmbedding(QuantizeMethodBase):
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if self.collector is None:
+        if not self.collector.is_waiting:
             return
         if self.is_left_out and not self.collector.found:
             pass
@@ -87,7 +86,7 @@ class CompressedEmbedding(QuantizeMethodBase):
             self._take_from_owner(layer, *self.owner)
         else:
             self._prepare(layer)
-        self.collector = None
+        self.collector.close()
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return torch.ops.vllm_compress.embedding(
@@ -102,7 +101,6 @@ class CompressedEmbedding(QuantizeMethodBase):
         return [getattr(layer, name) for name in self.names]
 
     def _prepare(self, layer: Any) -> None:
-        assert self.collector is not None
         tensors = self.collector.dummy().get(None, {})
         collector.check(self.target, tensors)
         (piece,) = collector.cut(self.target, tensors, [self.rows], (0, self.target.shape[1]))

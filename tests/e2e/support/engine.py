@@ -103,12 +103,14 @@ class Engine:
         env: dict[str, str] | None = None,
         tokens: int = 1,
         task: str = "",
+        reload: str | Path = "",
         **options: Any,
     ) -> Result:
         """Load a model, score the prompts and continue them greedily, or pool them as a `task` of
-        vLLM's pooling runner does; `options` are `LLM`'s."""
+        vLLM's pooling runner does; `options` are `LLM`'s. `reload`: a directory whose weights take
+        the place of the model's before anything is asked."""
         job = {"model": str(model), "prompts": prompts, "env": env or {}, "tokens": tokens}
-        job["task"] = task
+        job |= {"task": task, "reload": str(reload)}
         line = json.dumps({**job, "options": options}) + "\n"
         with suppress(BrokenPipeError):  # it died before: no answer comes, and the log says why
             os.write(self._jobs, line.encode())
@@ -163,6 +165,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             scored = _pool(llm, job["prompts"], job["task"])
         else:
             llm = LLM(job["model"], **options)
+            if job["reload"]:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
             scored = _score(llm, job["prompts"], job["tokens"])
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what loading needed for a moment and nobody holds now
