@@ -51,7 +51,7 @@ def spend(recipe: Recipe, shape: ModelShape, find: Find) -> Find:
         elif (fmt := find(module, matrix)) is not None:
             fixed += fmt.nbytes(matrix.rows, matrix.cols) * matrix.count
         else:
-            kept += values * matrix.itemsize
+            kept += round(values * matrix.itemsize)
             continue
         weights += values
     options = [_options(recipe, mine) for mine in groups.values()]
