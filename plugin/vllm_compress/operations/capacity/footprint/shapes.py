@@ -62,7 +62,6 @@ COUNTS = dict.fromkeys(
 KEEPS_KEYS = re.compile("hybrid|(?!linear).*attention")
 """Kinds of layers that keep keys and values; others (Mamba, linear attention, convolutions, plain
 feed-forward) keep a state of fixed size or nothing."""
-
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
