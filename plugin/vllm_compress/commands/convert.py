@@ -176,7 +176,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"kept as they are: {sum(found['matrices'] for found in dense.values())} matrices, "
             f"{size:,.1f} MB: {', '.join(names[:MOST_NOTES])}{more}"
         )
-    for key, what in (("unfit", "left dense"), ("regrouped", "smaller groups")):
+    for key, what in (("unfit", "left dense"), ("regrouped", "smaller groups or padded")):
         found = report.get(key) or {}
         lines += [f"{what}: {name}: {why}" for name, why in list(found.items())[:MOST_NOTES]]
         if len(found) > MOST_NOTES:

@@ -77,7 +77,10 @@ def refuse(found: Iterable[Unfit]) -> None:
         said.append(
             f"{module if many else modules[0]} [{rows}, {cols}]: {why} (format {name!r}{count})"
         )
-    raise RecipeError(f"{'; '.join(said)}; `on_unfit: keep` in the recipe leaves such as they are")
+    raise RecipeError(
+        f"{'; '.join(said)}; `on_unfit: keep` in the recipe leaves such as they are, `pad` adds "
+        "columns of zeros where that helps"
+    )
 
 
 def kept(found: Iterable[Unfit], skeleton: Skeleton) -> dict[str, str]:

@@ -95,7 +95,7 @@ def _options(recipe: Recipe, mine: list[tuple[str, Matrix]]) -> list[Format]:
         rule = rule_of(recipe, module, matrix)
         assert rule is not None
         fits = [
-            rule.choose(recipe.formats[name], lambda fmt, m=matrix: holds(fmt, m))  # type: ignore[misc]
+            rule.choose(recipe.formats[name], lambda fmt, m=matrix: holds(fmt, m), matrix.cols)  # type: ignore[misc]
             for name in rule.candidates
         ]
         mine_too = [fmt for fmt in fits if fmt is not None]

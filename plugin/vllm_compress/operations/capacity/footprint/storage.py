@@ -103,7 +103,7 @@ def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
         fmt = None if rule is None else loaded.formats[rule.format]
         if rule is None or fmt is None or isinstance(fmt, Dense):
             return None
-        found = rule.choose(fmt, lambda f: holds(f, matrix))
+        found = rule.choose(fmt, lambda f: holds(f, matrix), matrix.cols)
         return fmt if found is None and rule.on_unfit != "keep" else found
 
     parts = _assign(shape, spend(loaded, shape, find), _sharing(shape, recipe))
