@@ -18,8 +18,8 @@ from vllm_compress.commands.convert import add_device_argument
 
 if TYPE_CHECKING:
     from compress_methods.evaluation.metrics import Evaluation
-    from compress_methods.evaluation.outputs import Outcome
-    from compress_methods.evaluation.pairs import PairEvaluation
+    from compress_methods.evaluation.outputs.judge import Outcome
+    from compress_methods.evaluation.outputs.pairs import PairEvaluation
     from compress_methods.evaluation.tasks import TaskResult
 
 DESCRIPTION = """\
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pairs(args: argparse.Namespace) -> PairEvaluation:
     """How both models order the pairs of a file."""
-    from compress_methods.evaluation.pairs import evaluate_pairs
+    from compress_methods.evaluation.outputs.pairs import evaluate_pairs
     from compress_methods.system.progress import Progress
 
     with Progress(1, "pairs", sys.stderr, quiet=args.quiet) as progress:
@@ -226,8 +226,8 @@ def _measure(args: argparse.Namespace) -> Outcome:
 
 def render(result: Outcome) -> str:
     """The table for people."""
-    from compress_methods.evaluation.classes import ClassEvaluation
-    from compress_methods.evaluation.embeddings import EmbeddingEvaluation
+    from compress_methods.evaluation.outputs.classes import ClassEvaluation
+    from compress_methods.evaluation.outputs.embeddings import EmbeddingEvaluation
 
     if isinstance(result, EmbeddingEvaluation):
         ends = _ends(result, "cosine", ".5f")

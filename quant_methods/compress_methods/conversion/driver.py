@@ -34,7 +34,7 @@ from compress_methods.conversion.passes.weighing import asked_of, weigh
 from compress_methods.conversion.planning.plan import HEAD_BLOCK, Shard
 from compress_methods.conversion.recovery import forget_damaged
 from compress_methods.errors import RecipeError
-from compress_methods.evaluation.outputs import Judge
+from compress_methods.evaluation.outputs.judge import Judge
 from compress_methods.formats import TensorSpec, torch_dtype
 from compress_methods.model.block_runner import BlockRunner
 from compress_methods.model.device import batch_size, exact_products, pinned

@@ -16,7 +16,7 @@ from compress_methods.checkpoint.safetensors import Entry, read_header
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.planning.plan import Job, Shard
 from compress_methods.evaluation.metrics import Sums
-from compress_methods.evaluation.outputs import Judge
+from compress_methods.evaluation.outputs.judge import Judge
 from compress_methods.evaluation.streamed import after_blocks, table_rows
 from compress_methods.formats import Stored
 from compress_methods.kernels import Want, embed, prepare

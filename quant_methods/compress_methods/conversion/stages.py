@@ -39,7 +39,7 @@ from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.planning.preview import preview, preview_plan
 from compress_methods.conversion.planning.sharing import plan_shared, share_again
 from compress_methods.errors import RecipeError
-from compress_methods.evaluation.outputs import require_tokens
+from compress_methods.evaluation.outputs.judge import require_tokens
 from compress_methods.model.relayout import relaid
 from compress_methods.model.skeleton import Skeleton, build_skeleton
 from compress_methods.recipe.stages import StagedRecipe

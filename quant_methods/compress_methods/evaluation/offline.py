@@ -27,9 +27,9 @@ from compress_methods.calibration.tokenizer import check_length, check_vocabular
 from compress_methods.checkpoint.loading import load_model
 from compress_methods.errors import CheckpointError
 from compress_methods.evaluation.fit import loading_dtype
-from compress_methods.evaluation.masked import Mask, compare_masked
 from compress_methods.evaluation.metrics import Sums
-from compress_methods.evaluation.outputs import Judge, Outcome
+from compress_methods.evaluation.outputs.judge import Judge, Outcome
+from compress_methods.evaluation.outputs.masked import Mask, compare_masked
 from compress_methods.model.architecture import architecture_of
 from compress_methods.model.device import AUTO, resolve_device
 from compress_methods.model.task import SAME_TOKEN, STATES

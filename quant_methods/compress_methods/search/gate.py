@@ -47,7 +47,7 @@ from compress_methods.conversion.resources import require_room, stages_disk
 from compress_methods.conversion.stages import Stage, open_stages
 from compress_methods.errors import NotAccepted
 from compress_methods.evaluation import tasks
-from compress_methods.evaluation.outputs import require_tokens
+from compress_methods.evaluation.outputs.judge import require_tokens
 from compress_methods.evaluation.tasks import Scores, TaskResult
 from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.search.prune_to import Opening, Search

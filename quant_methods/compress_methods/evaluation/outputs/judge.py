@@ -9,10 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from compress_methods.errors import RecipeError
-from compress_methods.evaluation.classes import ClassEvaluation, compare_classes, summarize_classes
-from compress_methods.evaluation.embeddings import EmbeddingEvaluation, cosine, summarize_cosines
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
-from compress_methods.evaluation.pooling import pooled, pooling_of
+from compress_methods.evaluation.outputs.classes import (
+    ClassEvaluation,
+    compare_classes,
+    summarize_classes,
+)
+from compress_methods.evaluation.outputs.embeddings import (
+    EmbeddingEvaluation,
+    cosine,
+    summarize_cosines,
+)
+from compress_methods.evaluation.outputs.pooling import pooled, pooling_of
 from compress_methods.model.architecture import Architecture
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.task import CLASSES, NEXT_TOKEN, STATES

@@ -12,11 +12,11 @@ import torch
 
 from compress_methods.calibration.tokenizer import load_tokenizer
 from compress_methods.errors import CalibrationError, CheckpointError
-from compress_methods.evaluation.classes import compare_classes, summarize_classes
-from compress_methods.evaluation.embeddings import cosine, summarize_cosines
-from compress_methods.evaluation.masked import Mask
-from compress_methods.evaluation.pairs import interval, read_pairs, spearman
-from compress_methods.evaluation.pooling import FIRST, LAST, MEAN, pooled, pooling_of
+from compress_methods.evaluation.outputs.classes import compare_classes, summarize_classes
+from compress_methods.evaluation.outputs.embeddings import cosine, summarize_cosines
+from compress_methods.evaluation.outputs.masked import Mask
+from compress_methods.evaluation.outputs.pairs import interval, read_pairs, spearman
+from compress_methods.evaluation.outputs.pooling import FIRST, LAST, MEAN, pooled, pooling_of
 from compress_methods.model.architecture import architecture_of
 
 

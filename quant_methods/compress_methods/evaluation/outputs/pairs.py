@@ -28,9 +28,9 @@ from compress_methods.calibration.text import jsonl_rows
 from compress_methods.calibration.tokenizer import context_length, load_tokenizer
 from compress_methods.checkpoint.loading import load_model
 from compress_methods.errors import CalibrationError, CheckpointError
-from compress_methods.evaluation.embeddings import cosine
 from compress_methods.evaluation.fit import loading_dtype
-from compress_methods.evaluation.pooling import pooled, pooling_of
+from compress_methods.evaluation.outputs.embeddings import cosine
+from compress_methods.evaluation.outputs.pooling import pooled, pooling_of
 from compress_methods.model.architecture import architecture_of
 from compress_methods.model.device import AUTO, resolve_device
 from compress_methods.model.task import CLASSES
