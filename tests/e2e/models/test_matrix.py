@@ -106,6 +106,6 @@ def test_proven_kinds_are_those_compared_here() -> None:
     compared |= set(VISION)
     compared |= {encoder_type(name) for name in ENCODERS} - {"distilbert"}  # read as a BERT
     assert len(SERVED) >= 40
-    assert proven_types() - {"llama4"} == compared  # llama4 wraps llama4_text
+    assert proven_types() == compared
     for name in UNSERVED:
         assert not architecture_of({"model_type": model_type(name)}).proven

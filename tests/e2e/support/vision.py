@@ -106,6 +106,28 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
             "eoi_token_index": 4003,
         },
     ),
+    "llama4": (
+        "Llama4",
+        {
+            "text_config": {
+                **TEXT,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "interleave_moe_layer_step": 1,
+                "intermediate_size_mlp": 256,
+            },
+            "vision_config": {
+                **{key: CLIP[key] for key in ("num_hidden_layers", "image_size", "patch_size")},
+                "num_attention_heads": 2,
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "vision_output_dim": 64,
+                "projector_input_dim": 64,
+                "projector_output_dim": 64,
+            },
+            "image_token_index": 4000,
+        },
+    ),
     "mistral3": (
         "Mistral3",
         {
