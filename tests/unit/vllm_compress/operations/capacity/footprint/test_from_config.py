@@ -87,7 +87,15 @@ def test_what_others_packed_has_the_models_shape(
         load_shape(str(model))
 
 
-def test_a_model_that_nobody_can_build_is_said_so(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+@pytest.mark.parametrize(
+    "wrong",
+    [{"model_type": "unheard-of"}, {"hidden_size": 7}, {"rope_parameters": 5}, {"dtype": "zz"},
+     {"num_hidden_layers": None}],
+)  # fmt: skip
+def test_a_model_that_nobody_can_build_is_said_so(
+    wrong: dict[str, Any], novels_8m: Path, tmp_path: Path
+) -> None:
+    config = json.loads((novels_8m / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
     with pytest.raises(CheckpointError, match="transformers cannot build a model from it"):
         load_shape(str(tmp_path))
