@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """What is in vLLM's fused layers, for model classes that do not say it (GPT-J, StableLM)."""
+QKV = 3
 
 
 class CompressConfig(QuantizationConfig):
@@ -48,6 +49,7 @@ class CompressConfig(QuantizationConfig):
         self.targets: dict[str, Target] = {}
         self.made: Made = {}
         self.renamed: dict[str, str] = {}
+        self.fused_parts = dict(FUSED)
         self.claims = Claims()
 
     def __repr__(self) -> str:
@@ -101,7 +103,10 @@ class CompressConfig(QuantizationConfig):
 
         self.targets = find_targets(self.spec, model_name, revision)
         if hf_config is not None:
-            self.renamed = dict(architecture_of(hf_config).vllm_names)
+            row = architecture_of(hf_config)
+            self.renamed = dict(row.vllm_names)
+            qkv = next((list(parts) for parts in row.fused if len(parts) == QKV), None)
+            self.fused_parts |= {} if qkv is None else {"qkv_proj": qkv}
             self.targets = check_rows(self.targets, hf_config)
         for alias, owner in self.spec.tied.items():
             if owner in self.targets:
@@ -141,12 +146,15 @@ class CompressConfig(QuantizationConfig):
         from compress_methods.errors import CheckpointError
 
         for theirs, ours in self.renamed.items():
-            prefix = prefix.replace(theirs, ours)
+            if not theirs.startswith("^"):
+                prefix = prefix.replace(theirs, ours)
+            elif prefix.startswith(theirs[1:]):
+                prefix = ours + prefix.removeprefix(theirs[1:])
         whole = self.find(prefix)
         if whole is not None:
             return [whole]
         parent, _, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last) or FUSED.get(last, [])
+        parts = self.packed_modules_mapping.get(last) or self.fused_parts.get(last, [])
         names = [f"{parent}.{part}" if parent else part for part in parts]
         found = [self.find(name) for name in names]
         if len({None if t is None else t.format for t in found}) > 1:
@@ -168,7 +176,7 @@ class CompressConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import (
             ParallelLMHead,
             VocabParallelEmbedding,
@@ -176,10 +184,10 @@ class CompressConfig(QuantizationConfig):
 
         if isinstance(layer, LinearBase):
             targets = self.fused(prefix)
-            if not targets:
-                return UnquantizedLinearMethod()
-            from vllm_compress.layers.linear import CompressedLinear
+            from vllm_compress.layers.linear import CompressedLinear, KeptLinear
 
+            if not targets:
+                return KeptLinear(self.claims)
             self.claims.add(targets)
             return CompressedLinear(targets, self.made, self.claims)
         if isinstance(layer, VocabParallelEmbedding):

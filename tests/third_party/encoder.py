@@ -1,6 +1,7 @@
 """A row for BERT: an encoder, judged by the tokens that stand where it looks."""
 
-from compress_methods.model.architecture import SAME_TOKEN, Architecture, register_architecture
+from compress_methods.model.architecture import Architecture, register_architecture
+from compress_methods.model.task import SAME_TOKEN
 
 BERT = register_architecture(
     Architecture(

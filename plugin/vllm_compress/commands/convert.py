@@ -144,10 +144,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     ]
     held = report["held_out"]
     if held:
-        lines.append(
-            f"held-out text: perplexity {held['base_perplexity']:.3f} -> {held['perplexity']:.3f}, "
-            f"KL {held['kl']:.5f} nats/token, same top token {held['top1_agreement']:.1%}"
-        )
+        lines.append(f"held-out text: {_held_out(held)}")
     for tried in report.get("gate", {}).get("tries", ()):
         verdict = "accepted" if tried["accepted"] else "not accepted"
         lines.append(f"gate: {tried['recipe']}: {verdict}: {tried['said']}")
@@ -156,6 +153,20 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     lines.append(f"{seconds:.0f} s, peak memory {peak / 1e6:,.0f} MB")
     lines.append(f"serve it: vllm-compress serve {out}")
     return "\n".join(lines)
+
+
+def _held_out(held: dict[str, Any]) -> str:
+    if "cosine" in held:
+        return (
+            f"cosine to the original's embeddings {held['cosine']:.5f}, of 95% of the texts "
+            f"{held['cosine_p05']:.5f} or more"
+        )
+    if "decisions" in held:
+        return f"KL {held['kl']:.5f} nats, same label {held['top1_agreement']:.1%}"
+    return (
+        f"perplexity {held['base_perplexity']:.3f} -> {held['perplexity']:.3f}, "
+        f"KL {held['kl']:.5f} nats/token, same top token {held['top1_agreement']:.1%}"
+    )
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
@@ -170,7 +181,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"kept as they are: {sum(found['matrices'] for found in dense.values())} matrices, "
             f"{size:,.1f} MB: {', '.join(names[:MOST_NOTES])}{more}"
         )
-    for key, what in (("unfit", "left dense"), ("regrouped", "smaller groups")):
+    for key, what in (("unfit", "left dense"), ("regrouped", "smaller groups or padded")):
         found = report.get(key) or {}
         lines += [f"{what}: {name}: {why}" for name, why in list(found.items())[:MOST_NOTES]]
         if len(found) > MOST_NOTES:

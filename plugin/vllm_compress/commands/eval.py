@@ -18,12 +18,16 @@ from vllm_compress.commands.convert import add_device_argument
 
 if TYPE_CHECKING:
     from compress_methods.evaluation.metrics import Evaluation
+    from compress_methods.evaluation.outputs.judge import Outcome
+    from compress_methods.evaluation.outputs.pairs import PairEvaluation
     from compress_methods.evaluation.tasks import TaskResult
 
 DESCRIPTION = """\
 Compare a compressed model with its original. On a text: perplexity of both, KL divergence to the
 original, how often both find the same next token likeliest, what it would be worth as a draft, and
-how much of the original's decisions is left. On questions: how many both answer rightly."""
+how much of the original's decisions is left; of a masked language model the same where tokens are
+hidden. Without a language model's head: the cosine of embeddings, or KL and agreement of labels. On
+questions: how many both answer rightly. On pairs of texts: whether both order them alike."""
 EPILOG = """\
 --json prints one object with the keys
   perplexity, base_perplexity   of the text under the compressed and the original model
@@ -44,7 +48,14 @@ EPILOG = """\
                                 window being one observation
   tasks                         with --tasks, for each metric of each: task, metric, base_score,
                                 score, change and its 95% interval by question, questions
+Of an encoder, instead: cosine (mean over texts) and cosine_p05 (what 95% of them reach); of a
+classifier: kl, top1_agreement and decisions. Both have sequences and intervals.
+  pairs                         with --pairs: rank_correlation, Spearman's rho between both models'
+                                scores; base_spearman and spearman, of each with people's; pairs
 A value that is not finite is null.
+
+--pairs takes a .jsonl with a pair a line, the score (people's, on any scale) in all or none:
+  {"sentence1": "A man sleeps.", "sentence2": "Someone is asleep.", "score": 4.5}
 
 --tasks takes files. A .jsonl has a question a line, answered by log-likelihood (acc):
   {"prompt": "Q: 2 + 2 is\\nA:", "choices": ["3", "4"], "answer": 1}
@@ -69,6 +80,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--tasks", metavar="FILE,...", help="questions to ask both, .jsonl or the harness's .yaml"
+    )
+    parser.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="pairs of texts, .jsonl, that embeddings or a reranker are to put in the same order",
     )
     parser.add_argument(
         "--url", metavar="URL", help="a vLLM server of DIR to ask instead of loading DIR"
@@ -107,8 +123,10 @@ def run(args: argparse.Namespace) -> int:
             raise CalibrationError(f"{option} is {value}, expected a number from {least}")
     if args.logprobs < 1 and args.logprobs != -1:
         raise CalibrationError(f"--logprobs is {args.logprobs}, expected a number from 1, or -1")
-    if args.text is None and args.tasks is None:
-        raise CalibrationError("expected --text FILE, --tasks FILE or both")
+    if args.text is None and args.tasks is None and args.pairs is None:
+        raise CalibrationError("expected --text FILE, --tasks FILE, --pairs FILE or several")
+    if args.pairs is not None and args.url is not None:
+        raise CalibrationError("--pairs loads DIR; leave out --url")
     if args.tasks is not None and args.url is not None:
         raise CalibrationError(
             "--tasks loads DIR; leave out --url (compare --lm-eval asks servers)"
@@ -118,14 +136,41 @@ def run(args: argparse.Namespace) -> int:
         require_task(file)
     result = None if args.text is None else _measure(args)
     tasks = [found for file in files for found in _ask(args, file)]
+    pairs = None if args.pairs is None else _pairs(args)
     if args.json:
         block = {} if result is None else result.to_dict()
         if files:
             block["tasks"] = [found.to_dict() for found in tasks]
+        if pairs is not None:
+            block["pairs"] = pairs.to_dict()
         print(json.dumps(block, indent=2))
     else:
-        print("\n".join([*([] if result is None else [render(result)]), *map(_line, tasks)]))
+        lines = [] if result is None else [render(result)]
+        lines += map(_line, tasks)
+        print("\n".join([*lines, *([] if pairs is None else _pair_lines(pairs))]))
     return 0
+
+
+def _pairs(args: argparse.Namespace) -> PairEvaluation:
+    """How both models order the pairs of a file."""
+    from compress_methods.evaluation.outputs.pairs import evaluate_pairs
+    from compress_methods.system.progress import Progress
+
+    with Progress(1, "pairs", sys.stderr, quiet=args.quiet) as progress:
+        return evaluate_pairs(
+            args.model, args.against, args.pairs, device=args.device, progress=progress
+        )
+
+
+def _pair_lines(found: PairEvaluation) -> list[str]:
+    ends = _ends(found, "rank_correlation", ".4f")
+    lines = [f"order of pairs        {found.rank_correlation:.4f}{ends}, Spearman's rho"]
+    if found.spearman is not None and found.base_spearman is not None:
+        ends = _ends(found, "spearman", ".4f")
+        lines.append(
+            f"order by people       {found.spearman:.4f}{ends}; original {found.base_spearman:.4f}"
+        )
+    return [*lines, f"pairs                 {found.pairs:,}"]
 
 
 def _ask(args: argparse.Namespace, file: Path) -> list[TaskResult]:
@@ -150,7 +195,7 @@ def _line(found: TaskResult) -> str:
     )
 
 
-def _measure(args: argparse.Namespace) -> Evaluation:
+def _measure(args: argparse.Namespace) -> Outcome:
     from compress_methods.evaluation.offline import evaluate
     from compress_methods.evaluation.served import evaluate_url
     from compress_methods.system.progress import Progress
@@ -179,8 +224,30 @@ def _measure(args: argparse.Namespace) -> Evaluation:
         )
 
 
-def render(result: Evaluation) -> str:
+def render(result: Outcome) -> str:
     """The table for people."""
+    from compress_methods.evaluation.outputs.classes import ClassEvaluation
+    from compress_methods.evaluation.outputs.embeddings import EmbeddingEvaluation
+
+    if isinstance(result, EmbeddingEvaluation):
+        ends = _ends(result, "cosine", ".5f")
+        return (
+            f"cosine of embeddings  {result.cosine:.5f}{ends}, of 95% of the texts "
+            f"{result.cosine_p05:.5f} or more\n"
+            f"texts                 {result.sequences:,}; in brackets 95% intervals by text"
+        )
+    if isinstance(result, ClassEvaluation):
+        return (
+            f"KL of the labels      {result.kl:.5f} nats{_ends(result, 'kl', '.5f')}\n"
+            f"same label            {result.top1_agreement:.2%}"
+            f"{_ends(result, 'top1_agreement', '.2%')}\n"
+            f"decisions             {result.decisions:,} in {result.sequences:,} texts; "
+            "in brackets 95% intervals by text"
+        )
+    return _tokens(result)
+
+
+def _tokens(result: Evaluation) -> str:
     kl = f"{result.kl:.5f} nats/token{_ends(result, 'kl', '.5f')}"
     least = ""
     if result.kl_kind == "lower_bound":
@@ -204,7 +271,7 @@ def render(result: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _ends(result: Evaluation, name: str, style: str) -> str:
+def _ends(result: Outcome | PairEvaluation, name: str, style: str) -> str:
     """Both ends of an interval, if there is one."""
     low, high = (result.intervals or {}).get(name, (math.nan, math.nan))
     known = math.isfinite(low) and math.isfinite(high)

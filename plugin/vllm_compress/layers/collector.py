@@ -7,6 +7,7 @@ there: completeness, shapes, and the slice of this rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -22,6 +23,11 @@ from vllm_compress.layers.geometry import Geometry, ShardId
 from vllm_compress.targets import Target
 
 QKV = ("q", "k", "v")
+DUMMY = "dummy"
+PROCESSED = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+"""Load formats of parameters as a server prepares them."""
+REUSED = ("fastsafetensors", "instanttensor", "runai_streamer", "modelexpress")
+"""Load formats whose tensors may lie in a buffer that the next ones overwrite."""
 
 
 class Collector:
@@ -31,7 +37,23 @@ class Collector:
         self.targets = targets
         self.claims = claims
         self.found: dict[ShardId, dict[str, Tensor]] = {}
-        self.is_dummy = is_dummy()
+        self.format = load_format()
+        self.is_dummy = self.format == DUMMY
+        self.is_done = False
+        if self.format in PROCESSED:
+            raise CheckpointError(
+                f"--load-format {self.format} loads what a server has prepared before, which "
+                "compressed weights are not saved as; leave it out"
+            )
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something to prepare: the first time, or after a reload."""
+        return not self.is_done or bool(self.found)
+
+    def close(self) -> None:
+        """Let go of what was collected, once it is prepared."""
+        self.found, self.is_done = {}, True
 
     def attach(self, layer: Module) -> None:
         """Register an empty parameter for each stored tensor, whose loader keeps the tensor."""
@@ -41,8 +63,15 @@ class Collector:
             empty = Parameter(torch.empty(0, dtype=torch_dtype(spec.dtype)), requires_grad=False)
             head = getattr(layer, "head_size", 0)
             empty.weight_loader = self._loader(name, head)  # type: ignore[attr-defined]
+            # vLLM's reload counts values until a layer has all, which the empty one does not tell.
+            empty.weight_loader_numel = self._values(name)  # type: ignore[attr-defined]
             row_order.mark(empty, target.moved)
             layer.register_parameter(name, empty)
+
+    def _values(self, name: str) -> int:
+        """How many values the stored tensors of that name have."""
+        specs = [target.format.tensors(*target.shape) for target in self.targets]
+        return sum(math.prod(mine[name].shape) for mine in specs if name in mine)
 
     def _loader(self, name: str, head: int) -> Callable[..., None]:
         def load(param: Parameter, loaded: Tensor, shard: ShardId = None) -> None:
@@ -51,7 +80,10 @@ class Collector:
             # Of a layer that holds q, k and v the shard says whose rows these are.
             named = isinstance(shard, str) and len(self.targets) == len(QKV)
             moved = self.targets[QKV.index(str(shard)) if named else 0].moved
+            if self.format in REUSED or not loaded.is_cpu:
+                loaded = loaded.clone()
             self.found.setdefault(shard, {})[name] = row_order.finish(name, loaded, moved, head)
+            _count(loaded.numel())
 
         return load
 
@@ -83,11 +115,21 @@ class Collector:
         return {shard: zeros(t) for shard, t in zip(ids, self.targets, strict=True)}
 
 
-def is_dummy() -> bool:
+def load_format() -> str:
+    """How vLLM brings the tensors, as `--load-format` says it."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
-    return config is not None and config.load_config.load_format == "dummy"
+    return "" if config is None else str(config.load_config.load_format)
+
+
+def is_dummy() -> bool:
+    return load_format() == DUMMY
+
+
+def _count(values: int) -> None:
+    """Tell vLLM's reload, which counts what is copied, that so many values have come."""
+    torch.empty(values, device="meta").copy_(torch.empty(values, device="meta"))
 
 
 def zeros(target: Target) -> dict[str, Tensor]:

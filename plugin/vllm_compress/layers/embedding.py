@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -23,13 +24,19 @@ from vllm_compress.layers.claims import Claims
 from vllm_compress.targets import Target
 
 
+def is_pooling() -> bool:
+    """Whether vLLM runs the model to pool hidden states: it then loads no output head."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.model_config.runner_type == "pooling"
+
+
 class CompressedEmbedding(QuantizeMethodBase):
     """Made anew for each vocabulary layer."""
 
     def __init__(self, target: Target, claims: Claims | None = None) -> None:
         self.target = target
         self.format = target.format
-        self.collector: collector.Collector | None = collector.Collector([target], claims)
+        self.collector = collector.Collector([target], claims)
         self.stored = list(target.format.tensors(*target.shape))
         self.owner: tuple[Module, CompressedEmbedding] | None = None
         self.names: list[str] = []
@@ -46,13 +53,13 @@ class CompressedEmbedding(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        assert self.collector is not None
         if self.target.shape != (layer.org_vocab_size, input_size):
             raise CheckpointError(
                 f"{self.target.module}: compressed as {list(self.target.shape)}, but the model's "
                 f"is [{layer.org_vocab_size}, {input_size}]; config.json and weights disagree"
             )
         self.dtype = params_dtype
+        self.is_left_out = isinstance(layer, ParallelLMHead) and is_pooling()
         shard = layer.shard_indices
         self.rows = (shard.org_vocab_start_index, shard.org_vocab_end_index)
         self.pad = layer.num_embeddings_per_partition - (self.rows[1] - self.rows[0])
@@ -71,13 +78,15 @@ class CompressedEmbedding(QuantizeMethodBase):
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if self.collector is None:
+        if not self.collector.is_waiting:
             return
-        if self.owner is not None:
+        if self.is_left_out and not self.collector.found:
+            pass
+        elif self.owner is not None:
             self._take_from_owner(layer, *self.owner)
         else:
             self._prepare(layer)
-        self.collector = None
+        self.collector.close()
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return torch.ops.vllm_compress.embedding(
@@ -92,7 +101,6 @@ class CompressedEmbedding(QuantizeMethodBase):
         return [getattr(layer, name) for name in self.names]
 
     def _prepare(self, layer: Any) -> None:
-        assert self.collector is not None
         tensors = self.collector.dummy().get(None, {})
         collector.check(self.target, tensors)
         (piece,) = collector.cut(self.target, tensors, [self.rows], (0, self.target.shape[1]))

@@ -148,7 +148,11 @@ class CompressedExperts(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            assert self.found is not None
+            if self.found is None:
+                module = next(iter(self.targets.values())).module
+                raise CheckpointError(
+                    f"{module}: compressed experts cannot be reloaded in place; restart the server"
+                )
             if self.claims is not None:
                 self.claims.check()
             mine = layer._map_global_expert_id_to_local_expert_id(expert_id) >= 0

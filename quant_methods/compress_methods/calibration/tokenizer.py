@@ -25,10 +25,10 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def leading_bos(tokenizer: Any) -> int | None:
-    """The BOS token where the tokenizer itself puts it before a text, else None."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return bos if bos is not None and ids and ids[0] == bos else None
+    """The BOS (or CLS) token where the tokenizer itself puts it before a text, else None."""
+    first = next(iter(tokenizer("a")["input_ids"]), None)
+    starts = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
+    return first if first is not None and first in starts else None
 
 
 def check_vocabulary(base: Any, other: Any, base_path: Path, path: Path) -> None:

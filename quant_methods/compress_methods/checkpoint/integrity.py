@@ -40,14 +40,16 @@ def seal(
     """The report with the checksums of all files in `directory`, and its own; `known` are those of
     files just read."""
     known = known or {}
-    names = sorted(p.name for p in directory.iterdir() if p.is_file() and _is_result(p.name))
+    paths = (p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
+    names = sorted(path.as_posix() for path in paths if _is_result(path))
     files = {name: known.get(name) or sha256(directory / name) for name in names}
     sealed = {**report, FILES: files}
     return {**sealed, SEAL: _own_sum(sealed)}
 
 
-def _is_result(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(".tmp") and name != REPORT
+def _is_result(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix != ".tmp" and path != Path(REPORT)
 
 
 def _own_sum(report: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def check_matrix(
     if ways == 1 or kind in VOCABULARY:
         return
     row_unit, col_unit = fmt.alignment(*shape)
-    cuts_columns = module.rpartition(".")[2] in architecture.row_parallel
+    cuts_columns = architecture.cuts_columns(module)
     size, unit, what = (
         (shape[1], col_unit, "columns") if cuts_columns else (shape[0], row_unit, "rows")
     )

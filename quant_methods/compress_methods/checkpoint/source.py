@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress_methods.checkpoint.companions import SUFFIXES, companion_files, companion_name
 from compress_methods.checkpoint.compressed import INDEX, SINGLE, read_entries, read_json
 from compress_methods.checkpoint.integrity import sha256
 from compress_methods.checkpoint.interchange import DecodedEntry, decoded_entries
@@ -29,17 +31,19 @@ from compress_methods.checkpoint.refusals import why_missing
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import count_not_finite, dtype_name, torch_dtype
+from compress_methods.model.relayout import Relayout, relayout_of
 from compress_methods.model.skeleton import Skeleton, checkpoint_names
 from compress_methods.model.slot import Slot
 from compress_methods.system.user_file import require_path
 
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
-COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-NOT_COPIED = {"config.json", "report.json", INDEX, *PICKLES}
 HASHED_TOGETHER = 4
 CLOCK_TICK = 10**9
 _SUMS: dict[tuple[int, ...], str] = {}
-HUB_FILES = ("*.safetensors", "LICENSE*", *(f"*{suffix}" for suffix in sorted(COPIED_SUFFIXES)))
+HUB_FILES = (
+    *("*.safetensors", "LICENSE*", "*.model.v*"),
+    *(f"*{suffix}" for suffix in sorted(SUFFIXES)),
+)
 PICKLED_FILES = ("*.bin",)
 
 
@@ -55,6 +59,14 @@ class PickledTensor(Entry):
 
 
 @dataclass(frozen=True)
+class ZeroTensor(Entry):
+    """A tensor of zeros that no file holds."""
+
+    def read_into(self, out: Tensor, first: int = 0) -> Tensor:
+        return out.zero_()
+
+
+@dataclass(frozen=True)
 class Parts:
     """A parameter of that shape whose matrices the checkpoint holds one by one."""
 
@@ -66,7 +78,7 @@ class Parts:
 class Source:
     """An opened checkpoint. `names` maps the model's parameter names to tensor names; a parameter
     that the checkpoint holds matrix by matrix (experts) is in `parts` instead. `views` are tensors
-    that the checkpoint holds once, under another name that is here too."""
+    that the checkpoint holds once, under another name that is here too, or not at all (zeros)."""
 
     directory: Path
     name: str
@@ -230,8 +242,11 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
 
     What another tool quantized is dequantized exactly while it is read, or refused.
     """
-    entries = read_any(directory, allow_pickle)
+    entries, added = read_any(directory, allow_pickle), frozenset[str]()
     config, held = read_json(directory / "config.json"), list(entries)
+    layout = relayout_of(config)
+    if layout is not None:
+        entries, added = _relaid(entries, layout, config, directory)
     block = config.get("quantization_config")
     if block:
         try:
@@ -252,7 +267,23 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
                 f"{entry.path}: {entry.name} is {list(entry.shape)}, "
                 f"expected {list(shape)} from config.json"
             )
-    return Source(directory, name, entries, names, parts)
+    return Source(directory, name, entries, names, parts, added)
+
+
+def _relaid(
+    entries: Mapping[str, Entry], layout: Relayout, config: Mapping[str, Any], directory: Path
+) -> tuple[dict[str, Entry], frozenset[str]]:
+    """The tensors under another model's names, and the names of those that no file holds."""
+    found = {layout.name(name): replace(e, name=layout.name(name)) for name, e in entries.items()}
+    base = next((name.partition("embeddings.")[0] for name in found if "embeddings." in name), "")
+    dtype = next((entry.dtype for entry in entries.values()), "float32")
+    path = directory / "config.json"
+    added = {
+        name: ZeroTensor(name, path, shape, dtype, 0, 0)
+        for name, shape in ((base + n, shape) for n, shape in layout.zeros(config).items())
+        if name not in found
+    }
+    return {**found, **added}, frozenset(added)
 
 
 def find_parts(
@@ -315,11 +346,15 @@ def fingerprint(source: Source) -> str:
     is copied beside them."""
     weights = {entry.path for entry in source.entries.values()}
     config = source.directory / "config.json"
-    paths = sorted({config, *weights, *companion_files(source.directory)})
+    beside = set(companion_files(source.directory))
+    paths = sorted({config, *weights, *beside})
     # Hashing leaves the interpreter's lock, so a few files at a time are read as fast as they come.
     with ThreadPoolExecutor(HASHED_TOGETHER) as pool:
         sums = list(pool.map(_content_sum, paths))
-    lines = [f"{path.name} {digest}" for path, digest in zip(paths, sums, strict=True)]
+    names = [
+        companion_name(path, source.directory) if path in beside else path.name for path in paths
+    ]
+    lines = [f"{name} {digest}" for name, digest in zip(names, sums, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -335,15 +370,3 @@ def _content_sum(path: Path) -> str:
         return _SUMS[key]
     except OSError as problem:
         raise CheckpointError(f"{path}: not readable ({problem.strerror or problem})") from problem
-
-
-def companion_files(directory: Path) -> list[Path]:
-    """Tokenizer, generation config and the like: everything to copy beside the weights."""
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file()
-        and path.name not in NOT_COPIED
-        and not path.name.startswith(".")
-        and (path.suffix in COPIED_SUFFIXES or path.name.upper().startswith("LICENSE"))
-    )

@@ -1,4 +1,5 @@
-"""Heads that config.json says are tied to the embedding, but that are stored with other values.
+"""Heads that config.json says are tied to the embedding, but that are stored with other values;
+poolers that transformers' class has, but that are not stored.
 
 transformers and vLLM use the stored head then, so such a model counts as one that ties nothing.
 """
@@ -18,14 +19,29 @@ from compress_methods.errors import CheckpointError
 from compress_methods.model.skeleton import Skeleton, build_skeleton
 
 KEY = "tie_word_embeddings"
+POOLER = "pooler"
 
 
 def open_skeleton(directory: Path, allow_pickle: bool = False) -> Skeleton:
     """The skeleton of a checkpoint, its head tied only if the files agree; `CheckpointError`."""
     skeleton = build_skeleton(directory)
+    if skeleton.gives_states and getattr(skeleton.model, POOLER, None) is not None:
+        skeleton = _without_pooler(skeleton, directory, allow_pickle)
     if skeleton.tied and _stored_apart(skeleton, directory, allow_pickle):
         return build_skeleton(directory, tied=False)
     return skeleton
+
+
+def _without_pooler(skeleton: Skeleton, directory: Path, allow_pickle: bool) -> Skeleton:
+    """An encoder that is saved without the layer after the first token's state has none."""
+    try:
+        names = read_any(directory, allow_pickle)
+    except CheckpointError:
+        return skeleton
+    if any(f".{name}".find(f".{POOLER}.") >= 0 for name in names):
+        return skeleton
+    skeleton.model.pooler = None
+    return Skeleton(skeleton.model, skeleton.architecture)
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress_methods.checkpoint.companions import copy_companions
 from compress_methods.checkpoint.compressed import (
     INDEX,
     CompressedCheckpoint,
@@ -28,13 +29,12 @@ from compress_methods.checkpoint.compressed import (
     read_entries,
 )
 from compress_methods.checkpoint.safetensors import Entry, Writer, read_header, write_tensors
-from compress_methods.checkpoint.source import companion_files
 from compress_methods.conversion.report import index_text
 from compress_methods.errors import CheckpointError, OutputError
 from compress_methods.formats import Format, TensorSpec
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.lazy import torch
-from compress_methods.system.files import copy_file, write_text
+from compress_methods.system.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,8 +132,7 @@ def _write_base(found: CompressedCheckpoint, out: Path) -> None:
             for name, entry in entries.items():
                 for _, slab in entry.slabs():
                     writer.put(name, slab)
-    for path in companion_files(found.path):
-        copy_file(path, out / path.name)
+    copy_companions(found.path, out)
     if (found.path / INDEX).exists():
         write_text(out / INDEX, index_text({file: read_header(out / file) for file in files}))
     formats = {

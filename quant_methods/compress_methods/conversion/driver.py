@@ -34,7 +34,7 @@ from compress_methods.conversion.passes.weighing import asked_of, weigh
 from compress_methods.conversion.planning.plan import HEAD_BLOCK, Shard
 from compress_methods.conversion.recovery import forget_damaged
 from compress_methods.errors import RecipeError
-from compress_methods.evaluation.metrics import summarize
+from compress_methods.evaluation.outputs.judge import Judge
 from compress_methods.formats import TensorSpec, torch_dtype
 from compress_methods.model.block_runner import BlockRunner
 from compress_methods.model.device import batch_size, exact_products, pinned
@@ -316,11 +316,13 @@ class Sweep:
         if settings.held_out:
             states = {"base": self.base, "result": self.states[HELD_COMPRESSED]}
             held = self.tokens[settings.samples :]
-            sums = compare_held_out(self.runner_, self._written(), states, held)
-            self.held_out = summarize(sums).to_dict()
+            planned = self.planned
+            judge = Judge.of(planned.skeleton.architecture, planned.source.directory)
+            sums = compare_held_out(self.runner_, self._written(), states, held, judge)
+            self.held_out = judge.result(sums).to_dict()
             # A search that chooses by one half can only be believed on the other.
             halves = (sums[i::2] for i in (0, 1) if sums[i::2])
-            self.held_out_halves = [summarize(half).to_dict() for half in halves]
+            self.held_out_halves = [judge.result(half).to_dict() for half in halves]
 
     def _weigh(self, shards: Sequence[Shard]) -> None:
         """Let the loss say how much tokens count, where an algorithm asks for it."""

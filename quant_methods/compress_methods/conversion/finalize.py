@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods import __version__
+from compress_methods.checkpoint.companions import copy_companions
 from compress_methods.checkpoint.compressed import INDEX, open_compressed, read_entries
 from compress_methods.checkpoint.integrity import seal
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.safetensors import read_header
-from compress_methods.checkpoint.source import Source, companion_files, open_source
+from compress_methods.checkpoint.source import Source, open_source
 from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.history import History
 from compress_methods.conversion.journal import REPORT, Journal, sha256
 from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.report import build_report, index_text, model_card
 from compress_methods.errors import CheckpointError
-from compress_methods.system.files import copy_file, write_text
+from compress_methods.system.files import write_text
 from compress_methods.system.progress import Progress
 
 
@@ -49,8 +50,7 @@ def finalize(
     `config` becomes config.json, with what was compressed, if anything was.
     """
     out = journal.directory
-    for path in companion_files(source.directory):
-        copy_file(path, out / path.name)
+    copy_companions(source.directory, out)
     headers = {shard.file: read_header(out / shard.file) for shard in plan.shards}
     write_text(out / INDEX, index_text(headers))
     if plan.jobs:

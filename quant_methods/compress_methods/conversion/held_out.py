@@ -15,11 +15,11 @@ from compress_methods.checkpoint.loading import quantize_inputs
 from compress_methods.checkpoint.safetensors import Entry, read_header
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.planning.plan import Job, Shard
-from compress_methods.evaluation.metrics import Sums, compare_predictions
+from compress_methods.evaluation.metrics import Sums
+from compress_methods.evaluation.outputs.judge import Judge
 from compress_methods.evaluation.streamed import after_blocks, table_rows
 from compress_methods.formats import Stored
 from compress_methods.kernels import Want, embed, prepare
-from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.block_runner import BlockRunner
 
 
@@ -101,14 +101,14 @@ def compare_held_out(
     written: Written,
     states: Mapping[str, Tensor],
     tokens: Tensor,
-) -> list[Sums]:
+    judge: Judge,
+) -> list[Sums | float]:
     """Held-out sequences [n, length] through what follows the blocks, the original's and the
     result's, each on its own; `states` `base` and `result` are those after the last block."""
     skeleton = runner.skeleton
     head = skeleton.module(skeleton.head)
     found = written.shard_of(skeleton.head)
     tensors = outside(written)
-    shift = skeleton.architecture.loss == NEXT_TOKEN
     base = {n: t for n, t in tensors["base"].items() if n in tensors["result"]}
     runner.load(tensors["base"])
     sums = []
@@ -120,5 +120,5 @@ def compare_held_out(
                 if which == "result" and found is not None:
                     stack.callback(quantize_inputs(head, found[1].format).remove)
                 logits[which] = runner.logits(states[which][i : i + 1])[0]
-        sums.append(compare_predictions(logits["base"], logits["result"], tokens[i], shift))
+        sums.append(judge.compare(logits["base"], logits["result"], tokens[i]))
     return sums

@@ -40,8 +40,9 @@ from compress_methods.conversion.planning.plan import Shard
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.resources import require_room, stages_disk
 from compress_methods.conversion.stages import Stage, open_stages, run_stages
-from compress_methods.errors import CompressError, OutputError, RecipeError, named
+from compress_methods.errors import CalibrationError, CompressError, OutputError, RecipeError, named
 from compress_methods.model.device import peak_device_bytes, signature
+from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import StagedRecipe, load_staged
 from compress_methods.system.memory import peak_bytes
@@ -214,7 +215,10 @@ def _single(stages: list[Stage], calibrated: bool) -> Sequence[Shard] | None:
 
 def sample_tokens(stages: list[Stage], kept: Path, running: Running, preset: str = "") -> Tensor:
     """Calibration tokens [samples + held_out, length] that the original writes itself."""
-    source = stages[0].planned.source
+    source, skeleton = stages[0].planned.source, stages[0].planned.skeleton
+    if skeleton.architecture.loss != NEXT_TOKEN:
+        kind = type(skeleton.model).__name__
+        raise CalibrationError(f"{source.name}: {kind} writes no text; give --calibration FILE")
     settings = dataclasses.replace(settings_of(stages), files=(), preset=preset)
     tokenizer = load_tokenizer(source.directory)
     with Progress(1, "sampling calibration text", quiet=running.quiet) as progress:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress_methods.checkpoint.companions import companion_files, companion_name
 from compress_methods.checkpoint.compressed import INDEX
 from compress_methods.checkpoint.integrity import (
     FILES,
@@ -16,7 +17,6 @@ from compress_methods.checkpoint.integrity import (
     sha256,
 )
 from compress_methods.checkpoint.safetensors import read_header
-from compress_methods.checkpoint.source import companion_files
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.planning.plan import Shard
 from compress_methods.conversion.report import index_text, model_card
@@ -83,7 +83,7 @@ def verified(
 def _restored(out: Path, name: str, report: Mapping[str, Any], source: Path) -> bool:
     """Whether a damaged file could be made again without converting anything, and was."""
     path = out / name
-    originals = {found.name: found for found in companion_files(source)}
+    originals = {companion_name(found, source): found for found in companion_files(source)}
     if name == CARD:
         write_text(path, model_card(dict(report)))
     elif name == INDEX:
@@ -93,6 +93,7 @@ def _restored(out: Path, name: str, report: Mapping[str, Any], source: Path) -> 
         except CheckpointError:
             return False
     elif name in originals:
+        path.parent.mkdir(parents=True, exist_ok=True)
         copy_file(originals[name], path)
     return path.is_file() and sha256(path) == report[FILES][name]
 

@@ -53,6 +53,8 @@ QUALITY = (
     ("same likeliest token", "100%", "top1_agreement", ".2%"),
     ("accepted as a draft (1 - total variation)", "100%", "acceptance", ".2%"),
     ("margin of decisions, median", "1", "margin_ratio", ".3f"),
+    ("cosine to the original's embeddings", "1", "cosine", ".5f"),
+    ("the same, of 95% of the texts at least", "1", "cosine_p05", ".5f"),
 )
 """Rows of the model card: what it is, the original's, its key and style."""
 
@@ -219,19 +221,19 @@ def _quality(report: dict[str, Any]) -> list[str]:
             "Quality was not measured: the recipe ran no text through the model. "
             "`vllm-compress eval THIS --against ORIGINAL --text FILE` measures it.",
         ]
-    rows = [
-        f"| perplexity, held-out text | {_number(held['base_perplexity'], '.3f')} | "
-        f"{_number(held['perplexity'], '.3f')} |"
-    ]
+    rows = []
+    if "perplexity" in held:
+        before, after = (_number(held[key], ".3f") for key in ("base_perplexity", "perplexity"))
+        rows.append(f"| perplexity, held-out text | {before} | {after} |")
     for text, original, name, style in QUALITY:
         value = held.get(name)
-        if value is not None or name == "kl":
+        if value is not None or (name == "kl" and name in held):
             found = _number(value, style) + _interval(held, name, style)
             rows.append(f"| {text} | {original} | {found} |")
     return [
         *rows,
         "",
-        f"Measured on {held['tokens']} tokens of the calibration source that no algorithm saw"
+        f"Measured on {_observations(held)} of the calibration source that no algorithm saw"
         + (
             ", nor the search that chose how far to prune"
             if "chosen_on" in report.get("search", {})
@@ -243,6 +245,12 @@ def _quality(report: dict[str, Any]) -> list[str]:
             else "."
         ),
     ]
+
+
+def _observations(held: Mapping[str, Any]) -> str:
+    """What a measurement counts."""
+    names = (("tokens", "tokens"), ("decisions", "decisions"), ("sequences", "texts"))
+    return next(f"{held[key]} {name}" for key, name in names if key in held)
 
 
 def _number(value: float | None, style: str) -> str:
@@ -265,7 +273,8 @@ def _stages(report: dict[str, Any]) -> list[str]:
             if not isinstance(after, list)
         ]
         measured = stage["held_out"]
-        quality = f", perplexity {measured['perplexity']:.3f}" if measured else ""
+        perplexity = (measured or {}).get("perplexity")
+        quality = "" if perplexity is None else f", perplexity {perplexity:.3f}"
         what = f" ({', '.join(changes)})" if changes else ""
         lines.append(
             f"{number}. {stage['stage']}{what}: {size_text(stage['bytes_after'])}{quality}"

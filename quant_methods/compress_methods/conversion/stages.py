@@ -39,6 +39,8 @@ from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.planning.preview import preview, preview_plan
 from compress_methods.conversion.planning.sharing import plan_shared, share_again
 from compress_methods.errors import RecipeError
+from compress_methods.evaluation.outputs.judge import require_tokens
+from compress_methods.model.relayout import relaid
 from compress_methods.model.skeleton import Skeleton, build_skeleton
 from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.transforms import Pass
@@ -116,10 +118,12 @@ def open_stages(
     """
     directory = resolve_model(model, allow_pickle)
     skeleton = open_skeleton(directory, allow_pickle)
+    _check_measures(recipe, skeleton)
     source = open_source(directory, skeleton, name_of(model), allow_pickle)
     source = source if kept_dtype is None else source.kept_in(kept_dtype)
     config = read_json(directory / "config.json")
     config.pop("quantization_config", None)
+    config = {**skeleton.architecture.added_config, **relaid(config)}
     if not skeleton.tied and build_skeleton(directory).tied:
         config = untied(config)
     if skeleton.tied and any(visitor.turns for visitor in recipe.transforms):
@@ -146,6 +150,20 @@ def open_stages(
             stages.append(Stage(passes, False, target, config, made.config))
             skeleton, source, config = made.skeleton, made.source, made.config
     return with_samples(stages)
+
+
+def _check_measures(recipe: StagedRecipe, skeleton: Skeleton) -> None:
+    """`RecipeError` where the recipe judges by tokens and the model gives none."""
+    packing = recipe.packing
+    rules = packing.modules if packing is not None else ()
+    asked = {
+        "prune_to": recipe.search is not None or recipe.level is not None,
+        "budget": packing is not None and packing.budget is not None,
+        "loss_groups": any(rule.algorithm.loss_groups for rule in rules),
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            require_tokens(skeleton, what)
 
 
 def _sweeps(recipe: StagedRecipe) -> Iterator[tuple[tuple[Pass, ...], bool]]:

@@ -155,7 +155,7 @@ def _summarize(seen: Sequence[Sums], kl_kind: str) -> Evaluation:
         "base_perplexity": exp_mean_per([sums.base_nll for sums in seen], tokens, CONFIDENCE),
         "perplexity_increase": exp_mean_per(worse, tokens, CONFIDENCE),
         "kl": kl,
-        "top1_agreement": _agreement([sums.top1 for sums in seen], tokens),
+        "top1_agreement": agreement([sums.top1 for sums in seen], tokens),
     }
     if whole.margin_ratio is not None:
         estimates["margin_ratio"] = median_of([sums.ratios() for sums in seen], CONFIDENCE)
@@ -171,7 +171,7 @@ def _summarize(seen: Sequence[Sums], kl_kind: str) -> Evaluation:
     return replace(whole, sequences=len(seen), intervals=intervals)
 
 
-def _agreement(counts: Sequence[int], tokens: Sequence[int]) -> Estimate:
+def agreement(counts: Sequence[int], tokens: Sequence[int]) -> Estimate:
     """Share of all tokens; one sequence is no sample of others."""
     shares = [count / n for count, n in zip(counts, tokens, strict=True)]
     found = bounded_mean(shares, CONFIDENCE, tokens)

@@ -1,4 +1,4 @@
-"""How far a compressed model is from its original, on a text.
+"""How far a compressed model is from its original, on a text. A causal language model:
 
     perplexity       exp of the mean negative log-likelihood of the text's tokens
     kl               mean over predicted tokens of KL(original || compressed), nats per token
@@ -6,7 +6,9 @@
     acceptance       1 - total variation, and margin_ratio: `metrics.py` defines them
 
 The text is cut into windows that do not overlap; every token of a window but its first is
-predicted from those before it in the window.
+predicted from those before it in the window. Of a masked language model the same is said where
+tokens were hidden (`masked.py`); encoders without a head are judged by their embeddings
+(`embeddings.py`), classifiers by their labels (`classes.py`).
 
 Fails where: the two models do not share a vocabulary, or both do not fit in memory together; then
 serve the compressed one and use `compress_methods.evaluation.served`.
@@ -25,9 +27,12 @@ from compress_methods.calibration.tokenizer import check_length, check_vocabular
 from compress_methods.checkpoint.loading import load_model
 from compress_methods.errors import CheckpointError
 from compress_methods.evaluation.fit import loading_dtype
-from compress_methods.evaluation.metrics import Evaluation, Sums, compare_predictions, summarize
-from compress_methods.model.architecture import NEXT_TOKEN, architecture_of
+from compress_methods.evaluation.metrics import Sums
+from compress_methods.evaluation.outputs.judge import Judge, Outcome
+from compress_methods.evaluation.outputs.masked import Mask, compare_masked
+from compress_methods.model.architecture import architecture_of
 from compress_methods.model.device import AUTO, resolve_device
+from compress_methods.model.task import SAME_TOKEN, STATES
 from compress_methods.system.progress import Progress
 
 
@@ -40,7 +45,7 @@ def evaluate(
     limit_tokens: int | None = None,
     progress: Progress | None = None,
     device: str = AUTO,
-) -> Evaluation:
+) -> Outcome:
     """Compare a model with its original on a .txt, .jsonl or .parquet file, without a server.
 
     The text is cut into windows of `length` tokens by the original's tokenizer; `limit_tokens`
@@ -57,20 +62,37 @@ def evaluate(
     check_length(base_path, length)
     texts = windows(Path(text_path), tokenizer, length, limit_tokens)
     base, model = (load_model(path, dtype, place) for path in (base_path, model_path))
-    shift = architecture_of(base.config).loss == NEXT_TOKEN
-    sums: list[Sums] = []
+    architecture = architecture_of(base.config)
+    judge = Judge.of(architecture, base_path)
+    mask = Mask(tokenizer) if architecture.loss == SAME_TOKEN else None
+    sums: list[Sums | float] = []
     if progress is not None:
         progress.total = sum(len(window) for window in texts)
     for window in texts:
-        expected, found = all_logits(base, window), all_logits(model, window)
+        tokens, places = (window, None) if mask is None else mask.hide(window)
+        expected, found = (outputs(one, tokens) for one in (base, model))
         if expected.shape != found.shape:
+            what = "values per embedding" if architecture.loss == STATES else "logits per token"
             raise CheckpointError(
-                f"{model_path}: {found.shape[-1]} logits per token, expected {expected.shape[-1]}"
+                f"{model_path}: {found.shape[-1]} {what}, expected {expected.shape[-1]}"
             )
-        sums.append(compare_predictions(expected, found, window, shift))
+        if places is None:
+            sums.append(judge.compare(expected, found, window))
+        else:
+            sums.append(compare_masked(expected, found, window, places))
         if progress is not None:
             progress.step(len(window))
-    return summarize(sums)
+    return judge.result(sums)
+
+
+@torch.inference_mode()
+def outputs(model: Any, window: Tensor) -> Tensor:
+    """Logits of a text's tokens `window` [n], [n, vocab or labels] or [labels] of the whole, or its
+    last hidden states [n, hidden] of a model without a head, in main memory."""
+    if architecture_of(model.config).loss != STATES:
+        return all_logits(model, window)
+    states: Tensor = model(input_ids=window[None].to(model.device)).last_hidden_state[0]
+    return states.cpu()
 
 
 @torch.inference_mode()

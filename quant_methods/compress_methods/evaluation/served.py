@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from compress_methods.calibration.tokenizer import check_length, load_tokenizer
+from compress_methods.checkpoint.compressed import read_json
 from compress_methods.errors import CheckpointError, CompressError
 from compress_methods.evaluation.metrics import (
     LOWER_BOUND,
@@ -43,7 +44,9 @@ from compress_methods.evaluation.metrics import (
     token_nll,
 )
 from compress_methods.evaluation.offline import next_token_logits
+from compress_methods.model.architecture import architecture_of
 from compress_methods.model.device import AUTO
+from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.system.http import request_json
 from compress_methods.system.progress import Progress
 
@@ -90,6 +93,8 @@ def evaluate_url(
         raise ServerError(f"{server}: takes {limit} tokens; give a length of {limit - 1} at most")
     check_length(base_path, length)
     dtype = loading_dtype([base_path], "use a machine with more")
+    if architecture_of(read_json(base_path / "config.json")).loss != NEXT_TOKEN:
+        raise CheckpointError(f"{base_path}: predicts no next token to ask for; leave out --url")
     texts = windows(Path(text_path), load_tokenizer(base_path), length, limit_tokens)
     base = load_model(base_path, dtype, place)
     sums: list[Sums] = []

@@ -22,10 +22,10 @@ from compress_methods.checkpoint.loading import is_compressed, quantize_activati
 from compress_methods.checkpoint.source import open_source
 from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.errors import CheckpointError
-from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.block_runner import BlockRunner
 from compress_methods.model.device import MOST_SEQUENCES, batch_size, exact_products
 from compress_methods.model.skeleton import Skeleton
+from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.system.portions import portions
 from compress_methods.system.progress import Progress
 
@@ -143,7 +143,7 @@ def after_blocks(skeleton: Skeleton) -> dict[str, str]:
     """Parameters outside the blocks but the token table, the head's among them, and the parameter
     that each is stored as."""
     head = skeleton.tied.get(skeleton.head, skeleton.head)
-    names = {f"{skeleton.head}.weight": f"{head}.weight"}
+    names = {f"{skeleton.head}.weight": f"{head}.weight"} if skeleton.head else {}
     return names | {
         name: name
         for name in skeleton.parameter_names()

@@ -6,6 +6,7 @@ from compress_methods.formats import (  # noqa: F401  (registers them)
     integer,
     lookup,
     lowrank,
+    padded,
     reordered,
     rotated,
     sparse,

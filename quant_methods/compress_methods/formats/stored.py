@@ -69,8 +69,13 @@ class Stored:
 
     def nested(self, fmt: Format) -> Stored:
         """The same piece of a matrix that is stored inside this one, under its own names."""
-        names = fmt.tensors(*self.shape)
-        return replace(self, format=fmt, tensors={name: self.tensors[name] for name in names})
+        return self.nested_in(fmt, self.shape)
+
+    def nested_in(self, fmt: Format, shape: tuple[int, int]) -> Stored:
+        """The same of a matrix that has another shape."""
+        names = fmt.tensors(*shape)
+        tensors = {name: self.tensors[name] for name in names}
+        return replace(self, format=fmt, tensors=tensors, shape=shape)
 
     def cut(self, rows: Range | None = None, cols: Range | None = None) -> Stored:
         """The piece of rows and columns [start, end), counted as in the whole matrix."""

@@ -4,6 +4,7 @@ from compress_methods.kernels import (  # noqa: F401  (registers them)
     composite,
     in_triton,
     lowrank,
+    padded,
     reference,
     reordered,
     rotated,

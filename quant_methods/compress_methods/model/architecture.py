@@ -9,12 +9,13 @@ The first row answers for every model that no other names. A new architecture is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
+from compress_methods.model.task import NEXT_TOKEN, SAME_TOKEN, task_of
+
 GROUP = "vllm_compress.architectures"
-NEXT_TOKEN, SAME_TOKEN = "next_token", "same_token"
 WHOLE_HEADS, ROTARY_HALVES = "whole_heads", "rotary_halves"
 """How vLLM's class moves rows while it loads: heads as they are (the fused query-key-value of BLOOM
 and Falcon), or the even and odd rows of every head into its two halves (Llama-4)."""
@@ -26,15 +27,21 @@ class Architecture:
 
     `auto_class`: of transformers. `blocks`: dotted name of the list of blocks, the largest
     `ModuleList` where not said. `head`: dotted name of the output head, transformers' own answer
-    where not said. `fused`: leaves that vLLM runs as one matrix. `row_parallel`: leaves that tensor
-    parallelism cuts by columns. `routers`: leaves that choose experts, never compressed unnamed.
+    where not said. `fused`: leaves that vLLM runs as one matrix. `row_parallel`: leaves, with
+    their parents where leaves do not tell, that tensor parallelism cuts by columns.
+    `routers`: leaves that choose experts, never compressed unnamed.
     `experts`: parameter of all experts -> the matrices in it. `experts_transposed`: whether they
     lie [inputs, outputs], where transformers' class does not say.
-    `vllm_names`: parts of module names that vLLM's class spells in another way -> as here.
-    `loss`: which token a position's logits are judged by, the next one or the one that stands
-    there. `prunable`: whether a narrower or shallower one is known to load in vLLM.
+    `vllm_names`: parts of module names that vLLM's class spells in another way -> as here; behind
+    a `^` how they begin.
+    `loss`: what outputs are judged by, as `task.py` says; both it and `auto_class` give way to
+    what the architecture's name in config.json tells.
+    `prunable`: whether a narrower or shallower one is known to load in vLLM.
     `moved_rows`: leaves whose rows vLLM's class moves while it loads, and how.
-    `unquantized`: leaves that vLLM's class builds without a quantization method or a true name.
+    `unquantized`: leaves that vLLM's class builds without a quantization method or a true name;
+    `only_blocks`: all outside the blocks are.
+    `added_config`: keys that vLLM's class reads and transformers no longer writes, with the values
+    that transformers' class has built in.
     `proven`: whether served log-probabilities were compared with transformers' (a test does it).
     """
 
@@ -64,11 +71,17 @@ class Architecture:
     prunable: bool = False
     moved_rows: Mapping[str, str] = field(default_factory=dict)
     unquantized: frozenset[str] = frozenset()
+    only_blocks: bool = False
+    added_config: Mapping[str, Any] = field(default_factory=dict)
     proven: bool = False
 
     def transposes(self, experts: Any) -> bool:
         """Whether the matrices of a module of experts lie [inputs, outputs]."""
         return bool(getattr(experts, "is_transposed", self.experts_transposed))
+
+    def cuts_columns(self, module: str) -> bool:
+        """Whether tensor parallelism cuts a module's columns, not its rows."""
+        return any(f".{module}".endswith(f".{leaf}") for leaf in self.row_parallel)
 
     def group(self, leaf: str) -> tuple[str, ...]:
         """The leaves that vLLM runs as one matrix with this one, itself among them."""
@@ -99,7 +112,8 @@ def architecture_of(config: Any) -> Architecture:
         for entry in entry_points(group=GROUP):
             entry.load()
     found = config.get("model_type") if isinstance(config, Mapping) else config.model_type
-    return _ROWS.get(str(found), GENERIC)
+    row, task = _ROWS.get(str(found), GENERIC), task_of(config)
+    return row if task is None else replace(row, auto_class=task.auto_class, loss=task.loss)
 
 
 COMPARED = """arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2
@@ -145,6 +159,42 @@ register_architecture(
         proven=True,
     )
 )
+
+BERT = Architecture(
+    "BERT",
+    ("bert",),
+    auto_class="AutoModelForMaskedLM",
+    fused=(("query", "key", "value"),),
+    row_parallel=frozenset(("output.dense",)),
+    routers=(),
+    vllm_names={"attention.output.qkv_proj": "attention.self.qkv_proj"},
+    loss=SAME_TOKEN,
+    only_blocks=True,
+    proven=True,
+)
+register_architecture(BERT)
+register_architecture(
+    replace(
+        BERT,
+        name="RoBERTa",
+        model_types=("roberta", "xlm-roberta"),
+        vllm_names={**BERT.vllm_names, "^bert.": "roberta."},
+        added_config={"position_embedding_type": "absolute"},
+    )
+)
+register_architecture(
+    replace(
+        BERT,
+        name="ModernBERT",
+        model_types=("modernbert",),
+        fused=(),
+        row_parallel=frozenset(("Wo",)),
+        vllm_names={"^modernbert.encoder_layer.": "model."},
+    )
+)
+VISION = "gemma3 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl"
+"""A language model with a vision tower beside it, compared by text alone."""
+register_architecture(Architecture("vision-language", tuple(VISION.split()), proven=True))
 
 
 def prunable_types() -> list[str]:

@@ -117,9 +117,12 @@ class BlockRunner:
         `rows` that occur.
         """
         embedding = self.skeleton.module(self.skeleton.embedding)
-        local = torch.searchsorted(rows, tokens)
+        places = self._places(rows)
+        local = places[torch.searchsorted(rows, tokens)]
         old, padding = embedding.weight, embedding.padding_idx
-        value = table.to(self.device, self.dtype)
+        value = table.new_zeros(int(places.max()) + 1, table.shape[1])
+        value[places] = table
+        value = value.to(self.device, self.dtype)
         embedding._parameters["weight"] = nn.Parameter(value, requires_grad=False)
         # Ids are renumbered, so the padding token's says nothing (and may be out of range).
         embedding.padding_idx = None
@@ -129,11 +132,24 @@ class BlockRunner:
                 states.append(self._first_states(ids.to(self.device)))
             if len(states) == 1:
                 # One batch has nothing to be compared with: the same with other tokens.
-                self._first_states((local[: self.batch] + 1).remainder(len(rows)).to(self.device))
+                others = torch.searchsorted(rows, tokens[: self.batch]) + 1
+                self._first_states(places[others.remainder(len(rows))].to(self.device))
         finally:
             embedding._parameters["weight"] = old
             embedding.padding_idx = padding
         return torch.cat(states)
+
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where the sorted token ids `rows` lie in the table of those that occur.
+
+        Encoders may count no position for the padding's id: no other token gets its place.
+        """
+        pad = getattr(self.skeleton.model.config, "pad_token_id", None)
+        if not self.skeleton.architecture.only_blocks or pad is None:
+            return torch.arange(len(rows))
+        is_pad = rows == pad
+        places = torch.arange(len(rows)) - is_pad.cumsum(0)
+        return torch.where(is_pad, pad, places + (places >= pad))
 
     def _first_states(self, ids: Tensor) -> Tensor:
         calls: list[Call] = []
@@ -246,12 +262,14 @@ class BlockRunner:
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
-        """[sequences, length, vocabulary] float32 of states after the last block."""
+        """[sequences, length, vocabulary] float32 of states after the last block; [sequences,
+        labels] of a classifier of sequences, the last hidden states of a model without a head."""
         return self.after(states).float().cpu()
 
     def after(self, states: Tensor) -> Tensor:
         """The same on the device, in the dtype that is computed in; differentiable."""
-        found: Tensor = self._after(states).logits
+        out = self._after(states)
+        found: Tensor = out.last_hidden_state if self.skeleton.gives_states else out.logits
         return found
 
     def _after(self, states: Tensor) -> Any:

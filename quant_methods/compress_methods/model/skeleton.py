@@ -18,8 +18,10 @@ from torch import nn
 
 from compress_methods.errors import CheckpointError
 from compress_methods.model.architecture import Architecture, architecture_of
+from compress_methods.model.relayout import relaid, relayout_of
 from compress_methods.model.slot import Index, Slot
 from compress_methods.model.stored_names import EXPERT, StoredNames
+from compress_methods.model.task import STATES
 
 
 class Skeleton:
@@ -29,6 +31,7 @@ class Skeleton:
         self.model = model
         self.architecture = architecture or architecture_of(model.config)
         self.stored_names = StoredNames(model)
+        self.tower = self._language_tower()
         self.blocks_name, self.blocks = self._find_blocks()
         modules = {module: name for name, module in model.named_modules()}
         self.embedding = modules[model.get_input_embeddings()]
@@ -43,9 +46,17 @@ class Skeleton:
             return named, self.model.get_submodule(named)
         found = self.model.named_modules()
         lists = [(n, m) for n, m in found if isinstance(m, nn.ModuleList) and len(m)]
+        lists = [(n, m) for n, m in lists if f"{n}.".startswith(self.tower)]
         if not lists:
             raise CheckpointError(f"{type(self.model).__name__}: found no list of blocks")
         return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+    def _language_tower(self) -> str:
+        """How names in the language model begin, where a vision tower stands beside it."""
+        if getattr(self.model.config, "vision_config", None) is None:
+            return ""
+        tower = self.model.get_decoder()
+        return next(f"{name}." for name, module in self.model.named_modules() if module is tower)
 
     def _find_head(self, modules: Mapping[nn.Module, str]) -> str:
         if self.architecture.head is not None:
@@ -69,6 +80,11 @@ class Skeleton:
             if owner != name and name not in heads:
                 found[name] = owner
         return found
+
+    @property
+    def gives_states(self) -> bool:
+        """Whether the model has no head: it ends in hidden states."""
+        return self.architecture.loss == STATES
 
     def module(self, name: str) -> Any:
         return self.model.get_submodule(name)
@@ -165,6 +181,10 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
         config = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+        values = config.to_dict()
+        if relayout_of(values) is not None:
+            values = relaid(values)
+            config = transformers.AutoConfig.for_model(**values)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         if tied is not None:
@@ -176,12 +196,14 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
             options["attn_implementation"] = "eager"
         with _meta_parameters(), quiet_transformers():
             model = getattr(transformers, architecture.auto_class).from_config(config, **options)
-    except (OSError, ValueError, KeyError, ImportError) as problem:
+    except AssertionError:
+        raise  # not of the config: who serves has put code of its own into transformers' classes
+    except Exception as problem:  # transformers and its strict configs raise many kinds here
         reason = " ".join(str(problem).split())[:300]
         if "custom code" in str(problem):
             reason = "it brings Python code of its own, which is never run"
         raise CheckpointError(
-            f"{directory / 'config.json'}: transformers cannot build a causal LM from it ({reason})"
+            f"{directory / 'config.json'}: transformers cannot build a model from it ({reason})"
         ) from problem
     model.tie_weights()  # skipped while weights are not initialised
     model.eval()

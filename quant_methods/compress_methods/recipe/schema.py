@@ -38,6 +38,7 @@ from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.calibration.settings import CalibrationSettings, parse_settings
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
+from compress_methods.formats.padded import padded_formats
 from compress_methods.formats.smaller_group import smaller_groups
 from compress_methods.recipe.accept import GATE_KEYS
 from compress_methods.recipe.budget import Budget, parse_budget
@@ -48,7 +49,7 @@ from compress_methods.system.user_file import read_yaml, require_path
 
 KEYS = ("formats", "modules", "calibration", "pack_zeros", "on_unfit", "budget")
 MODULE_KEYS = ("match", "format", "algorithm", "allocate", "split", "on_unfit")
-ON_UNFIT = ("smaller_group", "keep", "refuse")
+ON_UNFIT = ("smaller_group", "pad", "keep", "refuse")
 DEFAULT_ALGORITHM = "rtn"
 ALLOCATE = "output_error"
 OLD_KEY, OLD_VALUE = "split", "error"
@@ -66,11 +67,15 @@ class ModuleRule:
     on_unfit: str = ON_UNFIT[0]
     candidates: tuple[str, ...] = ()
 
-    def choose(self, fmt: Format, fits: Callable[[Format], bool]) -> Format | None:
-        """The format, or under `on_unfit: smaller_group` the one with the largest group that fits;
-        None where there is none."""
-        may = self.on_unfit == "smaller_group" and not self.allocate
-        return next((f for f in (fmt, *(smaller_groups(fmt) if may else ())) if fits(f)), None)
+    def choose(self, fmt: Format, fits: Callable[[Format], bool], cols: int) -> Format | None:
+        """The format, or under `on_unfit: smaller_group` the one with the largest group that fits,
+        under `pad` else the one that needs fewest added columns; None where there is none. `cols`:
+        of the matrix."""
+        may = self.on_unfit in ("smaller_group", "pad") and not self.allocate
+        offered = [fmt, *(smaller_groups(fmt) if may else ())]
+        if self.on_unfit == "pad":
+            offered += padded_formats(offered, cols)
+        return next((each for each in offered if fits(each)), None)
 
     def matches(self, module: str, kind: str) -> bool:
         """`kind` is `blocks`, `embedding`, `lm_head` or empty, as `Skeleton.kind` gives it."""

@@ -47,6 +47,7 @@ from compress_methods.conversion.resources import require_room, stages_disk
 from compress_methods.conversion.stages import Stage, open_stages
 from compress_methods.errors import NotAccepted
 from compress_methods.evaluation import tasks
+from compress_methods.evaluation.outputs.judge import require_tokens
 from compress_methods.evaluation.tasks import Scores, TaskResult
 from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.search.prune_to import Opening, Search
@@ -110,6 +111,7 @@ class Gate:
         found = (Candidate(one, opening, layout, running) for one in recipe.candidates)
         self.candidates = list(found)
         self.source = self.candidates[0].stages[0].planned.source
+        require_tokens(self.candidates[0].stages[0].planned.skeleton, "accept")
         settings = settings_of(self.candidates[0].stages)
         self.text = check_calibration(self.source.directory, settings, calibration)
 

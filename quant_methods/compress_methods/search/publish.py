@@ -53,8 +53,10 @@ def publish(
         report = read_json(place / REPORT)
         if key not in report:
             _rewrite(amend({**report, "fingerprint": journal.fingerprint}, place), place)
-        for path in sorted(place.iterdir(), key=lambda path: path.name == REPORT):
-            path.replace(out / path.name)
+        files = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path == Path(REPORT)):
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).replace(out / path)
         fsync_directory(out)
     damaged = find_damaged(out)
     if damaged:

@@ -33,6 +33,7 @@ from torch import Tensor
 from compress_methods import __version__
 from compress_methods.calibration.self_generated import sample_from_model
 from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
+from compress_methods.checkpoint.companions import copy_companions
 from compress_methods.checkpoint.compressed import (
     INCOMPLETE,
     INDEX,
@@ -45,7 +46,6 @@ from compress_methods.checkpoint.loading import is_compressed, load_model
 from compress_methods.checkpoint.safetensors import Writer, read_header
 from compress_methods.checkpoint.source import (
     Source,
-    companion_files,
     fingerprint,
     name_of,
     open_source,
@@ -61,8 +61,8 @@ from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits
 from compress_methods.formats import Format, TensorSpec
-from compress_methods.model.architecture import NEXT_TOKEN
 from compress_methods.model.device import peak_device_bytes, signature
+from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.recipe.training import Training
 from compress_methods.search.publish import CARD, opened, publish
 from compress_methods.system.files import copy_file, write_text
@@ -334,7 +334,8 @@ def write_changed(directory: Path, place: Path, changed: Mapping[str, Tensor]) -
                     continue
                 for _, slab in entry.slabs():
                     writer.put(name, slab)
-    for path in [*companion_files(directory), directory / "config.json", directory / INDEX]:
+    copy_companions(directory, place)
+    for path in (directory / "config.json", directory / INDEX):
         if path.exists():
             copy_file(path, place / path.name)
 

@@ -2,7 +2,7 @@
 those that transformers computes with the stored values.
 
 A kind of model is `proven` in the table of architectures because it is here, or in
-`test_mixtures.py`, and only then.
+`test_mixtures.py` or `test_encoders.py`, and only then.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import pytest
 from compress_methods import convert
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.model.architecture import architecture_of, proven_types
+from tests.e2e.support.encoders import ENCODERS
 from tests.e2e.support.engine import Engine
 from tests.e2e.support.tiny import VOCABULARY, compress, make_model, reference
+from tests.e2e.support.vision import VISION
 from tests.e2e.support.zoo import MIXTURES, SERVED, SERVED_MIXTURES, UNSERVED, ZOO
 
 W4 = {"format": "integer", "bits": 4, "group_size": 32}
@@ -92,9 +94,18 @@ def model_type(name: str) -> str:
     return found
 
 
+def encoder_type(name: str) -> str:
+    import transformers
+
+    found: str = getattr(transformers, ENCODERS[name][0]).config_class.model_type
+    return found
+
+
 def test_proven_kinds_are_those_compared_here() -> None:
     compared = {model_type(name) for name in [*SERVED, *SERVED_MIXTURES]}
+    compared |= set(VISION)
+    compared |= {encoder_type(name) for name in ENCODERS} - {"distilbert"}  # read as a BERT
     assert len(SERVED) >= 40
-    assert proven_types() - {"llama4"} == compared  # llama4 wraps llama4_text
+    assert proven_types() == compared
     for name in UNSERVED:
         assert not architecture_of({"model_type": model_type(name)}).proven

@@ -31,11 +31,13 @@ OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
 @dataclass
 class Result:
     """`top` are the most likely tokens at the same positions as `logprobs`; `resident` is the
-    memory of the process with the model in it, mapped files apart, in bytes."""
+    memory of the process with the model in it, mapped files apart, in bytes. `pooled` are
+    the vectors of vLLM's pooler, or matrices for tasks of tokens, before any activation."""
 
     logprobs: list[list[float]] = field(default_factory=list)
     top: list[list[int]] = field(default_factory=list)
     generated: list[list[int]] = field(default_factory=list)
+    pooled: list[Any] = field(default_factory=list)
     error: str = ""
     resident: int = field(default=0, compare=False)
 
@@ -100,10 +102,15 @@ class Engine:
         *,
         env: dict[str, str] | None = None,
         tokens: int = 1,
+        task: str = "",
+        reload: str | Path = "",
         **options: Any,
     ) -> Result:
-        """Load a model, score the prompts and continue them greedily; `options` are `LLM`'s."""
+        """Load a model, score the prompts and continue them greedily, or pool them as a `task` of
+        vLLM's pooling runner does; `options` are `LLM`'s. `reload`: a directory whose weights take
+        the place of the model's before anything is asked."""
         job = {"model": str(model), "prompts": prompts, "env": env or {}, "tokens": tokens}
+        job |= {"task": task, "reload": str(reload)}
         line = json.dumps({**job, "options": options}) + "\n"
         with suppress(BrokenPipeError):  # it died before: no answer comes, and the log says why
             os.write(self._jobs, line.encode())
@@ -153,8 +160,14 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     }
     llm: Any = None
     try:
-        llm = LLM(job["model"], **options)
-        scored = _score(llm, job["prompts"], job["tokens"])
+        if job["task"]:
+            llm = LLM(job["model"], runner="pooling", **options)
+            scored = _pool(llm, job["prompts"], job["task"])
+        else:
+            llm = LLM(job["model"], **options)
+            if job["reload"]:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
+            scored = _score(llm, job["prompts"], job["tokens"])
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what loading needed for a moment and nobody holds now
         return {**scored, "resident": resident_bytes(os.getpid())}
@@ -190,6 +203,18 @@ def _score(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         "top": top,
         "generated": [list(output.outputs[0].token_ids) for output in outputs],
     }
+
+
+def _pool(llm: Any, prompts: list[list[int]], task: str) -> dict[str, Any]:
+    from vllm import PoolingParams
+
+    outputs = llm.encode(
+        [{"prompt_token_ids": p} for p in prompts],
+        pooling_params=PoolingParams(use_activation=False),
+        pooling_task=task,
+        use_tqdm=False,
+    )
+    return {"pooled": [output.outputs.data.float().tolist() for output in outputs]}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from compress_methods.conversion.planning.fit import fits, why_unfit
 from compress_methods.errors import FormatError, RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.padded import Padded
 from compress_methods.formats.smaller_group import group_of
 from compress_methods.formats.sparse import Sparse
 from compress_methods.model.architecture import Architecture
@@ -57,7 +58,7 @@ def find_formats(
         why = why_unfit(slot, fmt, ways, skeleton, layout)
         if why is not None:
             reason = reason or why
-            fmt = rule.choose(fmt, check)
+            fmt = rule.choose(fmt, check, slot.cols)
             if fmt is None:
                 continue
             name = name_of(fmt, name, recipe.formats)
@@ -68,6 +69,8 @@ def find_formats(
 
 def name_of(smaller: Format, name: str, formats: Mapping[str, Format]) -> str:
     """A format's name with its group, unlike all that the recipe gives to others."""
+    if isinstance(smaller, Padded):
+        name = f"{name}-padded{smaller.cols}"
     name = f"{name}-g{group_of(smaller)}"
     while formats.get(name, smaller) != smaller:
         name += "-smaller"

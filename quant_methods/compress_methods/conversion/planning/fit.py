@@ -47,6 +47,11 @@ def why_unfit(
         return None if layout.holds(slot.kind) else f"{layout.name} holds no token table"
     if slot.module.rpartition(".")[2] in skeleton.architecture.unquantized:
         return "vLLM's class gives it no quantization method"
+    beside = not slot.module.startswith(skeleton.tower) and slot.kind != "lm_head"
+    if beside:
+        return "what stands beside the language model is kept as it is"
+    if skeleton.architecture.only_blocks and slot.kind != "blocks":
+        return "vLLM's class keeps all that lies outside the blocks as it is"
     return why_not_served(slot.kind, skeleton.model, bool(skeleton.tied))
 
 
@@ -72,7 +77,10 @@ def refuse(found: Iterable[Unfit]) -> None:
         said.append(
             f"{module if many else modules[0]} [{rows}, {cols}]: {why} (format {name!r}{count})"
         )
-    raise RecipeError(f"{'; '.join(said)}; `on_unfit: keep` in the recipe leaves such as they are")
+    raise RecipeError(
+        f"{'; '.join(said)}; `on_unfit: keep` in the recipe leaves such as they are, `pad` adds "
+        "columns of zeros where that helps"
+    )
 
 
 def kept(found: Iterable[Unfit], skeleton: Skeleton) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from compress_methods import convert
-from compress_methods.checkpoint.source import companion_files, fingerprint, open_source
+from compress_methods.checkpoint.companions import companion_files
+from compress_methods.checkpoint.source import fingerprint, open_source
 from compress_methods.errors import OutputError
 from compress_methods.model.skeleton import build_skeleton
 

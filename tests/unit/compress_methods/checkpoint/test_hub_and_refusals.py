@@ -87,9 +87,8 @@ KINDS: list[tuple[str, str, dict[str, Any], list[str], str]] = [
      r"already quantized \(it holds x.q_proj.qweight\)"),
     ("x.mlp.experts.gate_up_proj", "MixtralForCausalLM", MOE, [], "is a mixture of experts"),
     ("x.feed_forward.w1.weight", "OtherForCausalLM", MOE, [], "is a mixture of experts"),
-    ("lm_head.weight", "LlamaForSequenceClassification", {}, [], "is a classifier"),
+    ("qa_outputs.weight", "LlamaForQuestionAnswering", {}, [], "has a head that is not supported"),
     ("cls.predictions.bias", "BertForMaskedLM", {}, [], "BertForMaskedLM is an encoder"),
-    ("lm_head.weight", "LlamaModel", {}, [], "LlamaModel is a model without its output head"),
     ("x.weight", "LlavaForConditionalGeneration", {"text_config": {}, "vision_config": {}}, [],
      "wraps a language model in another"),
     ("lm_head.weight", "LlamaForCausalLM", {}, [], "neither stored nor tied"),
@@ -121,6 +120,6 @@ def test_a_model_without_its_head_is_told_from_others(novels_8m: Path, tmp_path:
     with pytest.raises(CheckpointError) as caught:
         open_job(model, "int8")
     assert str(caught.value) == (
-        f"{model}: lm_head.weight is missing (LlamaForSequenceClassification is a classifier, it "
-        "has no output head of a language model)"
+        f"{model}: score.weight is missing (the labels of LlamaForSequenceClassification have no "
+        "weights)"
     )

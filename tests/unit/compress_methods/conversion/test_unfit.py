@@ -106,9 +106,9 @@ def test_the_group_of_nested_values_is_made_smaller_too() -> None:
     assert [group_of(smaller) for smaller in smaller_groups(fmt)] == [64, 32]
 
 
-def test_on_unfit_takes_three_words(odd: Path) -> None:
+def test_on_unfit_takes_four_words(odd: Path) -> None:
     with pytest.raises(
-        RecipeError, match="on_unfit is 'drop', expected smaller_group, keep, refuse"
+        RecipeError, match="on_unfit is 'drop', expected smaller_group, pad, keep, refuse"
     ):
         open_job(odd, recipe(on_unfit="drop"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import format_from_dict
+from compress_methods.formats.integer import Integer
 from vllm_compress.layers import collector
 from vllm_compress.targets import Target, find_targets
 
@@ -46,3 +48,38 @@ def test_a_model_with_a_norm_less_than_its_config_is_not_served(
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=r"layers.4.post_attention_layernorm.weight"):
         find_targets(spec, str(model), None)
+
+
+@pytest.mark.parametrize("way", ["runai_streamer", "fastsafetensors"])
+def test_a_buffer_that_is_used_again_is_copied(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "load_format", lambda: way)
+    fmt = Integer(bits=4, group_size=32)
+    stored = fmt.pack(fmt.nearest(torch.randn(8, 32)))
+    mine, layer = collector.Collector([Target("up", (8, 32), fmt)]), torch.nn.Module()
+    mine.attach(layer)
+    buffers = {name: tensor.clone() for name, tensor in stored.items()}
+    for name, buffer in buffers.items():
+        parameter: Any = getattr(layer, name)
+        parameter.weight_loader(parameter, buffer)
+        buffer.zero_()
+    assert all(torch.equal(mine.found[None][name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("way", ["sharded_state", "tensorizer"])
+def test_what_a_server_has_prepared_is_refused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "load_format", lambda: way)
+    with pytest.raises(CheckpointError, match=f"--load-format {way} loads what a server"):
+        collector.Collector([Target("up", (8, 32), Integer(bits=4, group_size=32))])
+
+
+def test_what_was_prepared_is_let_go_and_may_come_again() -> None:
+    fmt = Integer(bits=4, group_size=32)
+    stored = fmt.pack(fmt.nearest(torch.randn(8, 32)))
+    mine = collector.Collector([Target("up", (8, 32), fmt)])
+    assert mine.is_waiting
+    mine.found = {None: stored}
+    mine.close()
+    assert not mine.is_waiting
+    assert not mine.found
+    mine.found = {None: stored}
+    assert mine.is_waiting

@@ -51,7 +51,7 @@ def spend(recipe: Recipe, shape: ModelShape, find: Find) -> Find:
         elif (fmt := find(module, matrix)) is not None:
             fixed += fmt.nbytes(matrix.rows, matrix.cols) * matrix.count
         else:
-            kept += values * matrix.itemsize
+            kept += round(values * matrix.itemsize)
             continue
         weights += values
     options = [_options(recipe, mine) for mine in groups.values()]
@@ -95,7 +95,7 @@ def _options(recipe: Recipe, mine: list[tuple[str, Matrix]]) -> list[Format]:
         rule = rule_of(recipe, module, matrix)
         assert rule is not None
         fits = [
-            rule.choose(recipe.formats[name], lambda fmt, m=matrix: holds(fmt, m))  # type: ignore[misc]
+            rule.choose(recipe.formats[name], lambda fmt, m=matrix: holds(fmt, m), matrix.cols)  # type: ignore[misc]
             for name in rule.candidates
         ]
         mine_too = [fmt for fmt in fits if fmt is not None]

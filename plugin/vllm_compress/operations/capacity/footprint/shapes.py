@@ -1,8 +1,8 @@
 """The shape of a model: every matrix, and what its attention keeps per token. No weights, no torch.
 
-From a checkpoint directory's config.json and safetensors headers, or from `configs/models/*.json`:
-the original config.json cut to what matters, and the parameters as transformers builds them on the
-meta device (`listing.py` writes these files; a test builds the models again and compares). A matrix
+From a directory's config.json and safetensors headers (config.json alone and what other tools
+quantized: `from_config.py`), or from `configs/models/*.json`: config.json cut to what matters, and
+the parameters as transformers builds them (`listing.py` writes them; a test compares). A matrix
 stands for all its like: one per layer of `layers`, times `count` (experts).
 
 Layers that keep no KV cache (Mamba, linear attention) are not counted as if they did; what they
@@ -29,8 +29,12 @@ from compress_methods.model.architecture import GENERIC
 from compress_methods.system.resources import config_path
 from vllm_compress.metrics.checkpoint_summary import tensor_headers
 from vllm_compress.names import QUANT_METHOD
+from vllm_compress.operations.capacity.footprint.from_config import (
+    built_parameters,
+    quantized_parameters,
+)
+from vllm_compress.operations.capacity.footprint.tensors import Tensor, itemsize_of
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 HEADS = ("lm_head", "embed_out", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
 EXPERTS = {"experts", "input_linear", "output_linear"}
@@ -58,21 +62,11 @@ COUNTS = dict.fromkeys(
 KEEPS_KEYS = re.compile("hybrid|(?!linear).*attention")
 """Kinds of layers that keep keys and values; others (Mamba, linear attention, convolutions, plain
 feed-forward) keep a state of fixed size or nothing."""
-
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """vLLM takes 2,048 where there is none (BLOOM has no positions)."""
 WHOLE = ("full_attention", "attention", "hybrid")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One parameter of a checkpoint: name, shape, bytes per value."""
-
-    name: str
-    shape: tuple[int, ...]
-    itemsize: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class Matrix:
     kind: str
     layers: tuple[int, ...] = ()
     count: int = 1
-    itemsize: int = 2
+    itemsize: float = 2
 
     @property
     def experts(self) -> bool:
@@ -143,7 +137,7 @@ class ModelShape:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(matrix.weights * matrix.itemsize for matrix in self.matrices)
+        return round(sum(matrix.weights * matrix.itemsize for matrix in self.matrices))
 
     @property
     def kv_layers(self) -> int:
@@ -195,9 +189,13 @@ def _from_directory(path: Path) -> ModelShape:
     quantized = (config.get("quantization_config") or {}).get("quant_method")
     if quantized == QUANT_METHOD:
         tensors = _unpacked(path)
+    elif not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        tensors = built_parameters(path)
+    elif quantized:
+        tensors = quantized_parameters(path, tensor_headers(path))
     else:
         tensors = [
-            Tensor(name, tuple(h["shape"]), ITEM_BYTES.get(h["dtype"], 1))
+            Tensor(name, tuple(h["shape"]), itemsize_of(h["dtype"]))
             for name, h in tensor_headers(path).items()
         ]
     if not quantized:
@@ -347,7 +345,7 @@ def collect(
         sizes[_prefix(tensor.name)] += prod(tensor.shape)
     sizes.pop("", None)
     blocks = max(sizes, key=lambda key: sizes[key], default=None)
-    alike: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(list)
+    alike: dict[tuple[str, tuple[int, ...], float], list[int]] = defaultdict(list)
     for tensor in tensors:
         layer = NUMBER.search(tensor.name) if _prefix(tensor.name) == blocks else None
         key = (NUMBER.sub("*", tensor.name), tensor.shape, tensor.itemsize)
@@ -380,8 +378,10 @@ def _rows_and_cols(template: str, shape: tuple[int, ...], hidden: int) -> tuple[
 def _kind(template: str, shape: tuple[int, ...], inside: bool) -> str:
     leaf = _leaf(template)
     if inside:
-        matrix = len(shape) == 3 or (len(shape) == 2 and template.endswith(".weight"))
-        router = not set(GENERIC.routers).isdisjoint(template.removesuffix(".weight").split("."))
+        parts = template.removesuffix(".weight").split(".")
+        stacked = len(shape) == 3 and not EXPERTS.isdisjoint(parts)  # convolutions are not
+        matrix = stacked or (len(shape) == 2 and template.endswith(".weight"))
+        router = not set(GENERIC.routers).isdisjoint(parts)
         return "blocks" if matrix and not router else ""
     if len(shape) != 2:
         return ""

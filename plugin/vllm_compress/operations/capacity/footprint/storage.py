@@ -39,7 +39,7 @@ class Part:
     def bytes_of(self, rows: int, cols: int) -> int:
         """Bytes of [rows, cols] stored so."""
         if self.format is None:
-            return rows * cols * self.matrix.itemsize
+            return round(rows * cols * self.matrix.itemsize)
         return self.format.nbytes(rows, cols)
 
     @property
@@ -84,7 +84,7 @@ def as_it_is(shape: ModelShape) -> Scheme:
         parts = _assign(shape, lambda module, matrix: formats.get(module), owners)
         return Scheme(STORED, _label(parts), shape, parts)
     sizes = {m.itemsize for m in shape.matrices if m.kind == "blocks"}
-    label = shape.quantized or DTYPES.get(max(sizes, default=2), "mixed")
+    label = shape.quantized or DTYPES.get(round(max(sizes, default=2)), "mixed")
     parts = tuple(Part(m) for m in shape.matrices)
     return Scheme(STORED if shape.quantized else ORIGINAL, label, shape, parts)
 
@@ -103,7 +103,7 @@ def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
         fmt = None if rule is None else loaded.formats[rule.format]
         if rule is None or fmt is None or isinstance(fmt, Dense):
             return None
-        found = rule.choose(fmt, lambda f: holds(f, matrix))
+        found = rule.choose(fmt, lambda f: holds(f, matrix), matrix.cols)
         return fmt if found is None and rule.on_unfit != "keep" else found
 
     parts = _assign(shape, spend(loaded, shape, find), _sharing(shape, recipe))

@@ -1,0 +1,1 @@
+"""What models without a next token are judged by: embeddings, labels, masked tokens, pairs."""

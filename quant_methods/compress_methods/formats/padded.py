@@ -1,0 +1,130 @@
+"""padded: a matrix whose columns no group divides, stored with zeros after its last column.
+
+The format `base` stores [rows, n], n the next multiple of `multiple` after `cols`; the product
+takes inputs with as many zeros after them. Both are exact: what stands in the added columns is
+multiplied by zero, whatever it is. 80 columns become 96 in groups of 32, a fifth more bytes.
+
+Algorithms know nothing of it: they are given the padded weight and statistics of padded inputs, in
+which the added columns never occur (see `Format.inner`). A recipe's `on_unfit: pad` makes one for
+each width that needs it. Tensor parallelism cuts where it could cut
+`base`; what is left over at the end stays with the last piece.
+
+Needs a base that rounds, such as integer. Fails where: a base that prunes, whose counts the zeros
+would take part in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress_methods.errors import FormatError
+from compress_methods.formats.base import Format, TensorSpec, register_format
+from compress_methods.formats.smaller_group import group_of
+from compress_methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MULTIPLES = (32, 64, 128)
+
+
+@register_format
+@dataclass(frozen=True)
+class Padded(Format):
+    """`base`: a format that rounds, for the padded matrix of `cols` columns. Solutions are those of
+    `base`."""
+
+    base: Format
+    cols: int
+    multiple: int = 32
+    name: ClassVar[str] = "padded"
+
+    def __post_init__(self) -> None:
+        if self.multiple not in MULTIPLES:
+            expected = ", ".join(map(str, MULTIPLES))
+            raise FormatError(f"multiple is {self.multiple!r}, expected one of {expected}")
+        if self.base.inner is not self.base or self.base.prunes or not self.base.rounds:
+            raise FormatError(f"base is {self.base.name}, expected one that rounds like integer")
+
+        if not isinstance(self.cols, int) or self.cols < 1:
+            raise FormatError(f"cols is {self.cols!r}, expected the columns of the matrix")
+
+    def padded(self, cols: int) -> int:
+        """Columns that `base` stores for so many."""
+        return -(-cols // self.multiple) * self.multiple
+
+    def check_shape(self, rows: int, cols: int) -> None:
+        if cols != self.cols:
+            raise FormatError(f"{cols} columns, expected {self.cols}")
+        self.base.check_shape(rows, self.padded(cols))
+
+    def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        return self.base.tensors(rows, self.padded(cols))
+
+    def pack(self, solution: Any) -> dict[str, Tensor]:
+        return self.base.pack(solution)
+
+    def solution(self, tensors: Mapping[str, Tensor]) -> Any:
+        return self.base.solution(tensors)
+
+    def matrix(self, solution: Any) -> Tensor:
+        return self.turn_back(self.base.matrix(solution))
+
+    def nearest(
+        self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
+    ) -> Any:
+        if importance is not None:
+            importance = self.turn_inputs(importance)
+        return self.base.nearest(self.turn(weight), importance)
+
+    @property
+    def inner(self) -> Format:
+        return self.base
+
+    def turn(self, weight: Tensor) -> Tensor:
+        return self.turn_inputs(weight)
+
+    def turn_back(self, weight: Tensor) -> Tensor:
+        return weight[:, : self.cols]
+
+    def turn_inputs(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, self.padded(x.shape[-1]) - x.shape[-1]))
+
+    @property
+    def rounds(self) -> bool:
+        return True
+
+    @property
+    def searches_range(self) -> bool:
+        return self.base.searches_range
+
+    @property
+    def learns_values(self) -> bool:
+        return self.base.learns_values
+
+    def quantize_activations(self, x: Tensor) -> Tensor:
+        padded = self.turn_inputs(x)
+        treated = self.base.quantize_activations(padded)
+        return x if treated is padded else treated[..., : x.shape[-1]]
+
+    @property
+    def cut_by(self) -> str:
+        return self.base.cut_by
+
+    def describe(self) -> str:
+        return f"{self.base.describe()}, padded"
+
+
+def padded_formats(formats: Sequence[Format], cols: int) -> list[Format]:
+    """Each of them with a matrix of `cols` columns padded as far as its group asks, the fewest
+    added columns first; those that cannot be padded left out."""
+    found: list[tuple[int, Format]] = []
+    for fmt in formats:
+        multiple = max(MULTIPLES[0], group_of(fmt))
+        with contextlib.suppress(FormatError):
+            padded = Padded(fmt, cols, multiple)
+            found.append((padded.padded(cols), padded))
+    return [fmt for _, fmt in sorted(found, key=lambda each: each[0])]
