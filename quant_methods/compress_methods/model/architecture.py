@@ -116,10 +116,10 @@ def architecture_of(config: Any) -> Architecture:
     return row if task is None else replace(row, auto_class=task.auto_class, loss=task.loss)
 
 
-COMPARED = """arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2
-gpt_bigcode gpt_neox gptj granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe mamba2 ministral
-ministral3 mixtral nemotron olmo olmo2 olmo3 olmoe opt phi phi3 qwen2_moe qwen3_moe seed_oss smollm3
-stablelm starcoder2"""
+COMPARED = """arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe
+gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe
+mamba2 ministral ministral3 mixtral nemotron olmo olmo2 olmo3 olmoe opt phi phi3 qwen2_moe
+qwen3_moe seed_oss smollm3 stablelm starcoder2"""
 """Model types with nothing of their own to say, whose serving a test compares with transformers."""
 register_architecture(Architecture("compared causal LM", tuple(COMPARED.split()), proven=True))
 register_architecture(

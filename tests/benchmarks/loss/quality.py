@@ -35,7 +35,7 @@ RECIPES = (
 )
 OUTLIERS = {
     f"(with outliers, {name})": name
-    for name in ("int8-dynamic", "int8-smooth", "int8-rotation", "int4-gptq")
+    for name in ("int8-dynamic", "int8-smooth", "int8-rotation", "int4-gptq", "int4-rotated")
 }
 TOKENS = 20_000
 Case = tuple[str, Any]
