@@ -11,7 +11,6 @@ Rows are not looked up here; the reference does that.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -22,9 +21,8 @@ from compress_methods.formats import Stored
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
 from compress_methods.kernels.dispatch import kernel
-from compress_methods.kernels.dispatch import prepare as prepare_by_table
+from compress_methods.kernels.wrapped import RANK, prepared_base
 
-RANK = 200
 FEW = 8
 
 
@@ -45,9 +43,7 @@ class LowRankProduct(Kernel):
         tensors = [factor.to(dtype).contiguous() for factor in factors]
         parts: tuple[Prepared, ...] = ()
         if fmt.base is not None:
-            # Padding is added to the whole, whose parts travel as text: none can be a layer's then.
-            inner = replace(want, pad=0, host=None if want.pad else want.host)
-            parts = (prepare_by_table(stored.nested(fmt.base), inner),)
+            parts = (prepared_base(stored.nested(fmt.base), want),)
         inputs = torch.zeros(1, stored.size[1])
         facts = {"plain": fmt.quantize_activations(inputs) is inputs}
         return Prepared(self.name, *stored.size, tensors, fmt, parts=parts, facts=facts)

@@ -12,7 +12,6 @@ Rows are not looked up here: a row is a mixture of its whole block. The referenc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -23,9 +22,8 @@ from compress_methods.formats import Stored
 from compress_methods.formats.rotated import INPUTS, OUTPUTS, Rotated, hadamard
 from compress_methods.kernels.base import Kernel, Operator, Prepared, Want, register_kernel
 from compress_methods.kernels.dispatch import kernel
-from compress_methods.kernels.dispatch import prepare as prepare_by_table
+from compress_methods.kernels.wrapped import RANK, prepared_base
 
-RANK = 200
 MOST_IN_TRITON = 128
 Turn = Callable[[Tensor, Tensor, bool], Tensor]
 
@@ -42,9 +40,7 @@ class RotatedProduct(Kernel):
     def prepare(self, stored: Stored, want: Want) -> Prepared:
         fmt = stored.format
         assert isinstance(fmt, Rotated)
-        # Padding is added to the whole, whose parts travel as text: none can be a layer's then.
-        inner = replace(want, pad=0, host=None if want.pad else want.host)
-        base = prepare_by_table(stored.nested(fmt.base), inner)
+        base = prepared_base(stored.nested(fmt.base), want)
         signs = torch.stack([fmt.signs(INPUTS), fmt.signs(OUTPUTS)]).to(stored.device)
         return Prepared(self.name, *stored.size, [signs], fmt, parts=(base,))
 
