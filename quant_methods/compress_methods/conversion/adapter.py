@@ -15,7 +15,6 @@ Fails where a matrix in `lowrank` has no base, and where the factors' layers tak
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -30,17 +29,16 @@ from compress_methods.checkpoint.compressed import (
 )
 from compress_methods.checkpoint.safetensors import Entry, Writer, read_header, write_tensors
 from compress_methods.conversion.report import index_text
-from compress_methods.errors import CheckpointError, OutputError
+from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format, TensorSpec
 from compress_methods.formats.lowrank import LowRank
 from compress_methods.lazy import torch
-from compress_methods.system.files import write_text
+from compress_methods.system.files import new_directory, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BASE, ADAPTER = "base", "adapter"
-UNFINISHED = ".unfinished"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every module."""
 
@@ -54,21 +52,13 @@ def split_adapter(directory: str | Path, out: str | Path) -> dict[str, int]:
     ranks = {name: rank for name, m in found.held.items() if (rank := _rank(name, m.format))}
     if not ranks:
         raise CheckpointError(f"{found.path}: no matrix is in format 'lowrank'")
-    if place.exists():
-        raise OutputError(f"{place}: exists already")
-    unfinished = place.with_name(f".{place.name}{UNFINISHED}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    try:
-        for part in (BASE, ADAPTER):
-            (unfinished / part).mkdir(parents=True)
-        _write_base(found, unfinished / BASE)
-        adapter = unfinished / ADAPTER
+    with new_directory(place) as unfinished:
+        base, adapter = unfinished / BASE, unfinished / ADAPTER
+        for part in (base, adapter):
+            part.mkdir()
+        _write_base(found, base)
         write_tensors(adapter / "adapter_model.safetensors", _factors(found, ranks))
         _write_json(adapter / "adapter_config.json", _settings(ranks, str(place / BASE)))
-        unfinished.rename(place)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return ranks
 
 

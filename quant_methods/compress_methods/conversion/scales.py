@@ -18,20 +18,18 @@ Fails where: codes were trained too, which is refused.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from compress_methods.checkpoint.compressed import open_compressed, read_entries, read_json
 from compress_methods.checkpoint.integrity import SEAL, read_report
 from compress_methods.checkpoint.safetensors import Entry, Writer, read_header, read_tensors
-from compress_methods.errors import CheckpointError, OutputError
+from compress_methods.errors import CheckpointError
 from compress_methods.formats import TensorSpec, torch_dtype
 from compress_methods.lazy import torch
-from compress_methods.system.files import write_text
+from compress_methods.system.files import new_directory, write_text
 
 VALUES, FACTS = "scales.safetensors", "scales.json"
-UNFINISHED = ".unfinished"
 
 
 def split_scales(directory: str | Path, base: str | Path, out: str | Path) -> dict[str, int]:
@@ -41,26 +39,17 @@ def split_scales(directory: str | Path, base: str | Path, out: str | Path) -> di
     exists.
     """
     trained, origin, place = Path(directory), open_compressed(base).path, Path(out)
-    if place.exists():
-        raise OutputError(f"{place}: exists already")
     seal = read_report(origin)[SEAL]
     changed = _changed(trained, origin)
     if not changed:
         raise CheckpointError(f"{trained}: nothing in it differs from {origin}")
-    unfinished = place.with_name(f".{place.name}{UNFINISHED}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        specs = {name: TensorSpec(entry.shape, entry.dtype) for name, entry in changed.items()}
+    specs = {name: TensorSpec(entry.shape, entry.dtype) for name, entry in changed.items()}
+    with new_directory(place) as unfinished:
         with Writer(unfinished / VALUES, specs) as writer:
             for name, entry in changed.items():
                 writer.put(name, entry.read())
         facts = {"base": seal, "model": origin.name}
         write_text(unfinished / FACTS, json.dumps(facts, indent=2) + "\n")
-        unfinished.rename(place)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return {name: entry.nbytes for name, entry in changed.items()}
 
 

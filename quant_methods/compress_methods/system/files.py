@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from compress_methods.errors import OutputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -35,6 +37,23 @@ def copy_file(source: Path, path: Path) -> None:
     """Atomically copy a file's contents."""
     with source.open("rb") as original, replacing(path) as file:
         shutil.copyfileobj(original, file)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that becomes `path` at the end; nothing after an error, and what a run
+    that was killed has left beside it goes. `OutputError` where `path` exists."""
+    if path.exists():
+        raise OutputError(f"{path}: exists already")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def fsync_directory(path: Path) -> None:
