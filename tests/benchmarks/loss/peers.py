@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.loss.quality import MODEL, validation_text
+from tests.benchmarks.loss.bits import text_halves
+from tests.benchmarks.loss.quality import MODEL
 
 DRIVER = Path(__file__).with_name("peer.py")
 TOKENS = 20_000
@@ -65,15 +66,6 @@ def environment(folder: Path, packages: tuple[str, ...]) -> Path:
     return python
 
 
-def halves(folder: Path) -> tuple[Path, Path]:
-    """The text to calibrate on, and that to measure on."""
-    text = validation_text().read_text(encoding="utf-8")
-    paths = folder / "first.txt", folder / "second.txt"
-    for path, part in zip(paths, (text[: len(text) // 2], text[len(text) // 2 :]), strict=True):
-        path.write_text(part, encoding="utf-8")
-    return paths
-
-
 def calibration_tokens(text: Path, folder: Path) -> Path:
     """The very tokens that our conversions are calibrated on."""
     from safetensors.torch import save_file
@@ -105,7 +97,7 @@ def run() -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        first, second = halves(folder)
+        first, second = text_halves(folder)
         tokens = calibration_tokens(first, folder)
         for bits in BITS:
             out = folder / f"ours{bits}"
