@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_NOTES = 10
+DRAFT = "-draft"
 DESCRIPTION = """\
 Compress a Hugging Face checkpoint, one decoder block at a time. Killed at any moment, the same
 command goes on where it was. Nothing is downloaded unless MODEL is a hub id."""
@@ -24,6 +25,7 @@ examples:
   vllm-compress convert meta-llama/Llama-3.2-1B -o out/int4 --recipe int4-gptq
   vllm-compress convert ./model -o ./model-w4 --recipe my.yaml --calibration chats.jsonl
   vllm-compress convert ./model -o ./model-w4 --recipe int4-gptq --calibration self:code
+  vllm-compress convert ./model -o ./model-w8 --recipe int8 --draft int3-gptq
 
 A recipe with `accept` publishes a result only if its loss is within the bounds, with 95% confidence
 on held-out text; else its `fallback` recipes are tried. If none passes, OUT is left as it was found
@@ -52,6 +54,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--export", metavar="LAYOUT", help="write another tool's layout, if formats allow"
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="NAME|FILE",
+        help="recipe of a second, smaller result OUT-draft, which `serve --draft` has write ahead",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -108,35 +115,46 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from compress_methods import convert
     from compress_methods.errors import NotAccepted
-    from compress_methods.formats import torch_dtype
     from compress_methods.system.memory import return_large_blocks
 
     return_large_blocks()
+    out, draft = Path(args.output), None
     try:
-        report = convert(
-            args.model,
-            args.recipe,
-            args.output,
-            calibration=args.calibration,
-            revision=args.revision,
-            allow_pickle=args.allow_pickle,
-            tensor_parallel_size=args.tensor_parallel_size,
-            device=args.device,
-            dtype=torch_dtype(args.forward_dtype),
-            layout=args.export,
-            quiet=args.quiet,
-        )
+        report = _convert(args, args.recipe, out, args.export)
+        if args.draft is not None:
+            draft = out.with_name(out.name + DRAFT)
+            _convert(args, args.draft, draft, None)
     except NotAccepted as problem:
         if args.json:
             print(json.dumps({"gate": {"tries": problem.tries}}, indent=2))
         raise
-    print(json.dumps(report, indent=2) if args.json else _summary(report, Path(args.output)))
+    print(json.dumps(report, indent=2) if args.json else _summary(report, out, draft))
     return 0
 
 
-def _summary(report: dict[str, Any], out: Path) -> str:
+def _convert(
+    args: argparse.Namespace, recipe: str, out: Path, layout: str | None
+) -> dict[str, Any]:
+    from compress_methods import convert
+    from compress_methods.formats import torch_dtype
+
+    return convert(
+        args.model,
+        recipe,
+        out,
+        calibration=args.calibration,
+        revision=args.revision,
+        allow_pickle=args.allow_pickle,
+        tensor_parallel_size=args.tensor_parallel_size,
+        device=args.device,
+        dtype=torch_dtype(args.forward_dtype),
+        layout=layout,
+        quiet=args.quiet,
+    )
+
+
+def _summary(report: dict[str, Any], out: Path, draft: Path | None) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     lines = [
         f"{out}: {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.1%}), "
@@ -151,7 +169,8 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     lines += _notes(report)
     seconds, peak = report["run"]["seconds"], report["run"]["peak_memory_bytes"]
     lines.append(f"{seconds:.0f} s, peak memory {peak / 1e6:,.0f} MB")
-    lines.append(f"serve it: vllm-compress serve {out}")
+    ahead = "" if draft is None else f" --draft {draft}"
+    lines.append(f"serve it: vllm-compress serve {out}{ahead}")
     return "\n".join(lines)
 
 

@@ -65,6 +65,20 @@ def test_convert_json_is_the_report(
     assert printed["run"]["peak_memory_bytes"] > 0
 
 
+def test_a_draft_is_made_beside_the_model(
+    novels_8m: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    recipes = ["--recipe", "int8", "--draft", "int4-rtn"]
+    assert main(["convert", str(novels_8m), "-o", str(out), *recipes, "--quiet"]) == 0
+    assert f"serve {out} --draft {out}-draft\n" in capsys.readouterr().out
+    bits = [
+        json.loads((directory / "report.json").read_text())["bits_per_weight"]
+        for directory in (out, tmp_path / "out-draft")
+    ]
+    assert bits[1] < bits[0]
+
+
 def test_check_before_converting_predicts_the_bytes(
     compressed: Path, novels_8m: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
