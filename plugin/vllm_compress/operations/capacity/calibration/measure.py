@@ -40,6 +40,7 @@ ROUNDS = 15
 TIMEOUT = 300.0
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048)
 HEADS = (2, 3, 5, 9, 17, 33)
+STREAMED_TRIES = 5
 TOKENS_OUT = 6
 LONGEST_TURN = 0.3
 
@@ -169,8 +170,18 @@ class Prompts:
         if kind == "P":
             plain = self.complete(n, 1)[0]
             return [(("P", n), max(0.0, self.complete(n, 1, {"prompt_logprobs": 0})[0] - plain))]
-        times = self.complete(n, TOKENS_OUT, streamed=True)
+        times = self._streamed(n, TOKENS_OUT)
         return [(("D", n), (times[-1] - times[0]) / (TOKENS_OUT - 1))]
+
+    def _streamed(self, n: int, out: int) -> list[float]:
+        """Seconds until each token; asked again if a server that is held up sends all at once."""
+        for _ in range(STREAMED_TRIES):
+            times = self.complete(n, out, streamed=True)
+            if len(times) > 1:
+                return times
+        raise CalibrationSourceError(
+            f"{self.client.url}: streamed {len(times)} tokens instead of {out}"
+        )
 
     def complete(
         self, n: int, out: int, extra: dict[str, Any] | None = None, streamed: bool = False
@@ -192,10 +203,6 @@ class Prompts:
                 answer.read()
                 return [time.perf_counter() - began]
             times = [time.perf_counter() - began for line in answer.iter_lines() if _is_token(line)]
-        if len(times) < 2:
-            raise CalibrationSourceError(
-                f"{self.client.url}: streamed {len(times)} tokens instead of {out}"
-            )
         return times
 
 
