@@ -23,7 +23,7 @@ def test_gptq_needs_no_more_memory_for_more_layers(tmp_path: Path, some_text: Pa
     text = tmp_path / "text.txt"
     text.write_text(some_text.read_text() * 4)
     peaks, sizes = [], []
-    for layers in (1, 3):
+    for layers in (1, 5):  # peaks of the same conversion differ by as much as two layers take
         shape = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": layers}
         model, out = tmp_path / f"model{layers}", tmp_path / f"out{layers}"
         sizes.append(make_llama(model, shape, shards=1, vocabulary=4096))

@@ -165,7 +165,7 @@ def test_eval_asks_both_models(
         f"q.jsonl acc: {found['score']:.1%} (original {found['base_score']:.1%})"
     )
     assert main(["eval", str(compressed), "--against", str(tiny)]) == 2
-    assert "expected --text FILE, --tasks FILE or both" in capsys.readouterr().err
+    assert "expected --text FILE, --tasks FILE, --pairs FILE or several" in capsys.readouterr().err
     assert main([*command, "--url", "http://127.0.0.1:9"]) == 2
     assert "--tasks loads DIR" in capsys.readouterr().err
 

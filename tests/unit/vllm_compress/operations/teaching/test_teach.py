@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -92,7 +93,11 @@ def test_killed_at_any_moment_nothing_is_asked_twice(teach: Teach, server: Serve
     chance = random.Random(0)
     for number in range(2):
         server.delay, server.holds_after = 0.03, len(server.seen) + chance.randrange(2, 5)
-        process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
+        # Of a job in the background the shell has said that it ignores interrupts.
+        heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command, env=os.environ, stdout=subprocess.DEVNULL, preexec_fn=heeding
+        )
         while len(server.seen) < server.holds_after:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.03))
