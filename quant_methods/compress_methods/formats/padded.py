@@ -16,13 +16,14 @@ would take part in.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.errors import FormatError
 from compress_methods.formats.base import Format, TensorSpec, register_format
 from compress_methods.formats.smaller_group import group_of
+from compress_methods.formats.turned import Turned
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ MULTIPLES = (32, 64, 128)
 
 @register_format
 @dataclass(frozen=True)
-class Padded(Format):
+class Padded(Turned):
     """`base`: a format that rounds, for the padded matrix of `cols` columns. Solutions are those of
     `base`."""
 
@@ -64,25 +65,12 @@ class Padded(Format):
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         return self.base.tensors(rows, self.padded(cols))
 
-    def pack(self, solution: Any) -> dict[str, Tensor]:
-        return self.base.pack(solution)
-
-    def solution(self, tensors: Mapping[str, Tensor]) -> Any:
-        return self.base.solution(tensors)
-
-    def matrix(self, solution: Any) -> Tensor:
-        return self.turn_back(self.base.matrix(solution))
-
     def nearest(
         self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
     ) -> Any:
         if importance is not None:
             importance = self.turn_inputs(importance)
         return self.base.nearest(self.turn(weight), importance)
-
-    @property
-    def inner(self) -> Format:
-        return self.base
 
     def turn(self, weight: Tensor) -> Tensor:
         return self.turn_inputs(weight)
@@ -92,18 +80,6 @@ class Padded(Format):
 
     def turn_inputs(self, x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, self.padded(x.shape[-1]) - x.shape[-1]))
-
-    @property
-    def rounds(self) -> bool:
-        return True
-
-    @property
-    def searches_range(self) -> bool:
-        return self.base.searches_range
-
-    @property
-    def learns_values(self) -> bool:
-        return self.base.learns_values
 
     def quantize_activations(self, x: Tensor) -> Tensor:
         padded = self.turn_inputs(x)

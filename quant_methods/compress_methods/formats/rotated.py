@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.errors import FormatError
 from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
+from compress_methods.formats.turned import Turned
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ INPUTS, OUTPUTS = "inputs", "outputs"
 
 @register_format
 @dataclass(frozen=True)
-class Rotated(Format):
+class Rotated(Turned):
     """`base`: a format that rounds, for the rotated matrix. Solutions are those of `base`."""
 
     base: Format
@@ -74,15 +75,6 @@ class Rotated(Format):
         """The same axis, cut at whole blocks only."""
         return None if axis is None else replace(axis, cuts=math.lcm(axis.every, self.block))
 
-    def pack(self, solution: Any) -> dict[str, Tensor]:
-        return self.base.pack(solution)
-
-    def solution(self, tensors: Mapping[str, Tensor]) -> Any:
-        return self.base.solution(tensors)
-
-    def matrix(self, solution: Any) -> Tensor:
-        return self.turn_back(self.base.matrix(solution))
-
     def nearest(
         self, weight: Tensor, importance: Tensor | None = None, mask: Tensor | None = None
     ) -> Any:
@@ -92,10 +84,6 @@ class Rotated(Format):
             importance = _block_means(importance, self.block)
         return self.base.nearest(self.turn(weight), importance)
 
-    @property
-    def inner(self) -> Format:
-        return self.base
-
     def turn(self, weight: Tensor) -> Tensor:
         return self.turn_inputs(self.turned(weight, 0, OUTPUTS))
 
@@ -104,22 +92,6 @@ class Rotated(Format):
 
     def turn_inputs(self, x: Tensor) -> Tensor:
         return self.turned(x, -1, INPUTS)
-
-    @property
-    def rounds(self) -> bool:
-        return self.base.rounds
-
-    @property
-    def searches_range(self) -> bool:
-        return self.base.searches_range
-
-    @property
-    def learns_values(self) -> bool:
-        return self.base.learns_values
-
-    @property
-    def holds_zero(self) -> bool:
-        return self.base.holds_zero
 
     def quantize_activations(self, x: Tensor) -> Tensor:
         """What `base` does to the rotated input, seen from outside."""
