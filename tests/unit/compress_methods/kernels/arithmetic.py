@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,3 +81,16 @@ def per_token(fmt: Format) -> bool:
     """Whether a format asks for int8 activations."""
     values = fmt.values if isinstance(fmt, Sparse) else fmt
     return isinstance(values, Integer) and values.activations == "int8"
+
+
+def interpret(code: str) -> None:
+    """Run a program in Triton's interpreter, without a GPU; it prints `the same` at its end."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "the same\n", done.stderr[-2000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +14,7 @@ from compress_methods.formats.integer import Integer
 from compress_methods.formats.rotated import BLOCKS, Rotated
 from compress_methods.kernels import Want, choose, embed, kernel, matmul, prepare
 from compress_methods.kernels.cpu import gemm as cpu_gemm
+from tests.unit.compress_methods.kernels.arithmetic import interpret
 
 INT4 = Integer(4, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -208,12 +206,4 @@ def test_the_triton_kernel_compiles_for_a_gpu(pointer: str) -> None:
 
 def test_triton_turns_as_torch_does() -> None:
     """In Triton's interpreter, which needs no GPU; tests/gpu has the compiled one."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TRITON],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "the same\n", done.stderr[-2000:]
+    interpret(IN_TRITON)
