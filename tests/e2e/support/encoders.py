@@ -113,6 +113,14 @@ def make_encoder(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**values)).float()
+    save_with_biases(model, directory)
+    return directory
+
+
+def save_with_biases(model: Any, directory: Path) -> None:
+    """Biases made random, and a tokenizer beside the model."""
+    import torch
+
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
@@ -120,4 +128,3 @@ def make_encoder(name: str, directory: Path) -> Path:
     model.save_pretrained(directory)
     for file in TOKENIZER:
         shutil.copyfile(ASSET / file, directory / file)
-    return directory

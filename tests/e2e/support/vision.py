@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.support.encoders import ASSET, TOKENIZER, VOCABULARY
+from tests.e2e.support.encoders import VOCABULARY, save_with_biases
 from tests.e2e.support.tiny import SMALL
 
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
@@ -156,12 +155,6 @@ def make_vision(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**values)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).float()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-    model.save_pretrained(directory)
-    for file in TOKENIZER:
-        shutil.copyfile(ASSET / file, directory / file)
+    save_with_biases(model, directory)
     (directory / "preprocessor_config.json").write_text("{}")
     return directory

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress_methods import convert, recover
+from compress_methods import recover
 from compress_methods.checkpoint.loading import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.training import Training
@@ -28,15 +28,6 @@ from tests.unit.compress_methods.training.killed import Killed
 
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = {"steps": 4, "batch": 2, "sequences": 8, "held_out": 2, "length": 32}
-
-
-@pytest.fixture(scope="module")
-def pruned(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "out"
-    calibration = {"samples": 2, "length": 32, "held_out": 1}
-    stage = {"transform": "depth", "keep": [0, 4, 7]}
-    convert(novels_8m, {"stages": [stage], "calibration": calibration}, out, quiet=True)
-    return out
 
 
 def rows(count: int = 2, length: int = 24) -> Tensor:

@@ -20,15 +20,6 @@ from compress_methods.recipe.training import Training
 SIZE: dict[str, Any] = {"steps": 4, "batch": 4, "sequences": 16, "held_out": 4, "length": 32}
 
 
-@pytest.fixture(scope="module")
-def pruned(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "out"
-    calibration = {"samples": 2, "length": 32, "held_out": 1}
-    stage = {"transform": "depth", "keep": [0, 4, 7]}
-    convert(novels_8m, {"stages": [stage], "calibration": calibration}, out, quiet=True)
-    return out
-
-
 def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
