@@ -8,9 +8,11 @@ from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# How long an example takes says nothing while other tests run beside it.
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
+# How long an example takes says nothing while other tests run beside it. Each machine draws its own
+# examples, so few a run are many a week; `--hypothesis-profile thorough` draws many at once.
+settings.register_profile("short", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=400)
+settings.load_profile("short")
 
 # Tests that run side by side share the cores. Each on all of them, small matrices wait several
 # times as long for threads of one another as they take. Set before anything imports torch.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from compress_methods.evaluation.offline import evaluate, next_token_logits
 from compress_methods.evaluation.served import ServerError, evaluate_url, partial_kl
 
 SHORT = "It was a truth universally acknowledged. She was not there, and he said nothing more. " * 8
-by_chance = settings(deadline=None, max_examples=50)
 logits_pairs = st.integers(0, 2**31).map(
     lambda seed: torch.randn(2, 7, 33, generator=torch.Generator().manual_seed(seed)) * 3
 )
@@ -52,7 +51,6 @@ def test_a_case_worked_by_hand() -> None:
     assert result.kl_kind == "exact"
 
 
-@by_chance
 @given(logits_pairs)
 def test_kl_is_the_definition_never_negative_and_blind_to_a_shift(pair: Tensor) -> None:
     base, other = pair
@@ -63,7 +61,6 @@ def test_kl_is_the_definition_never_negative_and_blind_to_a_shift(pair: Tensor) 
     torch.testing.assert_close(token_kl(base + 5, other - 5), expected, rtol=1e-3, atol=1e-5)
 
 
-@by_chance
 @given(logits_pairs)
 def test_a_model_against_itself_loses_nothing(pair: Tensor) -> None:
     result = compare_logits(pair[0], pair[0], torch.zeros(7, dtype=torch.int64)).result()
@@ -72,7 +69,6 @@ def test_a_model_against_itself_loses_nothing(pair: Tensor) -> None:
     assert result.perplexity == result.base_perplexity
 
 
-@by_chance
 @given(logits_pairs, st.integers(1, 6))
 def test_sums_of_parts_are_the_sums_of_the_whole(pair: Tensor, cut: int) -> None:
     targets = torch.arange(7)
@@ -145,7 +141,6 @@ def test_another_vocabulary_a_long_window_and_missing_models_are_refused(
         evaluate(tmp_path / "nowhere", novels_8m, text)
 
 
-@by_chance
 @given(logits_pairs, st.integers(1, 32))
 def test_kl_over_some_tokens_is_a_lower_bound_and_over_all_exact(pair: Tensor, count: int) -> None:
     base, other = (logits[0].double().log_softmax(-1) for logits in pair)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods.evaluation import statistics
@@ -66,7 +66,6 @@ def test_neighbours_that_are_alike_need_the_wider_interval() -> None:
     assert covered(latency(200, 1.1, memory=0.6, serial=False), 1.1, 300) < 0.72
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 700), st.floats(0.51, 0.999))
 def test_t_quantiles_invert_the_integral_of_the_density(df: int, p: float) -> None:
     t = statistics.t_quantile(p, df)

@@ -67,7 +67,6 @@ def test_codes_of_what_codes_stand_for_are_these() -> None:
     assert torch.equal(encode_e8m0(decode_e8m0(POWERS)), POWERS)
 
 
-@settings(max_examples=200, deadline=None)
 @given(positive)
 def test_a_power_of_two_is_the_nearest_or_the_least_above(value: float) -> None:
     given = torch.tensor([value])
@@ -80,7 +79,6 @@ def test_a_power_of_two_is_the_nearest_or_the_least_above(value: float) -> None:
     assert abs(clipped - value) == float((stored[stored > 0] - value).abs().min())
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(floats()))
 def test_no_other_float_is_nearer_to_a_weight(drawn: tuple[Float, Tensor]) -> None:
     fmt, weight = drawn
@@ -97,7 +95,6 @@ def test_no_other_float_is_nearer_to_a_weight(drawn: tuple[Float, Tensor]) -> No
     assert bool((fmt.matrix(solution)[(weight == 0).all(1)] == 0).all())
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(floats()))
 def test_scales_are_values_that_are_stored_and_reach_every_weight(
     drawn: tuple[Float, Tensor],
@@ -148,7 +145,7 @@ def test_the_search_knows_scales_that_make_the_largest_value_four() -> None:
     assert loss(fmt, weight, ones) == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(floats(("mxfp4", "nvfp4")), st.integers(0, 99))
 def test_importance_lowers_what_it_weighs(fmt: Float, seed: int) -> None:
     weight = random(16, 256, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods.errors import FormatError
@@ -19,7 +19,6 @@ from compress_methods.formats.sparse import Sparse
 from tests.unit.compress_methods.drawn import Drawn, columnwise, formats, matrices, pieces, units
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices())
 def test_stored_tensors_are_exactly_what_is_declared(drawn: Drawn) -> None:
     fmt, weight = drawn
@@ -33,7 +32,6 @@ def test_stored_tensors_are_exactly_what_is_declared(drawn: Drawn) -> None:
         assert (tuple(empty.shape), empty.dtype) == (stored[name].shape, stored[name].dtype)
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(), st.data())
 def test_a_slice_of_the_stored_form_is_the_slice_of_the_matrix(
     drawn: Drawn, data: st.DataObject
@@ -54,7 +52,6 @@ def test_a_slice_of_the_stored_form_is_the_slice_of_the_matrix(
     torch.testing.assert_close(found, whole[slice(*rows), slice(*cols)], rtol=0, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(columnwise()))
 def test_what_a_rounder_picks_column_by_column_is_the_nearest(drawn: Drawn) -> None:
     """Weights that no pass moves are rounded as `nearest` rounds them all at once."""
@@ -73,7 +70,6 @@ def test_what_a_rounder_picks_column_by_column_is_the_nearest(drawn: Drawn) -> N
     torch.testing.assert_close(picked, fmt.matrix(solution), rtol=0, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(formats())
 def test_the_json_form_is_the_format(fmt: Format) -> None:
     assert format_from_dict(fmt.to_dict()) == fmt

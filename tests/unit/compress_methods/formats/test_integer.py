@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from compress_methods.errors import FormatError
 from compress_methods.formats.integer import Integer
 from tests.unit.compress_methods.drawn import integers, matrices
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(integers()))
 def test_no_value_is_further_than_its_step_allows(drawn: tuple[Integer, torch.Tensor]) -> None:
     fmt, weight = drawn

@@ -28,7 +28,6 @@ def loss(fmt: Format, weight: torch.Tensor, importance: torch.Tensor | None = No
     return float((squares if importance is None else squares * importance).sum())
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(lookups()))
 def test_no_value_of_its_table_is_nearer_to_a_weight(drawn: tuple[Lookup, torch.Tensor]) -> None:
     fmt, weight = drawn
@@ -94,7 +93,7 @@ def test_learned_tables_lose_less_than_even_steps(skew: bool) -> None:
         assert learned < loss(Lookup(bits, 128, "binary"), weight, importance)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lookups(), st.integers(0, 99))
 def test_importance_lowers_what_it_weighs(fmt: Lookup, seed: int) -> None:
     weight = random(16, 256, seed)

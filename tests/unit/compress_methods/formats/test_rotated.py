@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import block_diag, hadamard
 
@@ -34,7 +34,6 @@ def explicit(fmt: Rotated, size: int, side: str) -> torch.Tensor:
     return found
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 700), st.integers(1, 5), st.sampled_from(BLOCKS), st.integers(0, 3), st.data()
 )

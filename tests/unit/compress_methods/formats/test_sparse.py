@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods.errors import FormatError
@@ -28,7 +28,6 @@ def sparse_matrices(draw: st.DrawFn) -> tuple[Sparse, torch.Tensor]:
     return fmt, (4 * weight).round() if draw(st.booleans()) else weight
 
 
-@settings(max_examples=60, deadline=None)
 @given(sparse_matrices())
 def test_sparse_keeps_the_first_largest_n_of_every_m_exactly(
     drawn: tuple[Sparse, torch.Tensor],
@@ -44,7 +43,6 @@ def test_sparse_keeps_the_first_largest_n_of_every_m_exactly(
     assert torch.equal(fmt.unpack(stored), expected)
 
 
-@settings(max_examples=60, deadline=None)
 @given(sparse_matrices(), st.randoms())
 def test_sparse_holds_any_mask_of_n_in_every_m(
     drawn: tuple[Sparse, torch.Tensor], random: Any

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -74,7 +74,6 @@ def codebook(rows: int = 6, cols: int = 10) -> Stored:
     return Stored.whole(fmt, fmt.pack((codes, torch.randn(16, 2))), (rows, cols))
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices(), st.data())
 def test_a_piece_of_a_piece_is_found_by_its_place_in_the_whole(
     drawn: Drawn, data: st.DataObject

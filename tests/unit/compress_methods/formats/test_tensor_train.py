@@ -67,7 +67,7 @@ def test_of_a_train_nothing_is_lost(kind: str) -> None:
     assert error(TensorTrain(10_000, kind, 3, "float32"), random(*shape)) < 1e-10
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from((ROWS, TABLE)), st.integers(2, 4), st.integers(1, 8), st.integers(0, 9))
 def test_the_error_is_what_the_unfoldings_lose_at_most(
     kind: str, modes: int, rank: int, seed: int

@@ -32,7 +32,6 @@ from tests.unit.compress_methods.drawn import (
 )
 from tests.unit.compress_methods.kernels.arithmetic import per_token, quantized
 
-EXAMPLES = 100
 OURS = st.one_of(integers(), mid_integers(), sparse(integers(symmetric=(True,))).filter(takes))
 EIGHT_BITS = floats(("fp8", "mxfp8"))
 EXACT = integers((8,))  # multiplied as the format says, by whichever kernel
@@ -83,7 +82,6 @@ def magnitudes(fmt: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor
 def test_products_are_those_of_the_values(name: str) -> None:
     ran: list[str] = []
 
-    @settings(max_examples=EXAMPLES, deadline=None)
     @given(CASES[name], st.integers(1, 40), st.sampled_from((torch.bfloat16, torch.float32)))
     def check(drawn: Drawn, tokens: int, dtype: torch.dtype) -> None:
         fmt, weight = drawn
@@ -111,13 +109,12 @@ def test_products_are_those_of_the_values(name: str) -> None:
         ran.append(prepared.kernel)
 
     check()
-    assert len(ran) >= EXAMPLES
+    assert len(ran) >= settings().max_examples
     assert set(ran) == {name}
 
 
 @pytest.mark.parametrize("name", LOOK_UP)
 def test_lookup_gives_rows_of_the_matrix(name: str) -> None:
-    @settings(max_examples=40, deadline=None)
     @given(CASES[name], st.data())
     def check(drawn: Drawn, data: st.DataObject) -> None:
         fmt, weight = drawn

@@ -37,7 +37,7 @@ def close(out: torch.Tensor, x: torch.Tensor, values: torch.Tensor, bias: torch.
 def test_one_operator_gives_the_values_products() -> None:
     """Exact activations, so that nothing but float32 is between it and the values."""
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         st.sampled_from(BLOCKS),
         st.integers(1, 600),

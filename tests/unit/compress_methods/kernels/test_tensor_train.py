@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods.formats import Stored, tensor_train
@@ -23,7 +23,6 @@ def stored(fmt: TensorTrain, rows: int, cols: int) -> Stored:
     return Stored.whole(fmt, fmt.pack(fmt.nearest(weight)), (rows, cols))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(KINDS), st.sampled_from((1, 2**9, 2**22)), st.data())
 def test_a_rank_has_its_rows(fmt: TensorTrain, slab: int, data: st.DataObject) -> None:
     """Whatever they begin with, and however few are made at a time."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods.system import journal_file
@@ -196,7 +196,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.dictionaries(st.text().filter(lambda key: key != "crc32"), JSON), max_size=4))
 def test_any_json_comes_back(lines: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 
 from compress_methods.checkpoint.compressed import Matrix
 from compress_methods.formats import Format
@@ -62,7 +62,6 @@ def check_written_is_trained(piece: Piece, fmt: Format, noise: float) -> None:
     torch.testing.assert_close(value / size, unpacked / size, rtol=0, atol=2e-6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices())
 def test_what_is_written_is_what_was_trained_and_codes_stay(drawn: Drawn) -> None:
     fmt, weight = drawn
@@ -77,7 +76,6 @@ def test_what_is_written_is_what_was_trained_and_codes_stay(drawn: Drawn) -> Non
     assert torch.allclose(piece.value(piece.leaves), fmt.unpack(tensors), atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(matrices())
 def test_gradients_reach_every_float_that_is_stored(drawn: Drawn) -> None:
     fmt, weight = drawn
@@ -97,7 +95,6 @@ def test_gradients_reach_every_float_that_is_stored(drawn: Drawn) -> None:
 CODED = matrices(mid_integers() | integers() | sparse(integers()))
 
 
-@settings(max_examples=60, deadline=None)
 @given(CODED)
 def test_codes_that_moved_are_written_whole(drawn: Drawn) -> None:
     fmt, weight = drawn

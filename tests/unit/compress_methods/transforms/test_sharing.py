@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import compress_methods
@@ -52,7 +52,6 @@ def all_ways(distances: list[list[float]], runs: int) -> float:
     return min(found)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 3), st.data())
 def test_runs_are_those_of_least_sum(count: int, reach: int, data: st.DataObject) -> None:
     distances = [[math.inf] * count for _ in range(count)]

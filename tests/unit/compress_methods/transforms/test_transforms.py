@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -173,7 +173,6 @@ def test_without_some_layers_it_is_the_original_that_passes_them_by(
     assert torch.allclose(logits(original), logits(pruned), atol=2e-5)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, 4]), st.integers(1, 7))
 def test_what_stays_is_the_least_squares_solution_on_it(seed: int, unit: int, kept: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -193,7 +192,6 @@ def test_what_stays_is_the_least_squares_solution_on_it(seed: int, unit: int, ke
     assert torch.allclose(values.double(), expected, atol=1e-3, rtol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, 3]), st.booleans())
 def test_the_unit_that_goes_is_the_one_whose_loss_is_least(
     seed: int, unit: int, compensate: bool

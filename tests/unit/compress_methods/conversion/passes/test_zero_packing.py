@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods import convert
@@ -40,7 +40,6 @@ def two_of_four(name: str) -> Sparse | None:
     return Sparse(2, 4, Dense()) if "_proj" in name else None
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_the_fullest_block_of_every_size_is_found(data: st.DataObject) -> None:
     rows, cols = data.draw(st.integers(1, 9)), 4 * data.draw(st.integers(1, 65))
@@ -64,7 +63,6 @@ def test_the_fullest_block_of_every_size_is_found(data: st.DataObject) -> None:
     assert found.share == pytest.approx(float((weight == 0).double().mean()))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_16_bit_values_survive_bit_by_bit(data: st.DataObject) -> None:
     """Any bit patterns of finite values, the sign of zeros excepted."""

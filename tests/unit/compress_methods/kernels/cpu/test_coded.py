@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods import kernels
@@ -48,7 +48,6 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
     """Nothing is lost by what the int8 mode makes of values: they are bytes already."""
@@ -67,7 +66,6 @@ def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> No
     check_sums(out, expected, size, len(inputs.T))
 
 
-@settings(max_examples=40, deadline=None)
 @given(case=cases(), data=st.data())
 def test_rows_are_looked_up(isa: Library, case: dict[str, Any], data: st.DataObject) -> None:
     check_rows(case["stored"], case["kernel"], data)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods import kernels
@@ -55,7 +55,6 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
     """Of 4 bits nothing is lost in the int8 mode: twice the values are whole numbers."""
@@ -79,7 +78,6 @@ def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> No
     check_sums(out, expected, size, len(inputs.T))
 
 
-@settings(max_examples=40, deadline=None)
 @given(case=cases(), data=st.data())
 def test_rows_are_looked_up(isa: Library, case: dict[str, Any], data: st.DataObject) -> None:
     check_rows(case["stored"], case["kernel"], data)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods.formats import Stored
@@ -18,6 +18,7 @@ from compress_methods.kernels.cpu import build
 from compress_methods.kernels.cpu.gemm import CpuExact, CpuGemm
 from compress_methods.kernels.cpu.library import LINE, Library, Mode
 from tests.unit.compress_methods.kernels.arithmetic import (
+    WIDTHS,
     check_sums,
     compiled,
     quantized,
@@ -25,7 +26,7 @@ from tests.unit.compress_methods.kernels.arithmetic import (
 )
 
 EMULATION = Path(__file__).parent / "emulated_vnni.h"
-ISAS = [isa for isa in build.INSTRUCTION_SETS if build.runs_here(isa)]
+ISAS = [isa for isa in build.INSTRUCTION_SETS if isa in WIDTHS and build.runs_here(isa)]
 EMULATED = "emulated_vnni"  # the code for VNNI where a processor has none
 if "avx2" in ISAS and "avx_vnni" not in ISAS:
     ISAS.append(EMULATED)
@@ -90,7 +91,6 @@ def prepare(kernel: CpuGemm, fmt: Integer, stored: dict[str, torch.Tensor], cols
     return kernel.prepare(Stored.whole(fmt, stored, shape), Want())
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
     fmt, x, bias, kernel = case["fmt"], case["x"], case["bias"], case["kernel"]
@@ -117,7 +117,6 @@ def spread(fmt: Integer, stored: dict[str, torch.Tensor], cols: int) -> torch.Te
     return scales.repeat_interleave(cols // scales.shape[1], 1)
 
 
-@settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_int8_activations_err_by_half_a_step(isa: Library, case: dict[str, Any]) -> None:
     """What quantizing activations may cost, from nothing but the step of each line."""
@@ -136,7 +135,6 @@ def test_int8_activations_err_by_half_a_step(isa: Library, case: dict[str, Any])
     assert bool(((quick - exact).abs() <= bound + 1e-30).all())
 
 
-@settings(max_examples=40, deadline=None)
 @given(case=cases(), data=st.data())
 def test_lookup_gives_rows(isa: Library, case: dict[str, Any], data: st.DataObject) -> None:
     fmt, weight = case["fmt"], case["weight"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_methods import kernels
@@ -82,7 +82,6 @@ def prepare(
     return kernel.prepare(Stored.whole(fmt, stored, shape), Want())
 
 
-@settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> None:
     fmt, x, bias, kernel = case["fmt"], case["x"], case["bias"], case["kernel"]
@@ -96,7 +95,6 @@ def test_products_equal_the_arithmetic(isa: Library, case: dict[str, Any]) -> No
     check_sums(out, expected, size, x.shape[1])
 
 
-@settings(max_examples=60, deadline=None)
 @given(case=cases(), data=st.data())
 def test_lookup_gives_rows(isa: Library, case: dict[str, Any], data: st.DataObject) -> None:
     fmt, kernel, (rows, _) = case["fmt"], case["kernel"], case["shape"]

@@ -82,7 +82,7 @@ TIGHTER = st.floats(0.5, 1)
 MODELS = st.sampled_from([("llama-3.1-8b", "int4-gptq"), ("llama-3.1-8b", None)])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     MODELS, RATES, st.floats(0.15, 2), st.floats(0.02, 0.2), st.floats(0.5, 1), st.floats(0.5, 1)
 )
@@ -99,7 +99,7 @@ def test_a_tighter_objective_takes_no_fewer_devices(
             assert found.capacity >= found.tokens_per_second
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(MODELS, RATES, st.floats(0.3, 2), st.floats(0.5, 0.9))
 def test_a_higher_percentile_takes_no_fewer_devices(
     model: tuple[str, str | None], rate: float, ttft: float, share: float

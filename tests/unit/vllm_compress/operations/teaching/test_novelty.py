@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_compress.operations.teaching.novelty import THRESHOLD, Novelty, jaccard, runs
@@ -14,7 +14,6 @@ WORDS += ["short", "long", "why", "how", "seven", "red"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=4, max_size=30).map(" ".join)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=8))
 def test_whatever_is_kept_differs_and_whatever_is_not_has_its_like(texts: list[str]) -> None:
     novelty, kept = Novelty(), list[str]()

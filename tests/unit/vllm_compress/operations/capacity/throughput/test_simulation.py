@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_compress.operations.capacity.throughput.simulation import (
@@ -58,7 +58,6 @@ def test_one_at_a_time_waits_as_long_as_an_m_d_1_queue(busy: float) -> None:
     assert statistics.mean(out.ttft) - service == pytest.approx(expected, rel=0.08)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     clients=st.integers(1, 40),
     prompt=st.integers(1, 300),
@@ -84,7 +83,6 @@ def test_littles_law_holds_for_poisson_arrivals() -> None:
     assert out.mean_running == pytest.approx(running, rel=0.05)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     prompt=st.integers(1, 400),
     output=st.integers(1, 40),
@@ -107,7 +105,6 @@ def test_steps_taken_together_give_what_single_steps_do(
         assert sorted(ours) == pytest.approx(sorted(theirs), rel=1e-6, abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
 @given(pool=st.integers(20, 60), clients=st.integers(1, 30))
 def test_every_request_ends_however_little_cache_there_is(pool: int, clients: int) -> None:
     load = Load(100, 150, 2 * clients, clients=clients)
