@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -137,11 +140,14 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.models import registry
     from vllm.v1.engine import core
+    from vllm.v1.executor import multiproc_executor
     from vllm.v1.worker import gpu_worker
 
     # vLLM asks each class what it can do in a process of its own, lest a GPU be initialized: the
     # import of vLLM again, for every architecture.
     registry._run_in_subprocess = lambda ask: ask()
+    # So does each rank: they are copies of one process that has made the imports.
+    multiproc_executor.get_mp_context = _ranks
     # Ten collections a model would look through all that these imports have made, most of the time
     # that a small model takes. vLLM freezes its model, too, and takes all back at the end.
     core.freeze_gc_heap = gpu_worker.freeze_gc_heap = gc.unfreeze = lambda: None
@@ -184,6 +190,25 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         cleanup_dist_env_and_memory()
         os.environ.clear()
         os.environ.update(kept)
+
+
+def _ranks() -> Any:
+    """Of ranks: started as always, in this process's environment, but for the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.v1.worker.cpu_worker"])
+
+    def rank(*, target: Any, **options: Any) -> Any:
+        held = partial(_with_environment, dict(os.environ), target)
+        return ForkServerProcess(target=held, **options)
+
+    context.Process = rank  # type: ignore[assignment, method-assign]
+    return context
+
+
+def _with_environment(environment: dict[str, str], target: Any, **arguments: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(**arguments)
 
 
 def _score(llm: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
