@@ -3,9 +3,9 @@ other.
 
 Formats are integers in groups of 128 by gptq, the same in every row. Fixed halves have 4 bits in
 half of the layers and 3 in the others; automatic rows spend a budget on 2, 3, 4 or 8 bits for each
-group of matrices that vLLM fuses, by measured sensitivity. The last column is KL over that of the
-best fixed half. Needs the validation text (folder `shared` beside the repository, or
-COMPRESS_SHARED).
+group of matrices that vLLM fuses, by measured sensitivity, one of them on learned tables of 3 and 4
+bits too. The last column is KL over that of the best fixed half. Needs the validation text (folder
+`shared` beside the repository, or COMPRESS_SHARED).
 """
 
 from __future__ import annotations
@@ -27,32 +27,41 @@ HALVES = {
     "4 bits in odd layers, 3 in even": LAYERS[1::2],
 }
 HALF_BITS = 3.625
-BUDGETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "automatic, 3.5 bits": ({"bits": 3.5}, (2, 3, 4, 8)),
-    "automatic, as many bytes as the halves": ({"bits": HALF_BITS}, (2, 3, 4, 8)),
-    "automatic, as many bytes, 3 or 4 bits only": ({"bits": HALF_BITS}, (3, 4)),
+FORMATS: dict[str, dict[str, Any]] = {
+    "w2": {"format": "integer", "bits": 2, "group_size": 128, "levels": "mid"},
+    "w3": {"format": "integer", "bits": 3, "group_size": 128},
+    "w4": {"format": "integer", "bits": 4, "group_size": 128},
+    "w8": {"format": "integer", "bits": 8, "group_size": 128},
+    "t3": {"format": "lookup", "bits": 3, "group_size": 128, "table": "learned"},
+    "t4": {"format": "lookup", "bits": 4, "group_size": 128, "table": "learned"},
+}
+INTEGERS = ("w2", "w3", "w4", "w8")
+BUDGETS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "automatic, 3.5 bits": (3.5, INTEGERS),
+    "automatic, as many bytes as the halves": (HALF_BITS, INTEGERS),
+    "automatic, as many bytes, tables too": (HALF_BITS, (*INTEGERS, "t3", "t4")),
 }
 
 
-def recipe(modules: list[dict[str, Any]], bits: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    formats = {f"w{b}": {"format": "integer", "bits": b, "group_size": 128} for b in bits}
+def recipe(modules: list[dict[str, Any]], names: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    formats = {name: FORMATS[name] for name in names}
     rules = [{**rule, "algorithm": GPTQ} for rule in modules]
     return {"formats": formats, "modules": rules, "calibration": CALIBRATION, **more}
 
 
 def uniform(bits: int) -> dict[str, Any]:
-    return recipe([{"match": "blocks", "format": f"w{bits}"}], (bits,))
+    return recipe([{"match": "blocks", "format": f"w{bits}"}], (f"w{bits}",))
 
 
 def half(layers: range) -> dict[str, Any]:
     numbers = "|".join(map(str, layers))
     first = {"match": rf"re:model\.layers\.({numbers})\..*", "format": "w4"}
-    return recipe([first, {"match": "blocks", "format": "w3"}], (3, 4))
+    return recipe([first, {"match": "blocks", "format": "w3"}], ("w3", "w4"))
 
 
-def automatic(budget: dict[str, Any], bits: tuple[int, ...]) -> dict[str, Any]:
-    names = [f"w{b}" for b in bits]
-    return recipe([{"match": "blocks", "format": names}], bits, budget=budget)
+def automatic(bits: float, names: tuple[str, ...]) -> dict[str, Any]:
+    rule = {"match": "blocks", "format": list(names)}
+    return recipe([rule], names, budget={"bits": bits})
 
 
 def cases() -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_automatic_bits_are_served_as_they_are_stored(
     novel_tokens: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    wanted = {**automatic({"bits": 3.5}, (3, 4)), "calibration": FEW}
+    wanted = {**automatic(3.5, ("t3", "w4")), "calibration": FEW}
     out = tmp_path / "out"
     report = convert(novels_8m, wanted, out, calibration=some_text, quiet=True)
     assert report["compressed_bits_per_weight"] <= 3.5
