@@ -137,15 +137,16 @@ class Source:
         else:
             yield 0, self.read_slot(slot)
 
-    def read(self, parameter: str) -> Tensor:
-        """A parameter's tensor; `CheckpointError` if a value is not finite."""
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter's tensor; `CheckpointError` if a value is not finite. What the checkpoint
+        holds matrix by matrix is put together in `dtype`, else as stored."""
         if parameter in self.parts:
-            return self._assembled(self.parts[parameter])
+            return self._assembled(self.parts[parameter], dtype)
         return require_finite(self.entry(parameter), self.entry(parameter).read())
 
-    def _assembled(self, parts: Parts) -> Tensor:
+    def _assembled(self, parts: Parts, dtype: torch.dtype | None) -> Tensor:
         first = self.entries[self.tensor_of(parts.slots[0])]
-        out = torch.empty(parts.shape, dtype=torch_dtype(first.dtype))
+        out = torch.empty(parts.shape, dtype=dtype or torch_dtype(first.dtype))
         for slot in parts.slots:
             slot.of(out).copy_(self.read_slot(slot))
         return out

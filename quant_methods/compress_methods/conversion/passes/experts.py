@@ -23,8 +23,8 @@ from compress_methods.model.slot import Slot
 from compress_methods.system.portions import portions
 
 EXPERTS = "experts"
-LIMIT = 2**29
-"""Bytes of statistics in memory."""
+LIMIT = 2**28
+"""Bytes of statistics in memory, or those of one expert: less than the blocks of mixtures take."""
 LEAST_TOKENS, COLUMNS_PER_TOKEN = 32, 4
 """Of text, to be calibrated on it: the latter where columns go together. On novels-8m gptq in 3
 bits lost a fifth less than rounding at as many, half as much at 8 times as many."""
