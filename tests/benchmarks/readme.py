@@ -24,6 +24,7 @@ BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 ROOMS = {
     "quality": "loss",
     "parts": "loss",
+    "mixture": "loss",
     "bits": "loss",
     "losses": "loss",
     "task": "loss",

@@ -127,6 +127,19 @@ def test_experts_are_calibrated_on_what_they_get(
     assert lost["gptq"] < 0.8 * lost["rtn"]
 
 
+def test_of_a_trained_mixture_gptq_loses_less_than_rounding(
+    trained_mixture: Path, some_text: Path, tmp_path: Path
+) -> None:
+    lost = {}
+    for algorithm in ("rtn", "gptq"):
+        asked = recipe(algorithm, INT3, samples=24, length=128, held_out=8)
+        report = convert(
+            trained_mixture, asked, tmp_path / algorithm, calibration=some_text, quiet=True
+        )
+        lost[algorithm] = report["held_out"]["kl"]
+    assert 0 < lost["gptq"] < 0.8 * lost["rtn"]
+
+
 def test_the_report_counts_tokens_and_names_experts_that_got_none(
     mixtral: Path, some_text: Path, tmp_path: Path
 ) -> None:
