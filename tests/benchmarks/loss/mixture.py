@@ -28,7 +28,8 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 def changed() -> list[quality.Case]:
-    """int3-gptq calibrated on all tokens at every expert, and int4-gptq of the experts left."""
+    """int3-gptq calibrated on all tokens at every expert, int4-gptq of the experts left, and what
+    goes averaged into what stays."""
     three, four, fewer = shipped("int3-gptq"), shipped("int4-gptq"), shipped("experts25")
     everywhere = {**three, "calibration": {**three["calibration"], "experts": "all"}}
     packed = {key: four[key] for key in ("formats", "modules")}
@@ -36,6 +37,7 @@ def changed() -> list[quality.Case]:
     return [
         ("int3-gptq, every token at every expert", everywhere),
         ("experts25, then int4-gptq", both),
+        ("experts25, merged", {**fewer, "stages": [{**fewer["stages"][0], "merge": True}]}),
     ]
 
 
