@@ -98,7 +98,8 @@ def _convert(
         if written is not OWN:
             written.config(plan.compression_spec("", __version__))  # or refuses
         for job in plan.jobs if beside else ():
-            equal_of(job.slot.module, job.format)
+            for fmt in (job.format, *job.choices):
+                equal_of(job.slot.module, fmt)
     source = stages[0].planned.source
     text = check_calibration(source.directory, settings_of(stages), calibration)
     if staged.transforms and not running.quiet:

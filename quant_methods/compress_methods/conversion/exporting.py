@@ -30,7 +30,7 @@ from compress_methods.checkpoint.interchange.gguf.vocabulary import add_tokenize
 from compress_methods.checkpoint.loading import is_compressed
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.checkpoint.tied import open_skeleton
-from compress_methods.errors import CheckpointError
+from compress_methods.errors import CheckpointError, OutputError, named
 from compress_methods.formats import ITEMSIZE
 from compress_methods.lazy import torch
 from compress_methods.model.skeleton import checkpoint_names
@@ -140,6 +140,8 @@ def write_gguf(directory: Path) -> Path:
             writer.write_tensor_data(one.bytes().numpy())
         writer.close()
         unfinished.replace(out)
+    except OSError as problem:
+        raise OutputError(f"{named(problem, out)}; all else of the result is whole") from problem
     finally:
         unfinished.unlink(missing_ok=True)
     return out

@@ -17,6 +17,7 @@ from compress_methods.checkpoint.interchange.gguf.equals import blocks_of, equal
 from compress_methods.checkpoint.interchange.gguf.unfold import llama3_factors
 from compress_methods.checkpoint.source import open_source, resolve_model
 from compress_methods.checkpoint.tied import open_skeleton
+from compress_methods.conversion.exporting import write_gguf
 from compress_methods.errors import CompressError, FormatError
 from compress_methods.formats import Stored, format_from_dict
 from tests.e2e.support.tiny import make_model
@@ -130,6 +131,20 @@ def test_the_tokenizer_cuts_text_as_the_original_does(
     reader = gguf.GGUFReader(tmp_path / "other" / "other.gguf")
     assert reader.get_field("tokenizer.ggml.model").contents() == "none"
     assert reader.get_field("tokenizer.ggml.tokens") is None
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    novels_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    convert(novels_8m, recipe(INT4), tmp_path / "o", quiet=True)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(CompressError, match="No space left on device; all else of") as caught:
+        write_gguf(tmp_path / "o")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "o").glob("*.gguf*"))
 
 
 @pytest.mark.parametrize(
