@@ -2,7 +2,8 @@
 JSON.
 
     python -m tests.benchmarks [quality] [parts] [mixture] [bits] [losses] [task] [rtn] [gptq]
-        [layers] [refine] [activations] [kernels] [serving] [profile] [planner] [peers] [gpu]
+        [layers] [experts] [refine] [activations] [kernels] [serving] [profile] [planner] [peers]
+        [gpu]
 
 `COMPRESS_MISSING=1` measures of `quality`, `parts` and `mixture` only the rows that their results
 lack.

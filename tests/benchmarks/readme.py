@@ -32,6 +32,7 @@ ROOMS = {
     "rtn": "conversion",
     "gptq": "conversion",
     "layers": "conversion",
+    "experts": "conversion",
     "refine": "conversion",
     "memory": "conversion",
     "activations": "loss",
@@ -44,7 +45,7 @@ ROOMS = {
 """Folder of each benchmark's module."""
 WHEN_NAMED = ("peers", "gpu")
 """Benchmarks that not every machine can run: they install other tools, or need a GPU."""
-SEVERAL = {"memory": ("rtn", "gptq", "layers")}
+SEVERAL = {"memory": ("rtn", "gptq", "layers", "experts")}
 """Benchmarks whose rows are one table."""
 VIEWS: dict[str, Callable[[], str]] = {
     "methods": lambda: summaries.methods(results_of("quality")),
