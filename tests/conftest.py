@@ -29,6 +29,12 @@ def novels_8m() -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_mixture() -> Path:
+    """A Qwen3-MoE of less than a million parameters that novels-8m has taught."""
+    return REPOSITORY / "tests" / "assets" / "mixture"
+
+
+@pytest.fixture(scope="session")
 def validation_text() -> Path:
     """Text of the same kind that novels-8m was not trained on."""
     shared = Path(os.environ.get("COMPRESS_SHARED", REPOSITORY.parent / "shared"))

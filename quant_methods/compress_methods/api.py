@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from compress_methods import __version__
-from compress_methods.checkpoint.interchange import LAYOUTS
+from compress_methods.checkpoint.compressed import read_json
+from compress_methods.checkpoint.interchange import LAYOUTS, Layout
+from compress_methods.checkpoint.interchange.gguf.entries import METHOD as GGUF
+from compress_methods.checkpoint.interchange.gguf.equals import equal_of
 from compress_methods.checkpoint.interchange.own import OWN
-from compress_methods.checkpoint.source import at_revision
+from compress_methods.checkpoint.source import at_revision, resolve_model
 from compress_methods.conversion.driver import Running
+from compress_methods.conversion.exporting import require_writable, write_gguf
 from compress_methods.conversion.importing import REFUSE, UNPACK, import_recipe
 from compress_methods.conversion.job import Text, carry_out, check_calibration, statement
 from compress_methods.conversion.planning.calibration import settings_of
@@ -25,7 +29,7 @@ from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import StagedRecipe, load_staged
 from compress_methods.recipe.training import Training
 from compress_methods.search.gate import Gate
-from compress_methods.search.prune_to import Search
+from compress_methods.search.prune_to import Opening, Search
 from compress_methods.system.user_file import require_path
 from compress_methods.training.recover import recover as train_towards
 from compress_methods.training.staged import Trained
@@ -50,7 +54,8 @@ def convert(
     `revision` is a hub id's branch, tag or commit. `calibration`, instead of the recipe's, is
     a .txt, .jsonl or .parquet file, a list of them, or `self:PRESET`; without it, stages that need
     it get text sampled from the model itself. `device`: `auto`, `cpu` or `cuda:N`; `dtype`: of
-    forward passes, float32 unless given. `layout`: of another tool, for a result in its form.
+    forward passes, float32 unless given. `layout`: of another tool, for a result in its form;
+    `gguf` is one more file in a result of ours.
     Raises a `CompressError` subclass for anything the user can fix; `out` then holds nothing, or
     finished units that the same call will continue from. `NotAccepted`, one of them, says that the
     result lost more than the recipe's `accept` allows; `out` is as it was.
@@ -60,23 +65,46 @@ def convert(
     running = Running(resolve_device(device), dtype, quiet)
     model = at_revision(model, revision)
     opening = (model, allow_pickle, tensor_parallel_size)
-    written = OWN if layout is None else LAYOUTS.get(layout, "layout", RecipeError)({})
+    beside = layout == GGUF
+    written = OWN if layout is None or beside else LAYOUTS.get(layout, "layout", RecipeError)({})
+    if beside:
+        directory = resolve_model(model, allow_pickle)
+        require_writable(directory, read_json(directory / "config.json"))
+    report = _convert(staged, Path(out), calibration, opening, written, running, beside)
+    if beside:
+        write_gguf(Path(out))
+    return report
+
+
+def _convert(
+    staged: StagedRecipe,
+    out: Path,
+    calibration: str | Path | Sequence[str | Path] | None,
+    opening: Opening,
+    written: Layout,
+    running: Running,
+    beside: bool,
+) -> dict[str, Any]:
+    """`beside`: formats have to have an equal in GGUF, too."""
     if staged.accept is not None:
-        return Gate(staged, Path(out), calibration, opening, written, running).run()
+        return Gate(staged, out, calibration, opening, written, running).run()
     if staged.training:
-        return Trained(staged, Path(out), calibration, opening, written, running).run()
+        return Trained(staged, out, calibration, opening, written, running).run()
     if staged.search is not None:
-        return Search(staged, Path(out), calibration, opening, running).run()
-    stages = open_stages(
-        model, staged, allow_pickle, tensor_parallel_size, layout=written, quiet=quiet
-    )
-    if written is not OWN and stages[-1].packs:
-        written.config(stages[-1].planned.plan.compression_spec("", __version__))  # or refuses
+        return Search(staged, out, calibration, opening, running).run()
+    stages = open_stages(opening[0], staged, *opening[1:], layout=written, quiet=running.quiet)
+    if stages[-1].packs:
+        plan = stages[-1].planned.plan
+        if written is not OWN:
+            written.config(plan.compression_spec("", __version__))  # or refuses
+        for job in plan.jobs if beside else ():
+            for fmt in (job.format, *job.choices):
+                equal_of(job.slot.module, fmt)
     source = stages[0].planned.source
     text = check_calibration(source.directory, settings_of(stages), calibration)
-    if staged.transforms and not quiet:
+    if staged.transforms and not running.quiet:
         print(statement(stages), file=sys.stderr, flush=True)
-    return carry_out(staged, stages, Path(out), text, running)
+    return carry_out(staged, stages, out, text, running)
 
 
 def import_checkpoint(

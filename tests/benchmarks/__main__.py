@@ -1,10 +1,12 @@
 """Run the benchmarks named on the command line, or all but `peers` and `gpu`; print tables, keep
 JSON.
 
-    python -m tests.benchmarks [quality] [parts] [bits] [losses] [task] [rtn] [gptq] [layers]
-        [refine] [activations] [kernels] [serving] [profile] [planner] [peers] [gpu]
+    python -m tests.benchmarks [quality] [parts] [mixture] [bits] [losses] [task] [rtn] [gptq]
+        [layers] [experts] [refine] [activations] [kernels] [serving] [profile] [planner] [peers]
+        [gpu]
 
-`COMPRESS_MISSING=1` measures of `quality` and `parts` only the rows that their results lack.
+`COMPRESS_MISSING=1` measures of `quality`, `parts` and `mixture` only the rows that their results
+lack.
 
 Each module has `run() -> dict` and `table(results) -> str`, some `plot(results, path)`. Results go
 to tests/benchmarks/results/NAME.json, with the machine they were measured on, and NAME.png.

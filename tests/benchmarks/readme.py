@@ -24,6 +24,7 @@ BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 ROOMS = {
     "quality": "loss",
     "parts": "loss",
+    "mixture": "loss",
     "bits": "loss",
     "losses": "loss",
     "task": "loss",
@@ -31,6 +32,7 @@ ROOMS = {
     "rtn": "conversion",
     "gptq": "conversion",
     "layers": "conversion",
+    "experts": "conversion",
     "refine": "conversion",
     "memory": "conversion",
     "activations": "loss",
@@ -43,7 +45,7 @@ ROOMS = {
 """Folder of each benchmark's module."""
 WHEN_NAMED = ("peers", "gpu")
 """Benchmarks that not every machine can run: they install other tools, or need a GPU."""
-SEVERAL = {"memory": ("rtn", "gptq", "layers")}
+SEVERAL = {"memory": ("rtn", "gptq", "layers", "experts")}
 """Benchmarks whose rows are one table."""
 VIEWS: dict[str, Callable[[], str]] = {
     "methods": lambda: summaries.methods(results_of("quality")),

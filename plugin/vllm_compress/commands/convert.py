@@ -53,7 +53,10 @@ def add_parser(subparsers: Any) -> None:
         help="of the model's forward passes on calibration text (default float32)",
     )
     parser.add_argument(
-        "--export", metavar="LAYOUT", help="write another tool's layout, if formats allow"
+        "--export",
+        metavar="LAYOUT",
+        help="write another tool's layout (compressed-tensors, gptq), or a gguf file beside "
+        "the result, if formats allow",
     )
     parser.add_argument(
         "--draft",

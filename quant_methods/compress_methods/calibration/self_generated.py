@@ -12,6 +12,7 @@ there, since every token would then wait for the disk.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def stream_weights(skeleton: Skeleton, source: Source, device: torch.device | No
         move_buffers(model, place)
     table = f"{skeleton.embedding}.weight"
     blocks: list[list[str]] = [[] for _ in skeleton.blocks]
-    for name in skeleton.parameter_names():
+    shapes = skeleton.parameter_names()
+    for name in shapes:
         index = skeleton.block_of(name)
         if index is not None:
             blocks[index].append(name)
@@ -137,19 +139,19 @@ def stream_weights(skeleton: Skeleton, source: Source, device: torch.device | No
     if not skeleton.tied:
         _stream_rows(skeleton.module(skeleton.embedding), source.entry(table), place)
     names = [name for block in blocks for name in block]
-    if sum(FLOAT * math.prod(source.entry(name).shape) for name in names) <= RESIDENT_BYTES:
+    if sum(FLOAT * math.prod(shapes[name]) for name in names) <= RESIDENT_BYTES:
         for name in names:
             set_parameter(model, name, source.read_float(name).to(place))
         return
     buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
     for index, block in enumerate(blocks):
-        _stream_block(skeleton, index, block, source, buffers, place)
+        _stream_block(skeleton, index, {n: shapes[n] for n in block}, source, buffers, place)
 
 
 def _stream_block(
     skeleton: Skeleton,
     index: int,
-    names: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
     source: Source,
     buffers: dict[tuple[str, tuple[int, ...]], Tensor],
     device: torch.device,
@@ -159,14 +161,10 @@ def _stream_block(
     prefix = f"{skeleton.blocks_name}.{index}."
 
     def fill(*_: Any) -> None:
-        for name in names:
-            entry = source.entry(name)
-            key = (name.removeprefix(prefix), entry.shape)
-            if name in checked:
-                entry.copy_to(buffers[key])
-            else:
-                buffers[key] = source.read_float(name, buffers.get(key))
-                checked.add(name)
+        for name, shape in shapes.items():
+            key = (name.removeprefix(prefix), tuple(shape))
+            buffers[key] = source.read_float(name, buffers.get(key), known=name in checked)
+            checked.add(name)
             set_parameter(skeleton.model, name, buffers[key].to(device))
 
     skeleton.blocks[index].register_forward_pre_hook(fill)

@@ -137,35 +137,49 @@ class Source:
         else:
             yield 0, self.read_slot(slot)
 
-    def read(self, parameter: str) -> Tensor:
-        """A parameter's tensor; `CheckpointError` if a value is not finite."""
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter's tensor; `CheckpointError` if a value is not finite. What the checkpoint
+        holds matrix by matrix is put together in `dtype`, else as stored."""
         if parameter in self.parts:
-            return self._assembled(self.parts[parameter])
+            return self._assembled(self.parts[parameter], dtype)
         return require_finite(self.entry(parameter), self.entry(parameter).read())
 
-    def _assembled(self, parts: Parts) -> Tensor:
+    def _assembled(self, parts: Parts, dtype: torch.dtype | None) -> Tensor:
         first = self.entries[self.tensor_of(parts.slots[0])]
-        out = torch.empty(parts.shape, dtype=torch_dtype(first.dtype))
+        out = torch.empty(parts.shape, dtype=dtype or torch_dtype(first.dtype))
         for slot in parts.slots:
             slot.of(out).copy_(self.read_slot(slot))
         return out
 
-    def read_float(self, parameter: str, out: Tensor | None = None) -> Tensor:
-        """The same in float32 (what is no float stays as it is), a slab at a time into `out`."""
+    def read_float(
+        self, parameter: str, out: Tensor | None = None, *, known: bool = False
+    ) -> Tensor:
+        """The same in float32 (what is no float stays as it is), a slab at a time into `out`;
+        `known`: values were found finite before."""
+        if parameter in self.parts:
+            parts = self.parts[parameter]
+            out = torch.empty(parts.shape) if out is None else out
+            for slot in parts.slots:
+                _copy(self.entries[self.tensor_of(slot)], slot.of(out), known)
+            return out
         entry = self.entry(parameter)
         if out is None:
             dtype = torch_dtype(entry.dtype)
             out = torch.empty(
                 entry.shape, dtype=torch.float32 if dtype.is_floating_point else dtype
             )
-        entry.copy_to(out, lambda slab: require_finite(entry, slab))
-        return out
+        return _copy(entry, out, known)
 
     def slabs(self, parameter: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) pieces of a parameter, finite or `CheckpointError`."""
         entry = self.entry(parameter)
         for first, slab in entry.slabs(multiple):
             yield first, require_finite(entry, slab)
+
+
+def _copy(entry: Entry, out: Tensor, known: bool) -> Tensor:
+    entry.copy_to(out, None if known else lambda slab: require_finite(entry, slab))
+    return out
 
 
 def require_finite(entry: Entry, values: Tensor) -> Tensor:

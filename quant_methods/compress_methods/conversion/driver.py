@@ -158,7 +158,7 @@ class Sweep:
         if self.runner is None or index is None:
             return StreamedPart(self.planned, shard, index, self.running.device, self.progress)
         part = self._block(shard, index)
-        self.runner_.load(self.planned.parameters(part.prefix))
+        self.planned.load(self.runner_, part.prefix)
         if index != HEAD_BLOCK:
             if HELD_BASE in self.states:
                 self.runner_.run(index, self.states[HELD_BASE])
@@ -376,7 +376,7 @@ class Sweep:
             for index in range(first, count):
                 shard = Shard(f"survey-{index}", index, (), ())
                 part = self._block(shard, index)
-                self.runner.load(self.planned.parameters(part.prefix))
+                self.planned.load(self.runner, part.prefix)
                 taken: dict[str, Tensor] = {}
                 for number, visitor in enumerate(ahead):
                     row = torch.tensor(visitor.survey(part), dtype=torch.float64)

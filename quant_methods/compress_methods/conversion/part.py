@@ -38,10 +38,12 @@ class Planned:
     source: Source
     plan: Plan
 
-    def parameters(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors of a module as the source holds them, by their names in the model."""
-        names = self.skeleton.parameter_names()
-        return {name: self.source.read(name) for name in names if name.startswith(f"{prefix}.")}
+    def load(self, runner: BlockRunner, prefix: str) -> None:
+        """Put the source's tensors into a module, one by one: no two are there twice."""
+        dtype = runner.dtype if runner.device.type == "cpu" else None
+        for name in self.skeleton.parameter_names():
+            if name.startswith(f"{prefix}."):
+                runner.load({name: self.source.read(name, dtype)})
 
 
 class StreamedPart:

@@ -22,9 +22,9 @@ from compress_methods.calibration.self_generated import (
 )
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.passes.allocation import CARRIED_BYTES, SEQUENCES, find_groups
-from compress_methods.conversion.passes.experts import most_gathered
+from compress_methods.conversion.passes.experts import EXPERTS, most_gathered
 from compress_methods.conversion.passes.weighing import DRAWS, groups_of
-from compress_methods.conversion.planning.plan import Plan
+from compress_methods.conversion.planning.plan import Job, Plan
 from compress_methods.conversion.stages import Stage
 from compress_methods.errors import OutputError
 from compress_methods.model.skeleton import Skeleton
@@ -62,8 +62,9 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool, sampled: bool = F
             (j.slot.cols for j in plan.jobs if Hessian in j.algorithm.needs(j.format)), default=0
         )
         memory += states + 2 * FLOAT * block + 4 * FLOAT * columns**2 + 3 * FLOAT * largest
-        if plan.needs_original:  # its block, its states, what inputs have drifted by, and the aim
-            memory += states + FLOAT * block + 2 * FLOAT * columns**2 + FLOAT * largest
+        if plan.needs_original:  # its matrices and states, what inputs have drifted by, the aim
+            compared = max(_compared(shard.jobs) for shard in plan.shards)
+            memory += states + FLOAT * compared + 2 * FLOAT * columns**2 + FLOAT * largest
         memory += max(most_gathered(shard.jobs) for shard in plan.shards)
         # Codes, momentum and gradient of a block that is trained.
         memory += 3 * FLOAT * _most_refined(plan)
@@ -75,6 +76,11 @@ def estimate(plan: Plan, skeleton: Skeleton, calibrated: bool, sampled: bool = F
             sampling = _sampling(plan, skeleton, flops)
             memory, seconds = max(memory, sampling[0]), seconds + sampling[1]
     return Estimate(estimate_disk(plan, skeleton, calibrated), memory, seconds)
+
+
+def _compared(jobs: Sequence[Job]) -> int:
+    """Weights that are there twice while they are packed, as they are and as they were."""
+    return sum(job.slot.rows * job.slot.cols for job in jobs if job.slot.kind != EXPERTS)
 
 
 def _sampling(plan: Plan, skeleton: Skeleton, flops: float) -> tuple[int, float]:

@@ -122,7 +122,8 @@ class StreamedModel:
     def _load_block(self, runner: BlockRunner, index: int) -> None:
         prefix = f"{self.skeleton.blocks_name}.{index}."
         names = [n for n in self.skeleton.parameter_names() if n.startswith(prefix)]
-        self._load(runner, {name: name for name in names})
+        for name in names:
+            self._load(runner, {name: name})
 
 
 def _padded(length: int) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from compress_methods.formats import Stored
-from compress_methods.formats.padded import Padded
+from compress_methods.formats.padded import Padded, with_zeros
 from compress_methods.kernels.base import Prepared, Want, register_kernel
 from compress_methods.kernels.dispatch import kernel
 from compress_methods.kernels.wrapped import RANK, OtherInputs, prepared_base
+
+PARTS = "parts"
 
 
 @register_kernel
@@ -28,16 +29,24 @@ class PaddedProduct(OtherInputs):
     def prepare(self, stored: Stored, want: Want) -> Prepared:
         fmt = stored.format
         assert isinstance(fmt, Padded)
-        rows, cols = stored.shape
-        end = stored.cols[1] if stored.cols[1] < cols else fmt.padded(cols)
-        whole = replace(
-            stored.nested_in(fmt.base, (rows, fmt.padded(cols))), cols=(stored.cols[0], end)
-        )
-        return Prepared(self.name, *stored.size, [], fmt, parts=(prepared_base(whole, want),))
+        (rows, cols), (start, end) = stored.shape, stored.cols
+        count = 1
+        if fmt.parts > 1:
+            count = (end - start) // fmt.part
+            start, end = (fmt.padded(fmt.part) * (place // fmt.part) for place in (start, end))
+        elif end == cols:
+            end = fmt.padded(cols)
+        whole = replace(stored.nested_in(fmt.base, (rows, fmt.padded(cols))), cols=(start, end))
+        base, facts = prepared_base(whole, want), {PARTS: count}
+        return Prepared(self.name, *stored.size, [], fmt, parts=(base,), facts=facts)
 
-    def inputs(self, x: Tensor, tensors: Sequence[Tensor], cols: int) -> Tensor:
-        return torch.nn.functional.pad(x, (0, cols - x.shape[-1]))
+    def inputs(
+        self, x: Tensor, tensors: Sequence[Tensor], cols: int, facts: Mapping[str, Any]
+    ) -> Tensor:
+        return with_zeros(x, cols, facts[PARTS])
 
     def embed(self, ids: Tensor, prepared: Prepared) -> Tensor:
-        (base,) = prepared.parts
-        return kernel(base.kernel).embed(ids, base)[:, : prepared.cols]
+        (base,), fmt = prepared.parts, prepared.format
+        assert isinstance(fmt, Padded)
+        found = kernel(base.kernel).embed(ids, base)
+        return fmt.turn_back(found) if fmt.parts > 1 else found[:, : prepared.cols]

@@ -6,8 +6,8 @@ Rows are not looked up here; the reference does that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,5 +33,7 @@ class ReorderedProduct(OtherInputs):
         order = stored.tensors[ORDER].clone()
         return Prepared(self.name, *stored.size, [order], fmt, parts=(base,))
 
-    def inputs(self, x: Tensor, tensors: Sequence[Tensor], cols: int) -> Tensor:
+    def inputs(
+        self, x: Tensor, tensors: Sequence[Tensor], cols: int, facts: Mapping[str, Any]
+    ) -> Tensor:
         return x.index_select(-1, tensors[0])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -26,13 +27,15 @@ class OtherInputs(Kernel):
     base."""
 
     @abstractmethod
-    def inputs(self, x: Tensor, tensors: Sequence[Tensor], cols: int) -> Tensor:
-        """What the base, which has `cols` columns, gets of inputs [..., columns]; `tensors` are the
-        wrapper's own."""
+    def inputs(
+        self, x: Tensor, tensors: Sequence[Tensor], cols: int, facts: Mapping[str, Any]
+    ) -> Tensor:
+        """What the base, which has `cols` columns, gets of inputs [..., columns]; `tensors` and
+        `facts` are the wrapper's own."""
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         (base,) = prepared.parts
-        given = self.inputs(x, prepared.tensors, base.cols)
+        given = self.inputs(x, prepared.tensors, base.cols, prepared.facts)
         return kernel(base.kernel).matmul(given, base, bias)
 
     def operator(self, prepared: Prepared) -> Operator | None:
@@ -41,10 +44,10 @@ class OtherInputs(Kernel):
         if own is None:
             return None
         multiply, settings = own
-        count, cols = len(prepared.tensors), base.cols
+        count, cols, facts = len(prepared.tensors), base.cols, prepared.facts
 
         def product(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-            given = self.inputs(x, tensors[:count], cols)
+            given = self.inputs(x, tensors[:count], cols, facts)
             return multiply(given, bias, *settings, *tensors[count:])
 
         return Operator(product, ())

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_methods.model.experts import owner_of, watch_experts
+from compress_methods.model.experts import owner_of, run_one_by_one, watch_experts
 from compress_methods.model.recorded import Call, answers_besides, require_same_calls
 from compress_methods.model.skeleton import Skeleton, set_parameter
 from compress_methods.model.slot import Slot
@@ -85,7 +85,9 @@ class BlockRunner:
         self.calls: list[Call] = []
         self._recorded = 0
         self._besides: dict[type[nn.Module], tuple[Any, ...] | None] = {}
-        if self.device.type != "cpu":
+        if self.device.type == "cpu":
+            run_one_by_one(skeleton.model)
+        else:
             move_buffers(skeleton.model, self.device)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress_methods.model.slot import Slot
 
 FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"
+ONE_BY_ONE = "one_by_one"
 Treat = Callable[["Tensor"], "Tensor"]
 Hook = Callable[[str, "nn.Module", tuple[Any, ...]], None]
 
@@ -32,6 +33,29 @@ def is_last(slot: Slot) -> bool:
 def owner_of(slot: Slot) -> str:
     """Name of the module of all experts."""
     return slot.parameter.rpartition(".")[0]
+
+
+def run_one_by_one(model: Any) -> None:
+    """Have all experts of a model run one after another, so that what lies between the matrices of
+    one is all that is in memory; transformers multiplies all tokens with all of them at once."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS[ONE_BY_ONE] = _one_by_one
+    model.set_experts_implementation(ONE_BY_ONE)
+
+
+def _one_by_one(module: Any, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+    """The same numbers as transformers' `grouped_mm`: products and sums are in its order."""
+    count, ways = chosen.shape
+    ordered, order = chosen.reshape(-1).sort()
+    sizes = ordered.bincount(minlength=len(module.get_parameter(LAST))).tolist()
+    outs = x.new_empty(count * ways, x.shape[-1], dtype=torch.result_type(x, scores))
+    for expert, places in enumerate(order.split(sizes)):
+        if len(places):
+            between = _between(module, x[places // ways], expert, module.is_transposed)
+            out = _product(module, LAST, between, expert, module.is_transposed)
+            outs[places] = out * scores.reshape(-1, 1)[places]
+    return outs.view(count, ways, -1).sum(1).to(x.dtype)
 
 
 def watch_experts(

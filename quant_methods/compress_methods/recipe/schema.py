@@ -38,7 +38,7 @@ from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.calibration.settings import CalibrationSettings, parse_settings
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
-from compress_methods.formats.padded import padded_formats
+from compress_methods.formats.padded import padded_formats, unit_of
 from compress_methods.formats.smaller_group import smaller_groups
 from compress_methods.recipe.accept import GATE_KEYS
 from compress_methods.recipe.budget import Budget, parse_budget
@@ -67,14 +67,20 @@ class ModuleRule:
     on_unfit: str = ON_UNFIT[0]
     candidates: tuple[str, ...] = ()
 
-    def choose(self, fmt: Format, fits: Callable[[Format], bool], cols: int) -> Format | None:
+    def choose(
+        self, fmt: Format, fits: Callable[[Format], bool], cols: int, ways: int = 1
+    ) -> Format | None:
         """The format, or under `on_unfit: smaller_group` the one with the largest group that fits,
-        under `pad` else the one that needs fewest added columns; None where there is none. `cols`:
-        of the matrix."""
+        else what is padded for `ways` ranks; under `pad` whatever needs fewest added columns. None
+        where there is none. `cols`: of the matrix."""
         may = self.on_unfit in ("smaller_group", "pad") and not self.allocate
         offered = [fmt, *(smaller_groups(fmt) if may else ())]
+        whole = [each for each in offered if cols % unit_of(each) == 0]
         if self.on_unfit == "pad":
+            whole = list(offered)
             offered += padded_formats(offered, cols)
+        if may and ways > 1:
+            offered += padded_formats(whole, cols, ways)
         return next((each for each in offered if fits(each)), None)
 
     def matches(self, module: str, kind: str) -> bool:

@@ -8,7 +8,7 @@ a token, of fewer. Nothing else is changed, so a plain smaller mixture comes out
 Every layer keeps as many. Where a router chooses groups of experts first, each group keeps as many.
 An expert that no token of the text comes to has no saliency and goes first: the text decides what
 the model still knows, so it must cover what it will be used for. Fails where fewer would stay than
-are chosen for one token.
+are chosen for one token. With `merge` what goes is averaged into what stays first (`merging.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from compress_methods.lazy import torch
 from compress_methods.model.experts import LAST, owner_of, watch_outputs
 from compress_methods.transforms.base import Outline, Part, Pass, register_transform
 from compress_methods.transforms.depth import check_share, share_of
+from compress_methods.transforms.merging import merge_experts, require_mergeable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,9 +40,10 @@ BEST = 2
 @dataclass(frozen=True)
 class Experts(Pass):
     """`drop`: share of each layer's experts below 1 (never more than asked), or a number of them
-    from 1."""
+    from 1; `merge`: what goes is averaged into what stays."""
 
     drop: float = 0.25
+    merge: bool = False
     name: ClassVar[str] = "experts"
     reshapes: ClassVar[bool] = True
 
@@ -52,6 +54,8 @@ class Experts(Pass):
         config = skeleton.model.config
         if not any(slot.kind == "experts" for slot in skeleton.slots.values()):
             raise RecipeError(f"{self.name}: {config.model_type!r} has no experts that can be told")
+        if self.merge:
+            require_mergeable(skeleton, self.name)
         count, left = _count(config), self._left(config)
         stated = config.to_dict()  # without other names for the same
         changes = {key: left for key in COUNTS if stated.get(key) == count}
@@ -84,13 +88,16 @@ class Experts(Pass):
         """New values of experts and router; the block in memory becomes smaller, too."""
         left, groups = self._left(part.config), _groups(part.config)
         for owner in dict.fromkeys(owner_of(s) for s in part.slots if s.kind == "experts"):
-            salient = _saliency(part, owner)
+            salient, tokens = _saliency(part, owner)
             kept = _kept(salient, left, groups)
+            if self.merge:
+                merge_experts(part, owner, kept, tokens)
             for name, value, axis in _tensors_by_expert(part, owner, len(salient)):
                 part.replace(name, value.index_select(axis, kept.to(value.device)))
             _shrink(part, owner, kept, len(salient))
             gone = sorted(set(range(len(salient))) - set(kept.tolist()))
-            part.note(owner, f"experts {', '.join(map(str, gone))} dropped")
+            done = "merged" if self.merge else "dropped"
+            part.note(owner, f"experts {', '.join(map(str, gone))} {done}")
 
 
 def _count(config: Any) -> int:
@@ -103,8 +110,8 @@ def _groups(config: Any) -> int:
     return int(getattr(config, GROUPS, None) or 1)
 
 
-def _saliency(part: Part, owner: str) -> Tensor:
-    """Mean score times size of output of every expert [experts]."""
+def _saliency(part: Part, owner: str) -> tuple[Tensor, Tensor]:
+    """Mean score times size of output of every expert [experts], and how many tokens came to it."""
     module = part.skeleton.module(owner)
     total = torch.zeros(len(module.get_parameter(LAST)), dtype=torch.float64)
     tokens = torch.zeros_like(total)
@@ -120,7 +127,7 @@ def _saliency(part: Part, owner: str) -> Tensor:
                 part.forward(piece)
     finally:
         handle.remove()
-    return total / tokens.clamp(min=1)
+    return total / tokens.clamp(min=1), tokens
 
 
 def _kept(salient: Tensor, left: int, groups: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Peak memory and rate of conversions of random Llamas, each in a process of its own.
+"""Peak memory and rate of conversions of random Llamas and Mixtrals, each in a process of its own.
 
-What `rtn`, `gptq` and `layers` share.
+What `rtn`, `gptq`, `layers` and `experts` share.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from compress_methods.checkpoint.safetensors import Writer
-from compress_methods.model.skeleton import build_skeleton
+from compress_methods.model.skeleton import Skeleton, build_skeleton
+from compress_methods.model.slot import Slot
 from compress_methods.recipe.matching import config_path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -30,7 +32,8 @@ VOCABULARY = 128256
 
 @dataclass(frozen=True)
 class Case:
-    """A random Llama and what is done to it, calibrated on text or on what it writes itself."""
+    """A random Llama, or a Mixtral where the shape has `num_local_experts`, and what is done to it,
+    calibrated on text or on what it writes itself."""
 
     name: str
     shape: dict[str, int]
@@ -41,14 +44,15 @@ class Case:
 
 
 def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: int) -> int:
-    """A random bf16 Llama on disk, written a tensor at a time; returns its bytes."""
-    from transformers import LlamaConfig
+    """A random bf16 model on disk, written a tensor at a time; returns its bytes."""
+    from transformers import LlamaConfig, MixtralConfig
 
     from compress_methods.formats import TensorSpec
 
     directory.mkdir()
     heads = shape["hidden_size"] // 64
-    LlamaConfig(
+    kind = "Mixtral" if "num_local_experts" in shape else "Llama"
+    (MixtralConfig if kind == "Mixtral" else LlamaConfig)(
         **shape,
         vocab_size=vocabulary,
         num_attention_heads=heads,
@@ -56,9 +60,9 @@ def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: 
         head_dim=64,
         tie_word_embeddings=True,
         dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        architectures=[f"{kind}ForCausalLM"],
     ).save_pretrained(directory)
-    names = list(build_skeleton(directory).parameter_names().items())
+    names = list(_stored_shapes(build_skeleton(directory)).items())
     weight_map, total = {}, 0
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
@@ -77,6 +81,23 @@ def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((TOKENIZER / name).read_bytes())
     return total
+
+
+def _stored_shapes(skeleton: Skeleton) -> dict[str, Sequence[int]]:
+    """Names and shapes of the tensors on disk, experts one by one."""
+    experts: dict[str, list[Slot]] = {
+        s.parameter: [] for s in skeleton.slots.values() if s.kind == "experts"
+    }
+    for slot in skeleton.slots.values():
+        if slot.parameter in experts:
+            experts[slot.parameter].append(slot)
+    found: dict[str, Sequence[int]] = {}
+    for name, size in skeleton.parameter_names().items():
+        if name in experts:
+            found |= {f"{s.module}.weight": (s.rows, s.cols) for s in experts[name]}
+        else:
+            found[skeleton.stored_names.of(name)] = size
+    return found
 
 
 def convert_apart(model: Path, recipe: Any, out: Path, text: Path | None) -> dict[str, Any]:

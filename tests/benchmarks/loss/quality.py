@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def validation_text() -> Path:
     return path
 
 
-def unfinished() -> Path:
-    """Where rows are kept until all are there; another file as soon as code behind them differs."""
-    digest = hashlib.sha256()
+def unfinished(original: Path) -> Path:
+    """Where rows of a model are kept until all are there; another file as soon as code behind them
+    differs."""
+    digest = hashlib.sha256(original.name.encode())
     for path in sorted(path for pattern in SOURCES for path in REPOSITORY.glob(pattern)):
         digest.update(path.read_bytes())
     return Path(tempfile.gettempdir()) / f"vllm-compress-quality-{digest.hexdigest()[:16]}.jsonl"
@@ -85,20 +87,20 @@ def one_thread() -> None:
     pipeline.sample_from_model = sample_once
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(original: Path, case: Case) -> dict[str, Any]:
     """One row."""
     from compress_methods import convert
     from compress_methods.evaluation.offline import evaluate
 
     name, recipe = case
     with tempfile.TemporaryDirectory() as folder:
-        model, out = MODEL, Path(folder) / "out"
+        model, out = original, Path(folder) / "out"
         if recipe is None:
-            model, recipe = sparse_cases.two_passes(MODEL, Path(folder))
+            model, recipe = sparse_cases.two_passes(original, Path(folder))
         if name in OUTLIERS:
-            model = outliers.inject(MODEL, Path(folder) / "outliers")
+            model = outliers.inject(original, Path(folder) / "outliers")
         report = convert(model, recipe, out, quiet=True)
-        measured = evaluate(out, MODEL, validation_text(), limit_tokens=TOKENS)
+        measured = evaluate(out, original, validation_text(), limit_tokens=TOKENS)
     row = {
         "recipe": name,
         "bytes": report["bytes_after"],
@@ -106,19 +108,19 @@ def measure(case: Case) -> dict[str, Any]:
         "matrix_bits_per_weight": report["compressed_bits_per_weight"] or 16.0,
         **measured.to_dict(),
     }
-    with unfinished().open("a") as file:
+    with unfinished(original).open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(row, file=sys.stderr, flush=True)
     return row
 
 
-def measure_all(cases: Sequence[Case], results: Path) -> dict[str, Any]:
+def measure_all(cases: Sequence[Case], results: Path, original: Path = MODEL) -> dict[str, Any]:
     """All rows, several at a time; stopped, it goes on with those not kept yet.
 
     With COMPRESS_MISSING set, rows of the results that are there stay as they are.
     """
     validation_text()
-    kept = unfinished()
+    kept = unfinished(original)
     lines = kept.read_text().splitlines() if kept.exists() else []
     rows = {row["recipe"]: row for row in map(json.loads, lines)}
     if os.environ.get("COMPRESS_MISSING") and results.exists():
@@ -126,8 +128,8 @@ def measure_all(cases: Sequence[Case], results: Path) -> dict[str, Any]:
     missing = [case for case in cases if case[0] not in rows]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, one_thread) as pool:
-        rows |= {row["recipe"]: row for row in pool.map(measure, missing)}
-    return {"model": MODEL.name, "rows": [rows[name] for name, _ in cases]}
+        rows |= {row["recipe"]: row for row in pool.map(partial(measure, original), missing)}
+    return {"model": original.name, "rows": [rows[name] for name, _ in cases]}
 
 
 def run() -> dict[str, Any]:

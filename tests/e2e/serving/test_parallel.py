@@ -23,6 +23,13 @@ FORMATS = {
         "base": {"format": "integer", "bits": 4, "group_size": 64},
         "block": 64,
     },
+    "zeros": {
+        "format": "padded",
+        "base": {"format": "integer", "bits": 4, "group_size": 128},
+        "cols": 768,
+        "multiple": 128,
+        "parts": 4,
+    },
     **SPARSE,
 }
 EXACT = {"VLLM_COMPRESS_KERNEL": "reference"}
@@ -37,7 +44,7 @@ def test_two_ranks_give_the_log_probabilities_of_one(
     tmp_path: Path,
 ) -> None:
     """Two blocks in int4, int8 and each of two sparse formats, one rotated, embedding and head in
-    others.
+    others, a matrix with zeros in every quarter.
 
     By the reference kernel: the fast ones round their outputs to bfloat16, so partial sums differ.
     """
@@ -46,6 +53,7 @@ def test_two_ranks_give_the_log_probabilities_of_one(
         tmp_path / "mixed",
         FORMATS,
         {
+            r"re:model\.layers\.0\.mlp\.down_proj": "zeros",
             r"re:model\.layers\.0\..*": "w4",
             r"re:model\.layers\.1\..*": "turned",
             r"re:model\.layers\.[23]\..*": "w8",

@@ -9,7 +9,7 @@ in memory. The output head has no block: there both models' last states go throu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,19 @@ Needs = Mapping[str, tuple[type[Statistic], ...]]
 
 
 class Comparer:
-    """Gathers statistics of a part beside the part as it was when this was made; of modules with
-    `weights` [tokens, groups] in groups of rows."""
+    """Gathers statistics of a part beside the part as it was when this was made, of which only the
+    matrices `changing` are there twice; of modules with `weights` [tokens, groups] in groups of
+    rows."""
 
-    def __init__(self, part: BlockPart, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        part: BlockPart,
+        changing: Iterable[str],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.part, self.weights = part, weights or {}
         self.is_head = part.index == HEAD_BLOCK
-        self.original = part.module if self.is_head else copy.deepcopy(part.module)
+        self.original = part.module if self.is_head else _beside(part, changing)
         self.places: dict[str, str] = {}
 
     @torch.no_grad()
@@ -114,6 +120,14 @@ class Comparer:
 
     def _short(self, module: str) -> str:
         return module.removeprefix(f"{self.part.prefix}.")
+
+
+def _beside(part: BlockPart, changing: Iterable[str]) -> nn.Module:
+    """A copy of a block that has the same tensors but for the matrices `changing`."""
+    own = {part.skeleton.slots[module].parameter for module in changing}
+    named = part.module.named_parameters()
+    shared = {id(p): p for name, p in named if f"{part.prefix}.{name}" not in own}
+    return copy.deepcopy(part.module, shared)
 
 
 def _by_input(inputs: Mapping[str, Tensor]) -> list[list[str]]:

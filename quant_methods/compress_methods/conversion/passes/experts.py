@@ -23,8 +23,8 @@ from compress_methods.model.slot import Slot
 from compress_methods.system.portions import portions
 
 EXPERTS = "experts"
-LIMIT = 2**29
-"""Bytes of statistics in memory."""
+LIMIT, SHARE = 2**27, 8
+"""Bytes of statistics in memory: so many, or this part of what the experts take."""
 LEAST_TOKENS, COLUMNS_PER_TOKEN = 32, 4
 """Of text, to be calibrated on it: the latter where columns go together. On novels-8m gptq in 3
 bits lost a fifth less than rounding at as many, half as much at 8 times as many."""
@@ -40,7 +40,8 @@ def expert_of(slot: Slot) -> tuple[str, int]:
 
 def rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """The matrices of as many whole experts at a time as there is memory for."""
-    for experts in portions(_by_expert(jobs), _gathered, LIMIT):
+    weights = sum(job.slot.rows * job.slot.cols for job in jobs)
+    for experts in portions(_by_expert(jobs), _gathered, max(LIMIT, FLOAT * weights // SHARE)):
         yield [job for mine in experts for job in mine]
 
 

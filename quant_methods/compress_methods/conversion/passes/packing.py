@@ -68,12 +68,17 @@ def pack_loaded(part: BlockPart) -> None:
     else:
         solved = _pack_compared(part, jobs, needs, weights)
     for together in rounds(experts):
-        needs = _needs(together)
-        seen, tokens = fed(part, needs, part.statistics(needs))
-        solved += _pack_seen(part, together, seen, tokens)
+        solved += _pack_experts(part, together)
     formats = {job.slot.module: job.format for job in experts}
     quantize_expert_inputs(part.skeleton, [job.slot for job in experts], formats.get)
     _refine(part, solved)
+
+
+def _pack_experts(part: BlockPart, jobs: Sequence[Job]) -> list[Solved]:
+    """Solve a round of experts; its statistics are gone before the next one gathers its own."""
+    needs = _needs(jobs)
+    seen, tokens = fed(part, needs, part.statistics(needs))
+    return _pack_seen(part, jobs, seen, tokens)
 
 
 def _needs(jobs: Iterable[Job]) -> Needs:
@@ -85,7 +90,7 @@ def _pack_compared(
     part: BlockPart, jobs: Sequence[Job], needs: Needs, weights: Mapping[str, Tensor]
 ) -> list[Solved]:
     """Solve matrices in the order they run in, the original beside them."""
-    comparer = Comparer(part, weights)
+    comparer = Comparer(part, needs, weights)
     waiting = {job.slot.module: job for job in jobs}
     asked = [name for name in needs if needs[name] and part.runs(name)]
     solved: list[Solved] = []

@@ -264,7 +264,7 @@ class _Weighing:
     @contextmanager
     def _loaded(self, index: int) -> Iterator[None]:
         prefix = f"{self.planned.skeleton.blocks_name}.{index}"
-        self.runner.load(self.planned.parameters(prefix))
+        self.planned.load(self.runner, prefix)
         yield
         self.runner.unload(prefix)
 

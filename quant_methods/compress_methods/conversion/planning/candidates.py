@@ -58,7 +58,7 @@ def find_formats(
         why = why_unfit(slot, fmt, ways, skeleton, layout)
         if why is not None:
             reason = reason or why
-            fmt = rule.choose(fmt, check, slot.cols)
+            fmt = rule.choose(fmt, check, slot.cols, ways if layout is OWN else 1)
             if fmt is None:
                 continue
             name = name_of(fmt, name, recipe.formats)
@@ -70,7 +70,7 @@ def find_formats(
 def name_of(smaller: Format, name: str, formats: Mapping[str, Format]) -> str:
     """A format's name with its group, unlike all that the recipe gives to others."""
     if isinstance(smaller, Padded):
-        name = f"{name}-padded{smaller.cols}"
+        name = f"{name}-padded{smaller.cols}" + (f"by{smaller.parts}" if smaller.parts > 1 else "")
     name = f"{name}-g{group_of(smaller)}"
     while formats.get(name, smaller) != smaller:
         name += "-smaller"

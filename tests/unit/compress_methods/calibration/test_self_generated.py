@@ -22,6 +22,7 @@ from compress_methods.errors import CalibrationError, CheckpointError
 from compress_methods.model.skeleton import build_skeleton
 from compress_methods.system.progress import Progress
 from tests.e2e.support.tiny import MODELS, make_model
+from tests.e2e.support.zoo import MIXTURES
 
 SMALL = CalibrationSettings(samples=4, length=16, seed=0, held_out=2)
 
@@ -108,14 +109,15 @@ def test_a_model_too_large_or_too_short_is_refused_before_loading(
     )
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, "Mixtral"])
 @pytest.mark.parametrize("resident", [0, 2**28])
 def test_a_streamed_model_computes_what_the_loaded_one_does(
     kind: str, resident: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token by token with a cache, blocks in shared buffers or resident, tied or not."""
+    """Token by token with a cache, blocks in shared buffers or resident, tied or not, experts
+    stored one by one."""
     monkeypatch.setattr(sampling, "RESIDENT_BYTES", resident)
-    directory = make_model(kind, tmp_path)
+    directory = make_model(kind, tmp_path, **(MIXTURES["mixtral"][1] if kind == "Mixtral" else {}))
     skeleton = build_skeleton(directory)
     stream_weights(skeleton, opened(directory))
     tokens = torch.randint(2, 512, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -4,22 +4,28 @@ holds, with text and without; what comes out are the values that are stored."""
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from compress_methods import convert
-from compress_methods.algorithms import Hessian, InputNorms
+from compress_methods.algorithms import Hessian, InputNorms, Statistic
 from compress_methods.checkpoint.compressed import open_compressed, read_entries
 from compress_methods.checkpoint.loading import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.checkpoint.source import open_source
 from compress_methods.conversion.job import open_job
+from compress_methods.conversion.part import BlockPart
 from compress_methods.conversion.passes import experts as expert_passes
+from compress_methods.conversion.passes.comparing import _beside
 from compress_methods.conversion.resources import estimate
 from compress_methods.errors import CheckpointError, RecipeError
+from compress_methods.model.experts import run_one_by_one
 from compress_methods.model.skeleton import build_skeleton
 from compress_methods.model.slot import Slot
 from tests.e2e.support.tiny import make_model
@@ -121,6 +127,19 @@ def test_experts_are_calibrated_on_what_they_get(
     assert lost["gptq"] < 0.8 * lost["rtn"]
 
 
+def test_of_a_trained_mixture_gptq_loses_less_than_rounding(
+    trained_mixture: Path, some_text: Path, tmp_path: Path
+) -> None:
+    lost = {}
+    for algorithm in ("rtn", "gptq"):
+        asked = recipe(algorithm, INT3, samples=24, length=128, held_out=8)
+        report = convert(
+            trained_mixture, asked, tmp_path / algorithm, calibration=some_text, quiet=True
+        )
+        lost[algorithm] = report["held_out"]["kl"]
+    assert 0 < lost["gptq"] < 0.8 * lost["rtn"]
+
+
 def test_the_report_counts_tokens_and_names_experts_that_got_none(
     mixtral: Path, some_text: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +187,18 @@ def test_how_many_experts_are_gathered_at_once_changes_nothing(
     asked = recipe("gptq", INT3)
     convert(mixtral, asked, tmp_path / "together", calibration=some_text, quiet=True)
     monkeypatch.setattr(expert_passes, "LIMIT", 1)
+    gathered: list[weakref.ref[Statistic]] = []
+    original = BlockPart.statistics
+
+    def counted(part: BlockPart, *needs: Any) -> Any:
+        assert not [each for each in gathered if each() is not None]
+        found = original(part, *needs)
+        gathered.extend({weakref.ref(s) for seen in found.values() for s in seen.values()})
+        return found
+
+    monkeypatch.setattr(BlockPart, "statistics", counted)
     convert(mixtral, asked, tmp_path / "apart", calibration=some_text, quiet=True)
+    assert len(gathered) > 8  # and never those of two rounds in memory
     for file in (tmp_path / "together").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "apart" / file.name).read_bytes()
 
@@ -183,6 +213,36 @@ def test_the_estimate_counts_statistics_that_are_gathered_at_once(
         found.append(estimate(planned.plan, planned.skeleton, True).memory)
     expert = 4 * (128**2 + 256**2)  # gate and up share a Hessian
     assert found[0] - found[1] == 3 * expert
+
+
+def test_what_is_compared_with_is_there_twice_only_where_it_changes(mixtral: Path) -> None:
+    skeleton = build_skeleton(mixtral)
+    block = skeleton.blocks[0]
+    prefix = f"{skeleton.blocks_name}.0"
+    part: Any = SimpleNamespace(skeleton=skeleton, module=block, prefix=prefix)
+    copied = _beside(part, [f"{prefix}.self_attn.q_proj"])
+    shared = {n for n, p in block.named_parameters() if p is copied.get_parameter(n)}
+    assert dict(block.named_parameters()).keys() - shared == {"self_attn.q_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "hunyuan_v1_moe"]
+)
+def test_experts_one_by_one_compute_the_bits_of_all_at_once(name: str) -> None:
+    kind, config = MIXTURES[name]
+    torch.manual_seed(0)
+    config = {**config, "num_experts_per_tok": 3}
+    made = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**config), dtype=torch.float32
+    )
+    for parameter in made.parameters():
+        parameter.data.normal_(0, 0.05)
+    ids = torch.randint(config["vocab_size"], (2, 50))
+    with torch.no_grad():
+        together = made.eval()(ids).logits
+        run_one_by_one(made)
+        assert torch.equal(made(ids).logits, together)
+    assert made.config._experts_implementation == "one_by_one"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4"])

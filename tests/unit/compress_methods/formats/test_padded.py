@@ -12,6 +12,7 @@ import torch
 from compress_methods import convert, kernels
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.checkpoint.loading import load_model
+from compress_methods.conversion.job import open_job
 from compress_methods.errors import FormatError, RecipeError
 from compress_methods.formats import Stored, format_from_dict
 from compress_methods.formats.integer import Integer
@@ -81,6 +82,48 @@ def test_pieces_are_those_of_the_whole() -> None:
     assert torch.allclose(parts[0] + parts[1], x @ held.values().T, atol=1e-3)
     with pytest.raises(FormatError, match="cuts fall on multiples of 32"):
         held.cut(cols=(0, 40))
+
+
+@pytest.mark.parametrize("spec", BASES)
+@pytest.mark.parametrize("name", ["reference", "cpu_exact"])
+def test_every_part_has_zeros_of_its_own(spec: dict[str, Any], name: str) -> None:
+    """So ranks that share the columns each have whole groups, and add up to the whole product."""
+    torch.manual_seed(0)
+    base, weight, x = format_from_dict(spec), torch.randn(64, 160), torch.randn(5, 160)
+    fmt = format_from_dict({"format": "padded", "base": spec, "cols": 160, "parts": 4})
+    held = stored(fmt, weight)
+    values = held.values()
+    zeros = torch.zeros(64, 24)
+    spread = torch.cat([t for part in weight.split(40, 1) for t in (part, zeros)], 1)
+    kept = base.unpack(base.pack(base.nearest(spread))).unflatten(1, (4, 64))[..., :40]
+    assert torch.equal(values, kept.flatten(1))
+    assert fmt.alignment(64, 160)[1] == 40
+    expected = fmt.quantize_activations(x) @ values.T
+    for cuts in ([(0, 160)], [(0, 80), (80, 160)], [(i, i + 40) for i in range(0, 160, 40)]):
+        total = torch.zeros(5, 64)
+        for start, end in cuts:
+            piece = held.cut(cols=(start, end))
+            assert torch.equal(piece.values(), values[:, start:end])
+            prepared = kernels.prepare(piece, Want(kernel=name, dtype=torch.float32))
+            total += kernels.matmul(x[:, start:end].contiguous(), prepared, None)
+        # Inputs that are rounded get a scale of each rank's own.
+        bound = 0.02 if "activations" in spec else 1e-5
+        assert float((total - expected).norm() / expected.norm()) < bound
+    with pytest.raises(FormatError, match="cuts fall on multiples of 40"):
+        held.cut(cols=(0, 32))
+
+
+def test_ranks_that_would_cut_groups_get_zeros_where_no_smaller_group_helps(tmp_path: Path) -> None:
+    odd = {**SMALL, "intermediate_size": 320, "tie_word_embeddings": False}
+    model = make_model("Llama", tmp_path / "m", **odd)
+    for ways, wanted in ((2, "int4 g32"), (4, "int4 g32, padded"), (8, "int4 g64, padded")):
+        plan = open_job(model, recipe("rtn"), tensor_parallel_size=ways).plan
+        (found,) = {j.format for j in plan.jobs if j.slot.module.endswith("down_proj")}
+        assert found.describe() == wanted
+        assert getattr(found, "parts", ways) == ways
+        if ways < 8:
+            up = {j.format.describe() for j in plan.jobs if j.slot.module.endswith("up_proj")}
+            assert up == {"int4 g128"}
 
 
 def test_the_fewest_added_columns_come_first() -> None:

@@ -19,6 +19,7 @@ from compress_methods.checkpoint.loading import load_model
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.stages import load_staged
+from compress_methods.transforms import experts as passes
 from compress_methods.transforms.experts import _kept
 from tests.e2e.support.tiny import make_model
 from tests.e2e.support.zoo import MIXTURES
@@ -159,6 +160,63 @@ def test_the_least_salient_go(tmp_path: Path, novels_8m: Path, some_text: Path) 
     report = convert(model, recipe(1), tmp_path / "out", calibration=some_text, quiet=True)
     assert list(kept_in(report).values()) == [[0, 1, 3], [1, 2, 3]]
     assert report["held_out"]["kl"] < 1.0
+
+
+@pytest.mark.parametrize("gone", [3, 0])
+def test_merging_puts_neurons_in_order_and_averages_by_tokens(
+    gone: int,
+    tmp_path: Path,
+    novels_8m: Path,
+    some_text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Expert 3 is 1 with its neurons in another order, so merged into that one it changes nothing;
+    expert 0, whose row of the router is close to 2's, moves that one, by its share of the tokens.
+    """
+    from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
+
+    model = mixture("mixtral", tmp_path / "m", novels_8m)
+    tensors = read_tensors(model / "model.safetensors")
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.block_sparse_moe"
+        for leaf in ("w1", "w2", "w3"):
+            axis = 1 if leaf == "w2" else 0
+            found = tensors[f"{name}.experts.1.{leaf}.weight"].index_select(axis, order)
+            tensors[f"{name}.experts.3.{leaf}.weight"] = found.contiguous()
+        gate = tensors[f"{name}.gate.weight"]
+        gate[3], gate[0] = gate[1] * 1.01, gate[2] * 1.01
+    write_tensors(model / "model.safetensors", tensors)
+    salient, tokens = torch.full((4,), 2.0), torch.tensor([10.0, 20.0, 30.0, 40.0])
+    salient[gone] = 1.0
+    monkeypatch.setattr(passes, "_saliency", lambda part, owner: (salient, tokens))
+    asked = recipe(1)
+    asked["stages"][0]["merge"] = True
+    report = convert(model, asked, tmp_path / "out", calibration=some_text, quiet=True)
+    assert set(report["notes"].values()) == {f"experts {gone} merged"}
+    found = {name: entry.read() for name, entry in read_entries(tmp_path / "out").items()}
+    kept = [i for i in range(4) if i != gone]
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.block_sparse_moe.experts"
+        for number, old in enumerate(kept):
+            for leaf in ("w1", "w2", "w3"):
+                before = tensors[f"{name}.{old}.{leaf}.weight"]
+                after = found[f"{name}.{number}.{leaf}.weight"]
+                if (gone, old) != (0, 2):
+                    torch.testing.assert_close(after, before)
+                    continue
+                other = tensors[f"{name}.0.{leaf}.weight"]
+                # Whatever its neurons' order, a quarter of expert 0 is in it now.
+                moved = (after - 0.75 * before).flatten().sort().values
+                torch.testing.assert_close(moved, (0.25 * other).flatten().sort().values)
+
+
+def test_experts_with_biases_are_not_merged(tmp_path: Path, novels_8m: Path) -> None:
+    model = mixture("gpt_oss", tmp_path / "m", novels_8m)
+    asked = recipe(1)
+    asked["stages"][0]["merge"] = True
+    with pytest.raises(RecipeError, match=r"merge: the experts of .* have biases; leave it out"):
+        open_stages(model, load_staged(asked), False, 1, quiet=True)
 
 
 def test_groups_keep_as_many_each() -> None:

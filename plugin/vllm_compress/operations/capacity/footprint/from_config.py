@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress_methods.errors import CheckpointError
+from vllm_compress.operations.capacity.footprint.packed import value_bytes
 from vllm_compress.operations.capacity.footprint.tensors import Tensor, itemsize_of
 
 if TYPE_CHECKING:
@@ -24,13 +25,18 @@ SERVED = 2
 """Bytes of a value that vLLM serves in 16 bits."""
 
 
-def built_parameters(path: Path) -> list[Tensor]:
-    """Every parameter by config.json, in 16 bits; `CheckpointError`."""
+def built_parameters(path: Path, block: Mapping[str, Any]) -> list[Tensor]:
+    """Every parameter by config.json, in 16 bits but for matrices that its `quantization_config`
+    `block` says are packed; `CheckpointError`."""
     # Here, because transformers takes longer to import than a plan.
     from compress_methods.model.skeleton import build_skeleton
 
-    shapes = build_skeleton(path).parameter_names()
-    return [Tensor(name, tuple(shape), SERVED) for name, shape in shapes.items()]
+    skeleton = build_skeleton(path)
+    sizes = {}
+    for slot in skeleton.slots.values() if block else ():
+        sizes[slot.parameter] = value_bytes(block, slot, path) or SERVED
+    shapes = skeleton.parameter_names()
+    return [Tensor(name, tuple(s), sizes.get(name, SERVED)) for name, s in shapes.items()]
 
 
 def quantized_parameters(path: Path, headers: Mapping[str, Any]) -> list[Tensor]:

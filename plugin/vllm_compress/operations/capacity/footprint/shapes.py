@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,7 +25,7 @@ from typing import Any
 from compress_methods.checkpoint.compressed import open_compressed, read_json
 from compress_methods.errors import CheckpointError, nearest
 from compress_methods.formats import ITEMSIZE
-from compress_methods.model.architecture import GENERIC
+from compress_methods.model.architecture import GENERIC, architecture_of
 from compress_methods.system.resources import config_path
 from vllm_compress.metrics.checkpoint_summary import tensor_headers
 from vllm_compress.names import QUANT_METHOD
@@ -33,7 +33,12 @@ from vllm_compress.operations.capacity.footprint.from_config import (
     built_parameters,
     quantized_parameters,
 )
-from vllm_compress.operations.capacity.footprint.tensors import Tensor, itemsize_of
+from vllm_compress.operations.capacity.footprint.tensors import (
+    Tensor,
+    itemsize_of,
+    leaf_of,
+    prefix_of,
+)
 
 HEADS = ("lm_head", "embed_out", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings")
@@ -190,7 +195,7 @@ def _from_directory(path: Path) -> ModelShape:
     if quantized == QUANT_METHOD:
         tensors = _unpacked(path)
     elif not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        tensors = built_parameters(path)
+        tensors = built_parameters(path, config.get("quantization_config") or {})
     elif quantized:
         tensors = quantized_parameters(path, tensor_headers(path))
     else:
@@ -250,7 +255,8 @@ def read_shape(
     head_dim = get("head_dim", default=hidden // heads)
     latent = text.get("kv_lora_rank")
     tied = bool(get("tie_word_embeddings", default=_tied_unless_told(text)))
-    matrices = collect(tensors, hidden, tied, str(text.get("model_type")) == "gpt2")
+    turned, kept = text.get("model_type") == "gpt2", architecture_of(text).unquantized
+    matrices = collect(tensors, hidden, tied, turned, kept)
     experts = get("num_local_experts", "n_routed_experts", "num_experts", default=0)
     return ModelShape(
         name=name,
@@ -333,28 +339,33 @@ def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def collect(
-    tensors: Iterable[Tensor], hidden: int, tied: bool, inputs_first: bool = False
+    tensors: Iterable[Tensor],
+    hidden: int,
+    tied: bool,
+    inputs_first: bool = False,
+    kept: Set[str] = frozenset(),
 ) -> tuple[Matrix, ...]:
     """Matrices of all parameters; the decoder blocks are the numbered modules with most values.
 
-    `inputs_first`: linear layers are stored [inputs, outputs], as in GPT-2.
+    `inputs_first`: linear layers are stored [inputs, outputs], as in GPT-2; `kept`: leaves that
+    vLLM takes uncompressed alone.
     """
-    tensors = [t for t in tensors if not (tied and _leaf(t.name) in HEADS)]
+    tensors = [t for t in tensors if not (tied and leaf_of(t.name) in HEADS)]
     sizes: dict[str, int] = defaultdict(int)
     for tensor in tensors:
-        sizes[_prefix(tensor.name)] += prod(tensor.shape)
+        sizes[prefix_of(tensor.name)] += prod(tensor.shape)
     sizes.pop("", None)
     blocks = max(sizes, key=lambda key: sizes[key], default=None)
     alike: dict[tuple[str, tuple[int, ...], float], list[int]] = defaultdict(list)
     for tensor in tensors:
-        layer = NUMBER.search(tensor.name) if _prefix(tensor.name) == blocks else None
+        layer = NUMBER.search(tensor.name) if prefix_of(tensor.name) == blocks else None
         key = (NUMBER.sub("*", tensor.name), tensor.shape, tensor.itemsize)
         alike[key].append(-1 if layer is None else int(layer.group()))
     out = []
     for (template, shape, itemsize), found in alike.items():
         layers = tuple(sorted({layer for layer in found if layer >= 0}))
         rows, cols, experts = _rows_and_cols(template, shape, hidden)
-        kind = _kind(template, shape, bool(layers))
+        kind = _kind(template, shape, bool(layers), kept)
         if inputs_first and kind == "blocks":
             rows, cols = cols, rows
         count = experts * len(found) // max(1, len(layers))
@@ -369,32 +380,21 @@ def _rows_and_cols(template: str, shape: tuple[int, ...], hidden: int) -> tuple[
         return *shape, 1
     if len(shape) != 3:
         return prod(shape), 1, 1
-    # Experts in one tensor: [experts, outputs, inputs], in Llama 4 [experts, inputs, outputs].
-    experts, rows, cols = shape
-    turned = hidden == (cols if _leaf(template) in LAST else rows)
+    experts, rows, cols = shape  # in Llama 4 [experts, inputs, outputs]
+    turned = hidden == (cols if leaf_of(template) in LAST else rows)
     return (cols, rows, experts) if turned else (rows, cols, experts)
 
 
-def _kind(template: str, shape: tuple[int, ...], inside: bool) -> str:
-    leaf = _leaf(template)
+def _kind(template: str, shape: tuple[int, ...], inside: bool, kept: Set[str]) -> str:
+    leaf = leaf_of(template)
     if inside:
         parts = template.removesuffix(".weight").split(".")
         stacked = len(shape) == 3 and not EXPERTS.isdisjoint(parts)  # convolutions are not
         matrix = stacked or (len(shape) == 2 and template.endswith(".weight"))
-        router = not set(GENERIC.routers).isdisjoint(parts)
+        router = not {*GENERIC.routers, *kept}.isdisjoint(parts)
         return "blocks" if matrix and not router else ""
     if len(shape) != 2:
         return ""
     if leaf in HEADS:
         return "lm_head"
     return "embedding" if leaf in EMBEDDINGS and "vision" not in template else ""
-
-
-def _prefix(name: str) -> str:
-    """Return what stands before the first number: a tensor's list of blocks, or nothing."""
-    match = re.match(r"(.*?)\.\d+\.", name)
-    return match.group(1) if match else ""
-
-
-def _leaf(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]

@@ -17,6 +17,7 @@ from compress_methods.formats.dense import Dense
 from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import load_staged
 from vllm_compress.names import QUANT_METHOD
+from vllm_compress.operations.capacity.footprint.from_config import SERVED
 from vllm_compress.operations.capacity.footprint.open_formats import holds, rule_of, spend
 from vllm_compress.operations.capacity.footprint.shapes import NUMBER, Matrix, ModelShape
 
@@ -92,10 +93,7 @@ def as_it_is(shape: ModelShape) -> Scheme:
 def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
     """Store the model as a recipe would; `RecipeError` where the two do not fit."""
     if shape.quantized is not None:
-        raise RecipeError(
-            f"{shape.name}: already quantized ({shape.quantized}), so no recipe applies; "
-            "plan it without --recipe, or plan the original"
-        )
+        shape = _unpacked(shape)
     loaded = _packing(shape, recipe)
 
     def find(module: str, matrix: Matrix) -> Format | None:
@@ -117,6 +115,20 @@ def apply_recipe(shape: ModelShape, recipe: str) -> Scheme:
                 f"recipe {loaded.name!r}: {part.matrix.module}: {problem}"
             ) from problem
     return Scheme(loaded.name, _label(parts), shape, parts)
+
+
+def _unpacked(shape: ModelShape) -> ModelShape:
+    """A model that another tool quantized as `convert` reads it: matrices of 16 bits."""
+    # Here, because layouts take longer to import than a plan of a model that has none.
+    from compress_methods.checkpoint.interchange import LAYOUTS
+
+    if shape.quantized == QUANT_METHOD or shape.quantized not in list(LAYOUTS):
+        raise RecipeError(
+            f"{shape.name}: already quantized ({shape.quantized}), so no recipe applies; "
+            "plan it without --recipe, or plan the original"
+        )
+    matrices = (dataclasses.replace(m, itemsize=max(m.itemsize, SERVED)) for m in shape.matrices)
+    return dataclasses.replace(shape, matrices=tuple(matrices))
 
 
 def _packing(shape: ModelShape, recipe: str) -> Recipe:

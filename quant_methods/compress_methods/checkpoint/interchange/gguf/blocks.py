@@ -21,7 +21,7 @@ from compress_methods.checkpoint.interchange.gguf import k_blocks
 from compress_methods.formats import Format
 from compress_methods.formats.floats import MXFP4, Float, FloatSolution
 from compress_methods.formats.integer import Integer, IntegerSolution
-from compress_methods.formats.small_floats import decode_e8m0
+from compress_methods.formats.small_floats import decode_e8m0, encode_e8m0
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ SMALL, LARGE = 32, 256
 @dataclass(frozen=True)
 class Kind:
     """Values in a block, its bytes, and what they are: `values` float32 [n, size] of blocks uint8
-    [n, nbytes]; or `split` into codes uint8 and scales of `format`, which holds them exactly."""
+    [n, nbytes]; or `split` into codes uint8 and scales of `format`, which holds them exactly, and
+    `joined` of them again."""
 
     name: str
     size: int
@@ -41,6 +42,7 @@ class Kind:
     values: Callable[[Tensor], Tensor] | None = None
     format: Format | None = None
     split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    joined: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def solution(self, blocks: Tensor, rows: int) -> Any:
         """Of `format`, for a matrix whose blocks lie row by row."""
@@ -84,6 +86,34 @@ def _mxfp4(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return nibbles(blocks[:, 1:]), decode_e8m0(blocks[:, :1])
 
 
+def _bytes(scales: Tensor) -> Tensor:
+    """[n, 2] of float16 [n, 1]."""
+    return scales.half().contiguous().view(torch.uint8)
+
+
+def _paired(codes: Tensor) -> Tensor:
+    """Inverse of `nibbles`."""
+    low, high = (codes & 15).chunk(2, dim=1)
+    return low | (high << 4)
+
+
+def _join_q4_0(codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.cat((_bytes(scales), _paired(codes)), 1)
+
+
+def _join_q5_0(codes: Tensor, scales: Tensor) -> Tensor:
+    fifth = (codes >> 4).reshape(-1, 4, 8) << torch.arange(8, dtype=torch.uint8)
+    return torch.cat((_bytes(scales), fifth.sum(-1, dtype=torch.uint8), _paired(codes)), 1)
+
+
+def _join_q8_0(codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.cat((_bytes(scales), codes ^ 128), 1)
+
+
+def _join_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.cat((encode_e8m0(scales), _paired(codes)), 1)
+
+
 def _q4_1(blocks: Tensor) -> Tensor:
     return half(blocks, 0).float() * nibbles(blocks[:, 4:]).float() + half(blocks, 2).float()
 
@@ -102,11 +132,11 @@ def _integer(bits: int) -> Integer:
 
 
 KINDS = {
-    2: Kind("Q4_0", SMALL, 18, format=_integer(4), split=_q4_0),
+    2: Kind("Q4_0", SMALL, 18, format=_integer(4), split=_q4_0, joined=_join_q4_0),
     3: Kind("Q4_1", SMALL, 20, _q4_1),
-    6: Kind("Q5_0", SMALL, 22, format=_integer(5), split=_q5_0),
+    6: Kind("Q5_0", SMALL, 22, format=_integer(5), split=_q5_0, joined=_join_q5_0),
     7: Kind("Q5_1", SMALL, 24, _q5_1),
-    8: Kind("Q8_0", SMALL, 34, format=_integer(8), split=_q8_0),
+    8: Kind("Q8_0", SMALL, 34, format=_integer(8), split=_q8_0, joined=_join_q8_0),
     10: Kind("Q2_K", LARGE, 84, k_blocks.q2_k),
     11: Kind("Q3_K", LARGE, 110, k_blocks.q3_k),
     12: Kind("Q4_K", LARGE, 144, k_blocks.q4_k),
@@ -114,7 +144,7 @@ KINDS = {
     14: Kind("Q6_K", LARGE, 210, k_blocks.q6_k),
     20: Kind("IQ4_NL", SMALL, 18, _iq4_nl),
     23: Kind("IQ4_XS", LARGE, 136, k_blocks.iq4_xs),
-    39: Kind("MXFP4", SMALL, 17, format=Float(MXFP4), split=_mxfp4),
+    39: Kind("MXFP4", SMALL, 17, format=Float(MXFP4), split=_mxfp4, joined=_join_mxfp4),
 }
 """By the number a file has for them."""
 PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}

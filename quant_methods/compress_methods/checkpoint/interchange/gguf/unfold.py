@@ -113,6 +113,9 @@ def _write_config(
         )
     if ROTARY in tensors:
         config = _rotary(path, config, tensors[ROTARY])
+    size = facts.get(f"{kind}.attention.key_length")
+    if isinstance(size, int):  # transformers leaves it out for some, and takes its own default
+        config["head_dim"] = size
     config.setdefault("dtype", "bfloat16")
     _write(folder, config)
 
@@ -162,20 +165,17 @@ def _add_block(
     files: list[Path], folder: Path, kind: str, tensors: Mapping[str, Described]
 ) -> None:
     """Say in config.json where the tensors are and what transformers calls them."""
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
-
     config = _read(folder)
     config.pop("quantization_config", None)
     _write(folder, config)
     model = build_skeleton(folder).model
-    names = get_gguf_hf_weights_map(model, TensorProcessor())
+    names = theirs_by_name(model)
     kept = {theirs: name for theirs, name in names.items() if theirs in tensors}
     require_known([t for t in tensors if t not in kept and t != ROTARY], files[0])
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     changes: dict[str, dict[str, Any]] = {}
     for theirs in kept:
-        if kind == LLAMA and (".attn_q." in theirs or ".attn_k." in theirs):
-            changes[theirs] = {"heads": heads if ".attn_q." in theirs else groups or heads}
+        if kind == LLAMA and (heads := turned_heads(theirs, config)):
+            changes[theirs] = {"heads": heads}
         elif kind in RAISED_NORMS and theirs.endswith("norm.weight"):
             changes[theirs] = {"less": 1.0}
     block = {
@@ -186,6 +186,24 @@ def _add_block(
     }
     config |= {"architectures": [type(model).__name__], "quantization_config": block}
     _write(folder, config)
+
+
+def theirs_by_name(model: Any) -> dict[str, str]:
+    """What transformers' model calls each tensor that GGUF has a name for, by that."""
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    kind = model.config.model_type
+    alike = LLAMA if kind == "mistral" else None
+    found: dict[str, str] = get_gguf_hf_weights_map(model, TensorProcessor(), alike)
+    return found
+
+
+def turned_heads(theirs: str, config: Mapping[str, Any]) -> int:
+    """Of a tensor of `llama` the heads whose rows are interleaved; 0 where none are."""
+    heads = int(config["num_attention_heads"])
+    if ".attn_q." in theirs:
+        return heads
+    return int(config.get("num_key_value_heads") or heads) if ".attn_k." in theirs else 0
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_transformers_loads_the_result(model: Path, tmp_path: Path) -> None:
         ("gptq", INT8 | {"activations": "int8"}, "blocks", "has no equal in gptq"),
         ("compressed-tensors", INT4 | {"bits": 3}, "blocks", "no equal in compressed-tensors"),
         ("compressed-tensors", INT8, ["blocks", "embedding"], "holds no token table"),
-        ("gguf", INT4, "blocks", "gguf checkpoints can be read, not written"),
+        ("awq", INT4, "blocks", "awq checkpoints can be read, not written"),
         ("gtpq", INT4, "blocks", "unknown layout 'gtpq'"),
     ],
 )
