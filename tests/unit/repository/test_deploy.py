@@ -106,7 +106,9 @@ def test_compose_starts_the_variants_that_its_gateway_and_prometheus_know(tmp_pa
     services = compose_file("compose.yaml")["services"]
     gateway = services["gateway"]["command"]
     here = [word.replace("/etc/vllm-compress", str(COMPOSE / "deployments")) for word in gateway]
-    arguments = [word for word in here if word != "--run" and not word.startswith("--output")]
+    arguments = [
+        word for word in here if not word.startswith(("--run", "--output", "--metrics-port"))
+    ]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     variants = yaml.safe_load((tmp_path / "split.conf").read_text()[2:].partition("\n")[0])
     scraped = {
@@ -114,6 +116,8 @@ def test_compose_starts_the_variants_that_its_gateway_and_prometheus_know(tmp_pa
         for entry in yaml.safe_load((COMPOSE / "targets.yml").read_text())
         for target in entry["targets"]
     }
+    (port,) = [word.partition("=")[2] for word in gateway if word.startswith("--metrics-port")]
+    assert scraped.pop(f"gateway:{port}") == "chat-gateway"
     assert scraped == {v["address"]: v["deployment"] for v in variants["variants"]}
     for variant in variants["variants"]:
         service, _, port = variant["address"].partition(":")
@@ -128,7 +132,7 @@ def test_the_example_gateway_is_what_the_command_writes(tmp_path: Path) -> None:
     files = [f"--config={COMPOSE}/deployments/{name}.yaml" for name in ("full", "int4")]
     more = ["--address=int4=127.0.0.1:8001", "--weight=int4=30%", f"--output={tmp_path}"]
     assert main(["gateway", *files, *more]) == 0
-    for name in ("nginx.conf", "split.conf"):
+    for name in ("nginx.conf", "split.conf", "servers.conf", "keys.conf"):
         assert (DEPLOY / "gateway" / name).read_text() == (tmp_path / name).read_text()
 
 

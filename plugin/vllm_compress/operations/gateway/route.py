@@ -41,6 +41,9 @@ def render_route(split: TrafficSplit, gateway: str, session: str | None = None) 
                 f"{what!r} cannot name a Kubernetes object, expected lower-case letters, digits "
                 "and - of which the first is a letter"
             )
+    for variant in split.variants:
+        if len(variant.servers) > 1:
+            raise GatewayError(f"{variant.name}: a service of Kubernetes has one address")
     described = split.to_dict()
     for variant in described["variants"]:
         del variant["share"]
