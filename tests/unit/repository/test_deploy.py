@@ -156,14 +156,15 @@ def overlay(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def with_component(name: str, folder: Path) -> tuple[dict[str, Any], ...]:
-    """The overlay `gpu` with a component, kustomized from a copy as paths must be relative."""
+def with_component(name: str, folder: Path, *more: str, overlay: str = "gpu") -> tuple[Any, ...]:
+    """An overlay that a component was added to, as the components say, in a copy."""
     folder.mkdir(exist_ok=True)
     shutil.copytree(KUBERNETES, folder / "kubernetes")
-    (folder / "kustomization.yaml").write_text(
-        f"resources: [kubernetes/overlays/gpu]\ncomponents: [kubernetes/components/{name}]\n"
-    )
-    return kustomize(folder)
+    place = folder / "kubernetes" / "overlays" / overlay
+    components = ", ".join(f"../../components/{one}" for one in (name, *more))
+    with (place / "kustomization.yaml").open("a") as file:
+        file.write(f"components: [{components}]\n")
+    return kustomize(place)
 
 
 def validate(manifest: dict[str, Any]) -> None:
@@ -192,6 +193,8 @@ def test_every_manifest_of_a_component_is_valid(name: str, tmp_path: Path) -> No
     manifests = with_component(name, tmp_path)
     for manifest in manifests:
         validate(manifest)
+    images = {c["image"] for m in manifests for t in templates(m).values() for c in containers(t)}
+    assert images <= {"vllm-compress:gpu", "vllm-compress:gateway"}
     kinds = [manifest["kind"] for manifest in manifests]
     assert ("HTTPRoute" in kinds) != (name == "nginx-gateway"), "one way in"
 
@@ -207,10 +210,15 @@ def test_a_route_with_sessions_is_valid(session: str, tmp_path: Path) -> None:
 def templates(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Pod templates of a Deployment or LeaderWorkerSet, by the name of their container."""
     spec = manifest.get("spec", {})
-    found = [spec.get("template")]
+    found = [spec.get("template"), spec.get("jobTemplate", {}).get("spec", {}).get("template")]
     group = spec.get("leaderWorkerTemplate", {})
     found += [group.get("leaderTemplate"), group.get("workerTemplate")]
     return {t["spec"]["containers"][0]["name"]: t for t in found if t is not None}
+
+
+def containers(template: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = template["spec"]["containers"]
+    return [*template["spec"].get("initContainers", []), *found]
 
 
 def gpus(template: dict[str, Any]) -> int:
