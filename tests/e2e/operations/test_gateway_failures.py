@@ -204,6 +204,21 @@ def test_a_lost_name_keeps_its_servers_and_a_new_address_is_followed(
     assert Counter(reply.status for reply in replies) == {200: len(replies)}
 
 
+def test_a_gateway_that_ends_is_reloaded_no_more(tmp_path: Path) -> None:
+    """nginx that was asked to finish would start anew, and never end."""
+    with Service(tmp_path / "gateway", "full", "int4") as service:
+        before = (service.folder / "servers.conf").read_text()
+        watch = Watch(service.control, seconds=1)
+        service.upstreams["int4"].stop()
+        watch.round()
+        watch.round()
+        watch.stop()
+        watch.round()
+        assert (service.folder / "servers.conf").read_text() == before
+        Watch(service.control, seconds=1, _failed={service.upstreams["int4"].address: 2}).round()
+        assert " down" in (service.folder / "servers.conf").read_text(), "a third time it would be"
+
+
 def test_where_nobody_answers_probes_nobody_is_taken_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

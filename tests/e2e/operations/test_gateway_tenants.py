@@ -57,6 +57,8 @@ def test_only_tenants_are_served_and_servers_get_the_gateways_key(
             assert [status(key) for key in strangers] == [401] * len(strangers)
             assert "does not know this API key" in gateway.ask().body
             assert full.requests == 3
+            refused = gateway.ask("/v1/completions", key=f"Bearer {SEARCH}", body=b"refuse")
+            assert (refused.status, refused.body) == (401, "full 6"), "a server's own word passes"
             watch = Watch(NginxGateway(folder), keys=keys)
             keys.write_text(f"search: {NEW}\n")
             watch.round()

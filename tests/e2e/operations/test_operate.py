@@ -355,8 +355,14 @@ def test_compare_tells_a_good_variant_from_a_bad_one(
             file.write_text("\n".join(prompts[variant]) + "\n")
             urls = [operation.servers["full"].url, candidate.url]
             more = ["--prompts", str(file), "-o", str(out), "--max-tokens", "4", "--quiet"]
+            more += ["--metrics", str(tmp_path / f"{variant}.prom")]
             code = main(["compare", *urls, *more])
             report = json.loads((out / "report.json").read_text())
             assert report["b"]["info"]["formats"] == f"{variant} g128"
             verdicts[variant] = (code, report["verdict"])
     assert verdicts == {"int8": (0, "non-inferior"), "int2": (1, "inferior")}
+    for variant, verdict in (("int8", "1.0"), ("int2", "-1.0")):
+        lines = (tmp_path / f"{variant}.prom").read_text().splitlines()
+        (line,) = (one for one in lines if one.startswith("vllm_compress_quality_verdict{"))
+        assert 'baseline="chat-full",deployment="chat-int4",service="chat"' in line
+        assert line.endswith(f" {verdict}")

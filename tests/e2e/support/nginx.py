@@ -137,8 +137,8 @@ class Upstream:
     """An HTTP server that answers with its name and its request's body.
 
     The body `hang up` ends the connection without an answer, `fail` is answered 500, as all are
-    once it is `draining`. `stream` sends a line, then a second one as soon as `go_on` is set. An
-    answer takes `seconds`; `authorization` is that of the last request.
+    once it is `draining`, `refuse` 401. `stream` sends a line, then a second one as soon as
+    `go_on` is set. An answer takes `seconds`; `authorization` is that of the last request.
     """
 
     def __init__(self, name: str, seconds: float = 0) -> None:
@@ -202,7 +202,7 @@ class Upstream:
                     self.close_connection = True
                     return
                 failed = body == b"fail" or upstream.draining
-                self.send_response(500 if failed else 200)
+                self.send_response(500 if failed else 401 if body == b"refuse" else 200)
                 self.send_header("X-Variant", "an upstream's own word")
                 if body == b"stream":
                     self.send_header("Transfer-Encoding", "chunked")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def _listening(args: argparse.Namespace) -> Listening:
 
 
 @contextmanager
-def _beside(args: argparse.Namespace, folder: Path, host: str) -> Iterator[None]:
+def _beside(args: argparse.Namespace, folder: Path, host: str) -> Iterator[Callable[[], None]]:
     """What runs as long as nginx does: probes, and the counts."""
     # Not of every command's parser: httpx and Prometheus' client take a moment to import.
     from vllm_compress.operations.gateway.metrics import GatewayMetrics, serving
@@ -232,7 +232,7 @@ def _beside(args: argparse.Namespace, folder: Path, host: str) -> Iterator[None]
         if metrics is not None:
             stack.enter_context(serving(metrics, host, args.metrics_port))
         stack.enter_context(watch.running())
-        yield
+        yield watch.stop
 
 
 def _route(args: argparse.Namespace, split: TrafficSplit, weights: dict[str, str]) -> int:

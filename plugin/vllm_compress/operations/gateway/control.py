@@ -73,21 +73,26 @@ def check_files(write: Callable[[Path], None]) -> None:
         raise GatewayError(f"nginx refuses the configuration: {said}")
 
 
-def run_nginx(folder: Path, beside: Callable[[], AbstractContextManager[object]]) -> int:
-    """Run nginx until it ends; its exit code. `beside` is what runs as long as it does.
+def run_nginx(
+    folder: Path, beside: Callable[[], AbstractContextManager[Callable[[], None]]]
+) -> int:
+    """Run nginx until it ends; its exit code. `beside` is what runs as long as it does; it gives
+    what to call before nginx is asked to end, so as to reload it no more: that would revive it.
 
     nginx cuts streams off on SIGTERM, the signal that service managers send, and finishes them on
     SIGQUIT. So TERM and INT ask it to finish, and the second of them to end.
     """
     asked = 0
     process: subprocess.Popen[bytes]
+    quiet: Callable[[], None]
 
     def stop(signum: int, frame: object) -> None:
         nonlocal asked
         asked += 1
+        quiet()
         process.send_signal(signal.SIGQUIT if asked == 1 else signal.SIGTERM)
 
-    with beside():  # which listens before nginx tells of a request
+    with beside() as quiet:  # which listens before nginx tells of a request
         process = subprocess.Popen([find_nginx(), "-p", str(folder), "-c", CONFIG_FILE])
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
         before = {number: signal.signal(number, stop) for number in numbers}

@@ -27,7 +27,13 @@ from pathlib import Path
 
 from compress_methods.system.files import write_text
 from vllm_compress.operations.gateway.servers import host_port, look_up, write_servers
-from vllm_compress.operations.gateway.tenants import KEYS_FILE, Limits, write_keys
+from vllm_compress.operations.gateway.tenants import (
+    KEYS_FILE,
+    TOO_MANY,
+    UNKNOWN,
+    Limits,
+    write_keys,
+)
 from vllm_compress.operations.gateway.traffic_split import GatewayError, TrafficSplit, percent
 
 CONFIG_FILE, SPLIT_FILE = "nginx.conf", "split.conf"
@@ -113,15 +119,15 @@ class Listening:
 
     def guards(self) -> list[str]:
         """Of a location: which requests are not passed on."""
-        known = [] if self.keys is None else ['if ($tenant = "") {', "    return 401;", "}"]
+        known = [] if self.keys is None else ['if ($tenant = "") {', f"    return {UNKNOWN};", "}"]
         return [
             "if ($plain = 0) {",
             f"    return 404 '{REFUSAL}\\n';",
             "}",
             *known,
             *self.limits.guards(),
-            "error_page 401 = @unknown;",
-            "error_page 429 = @later;",
+            f"error_page {UNKNOWN} = @unknown;",
+            f"error_page {TOO_MANY} = @later;",
         ]
 
 

@@ -23,6 +23,8 @@ from compress_methods.system.user_file import read_yaml
 from vllm_compress.operations.gateway.traffic_split import GatewayError
 
 KEYS_FILE = "keys.conf"
+# Inside nginx, so that a server's own 401 and 429 pass as they are.
+UNKNOWN, TOO_MANY = 491, 490
 MOST = 100
 SHORTEST = 16
 # Neither can carry configuration.
@@ -58,9 +60,12 @@ class Limits:
         lines = []
         if self.rate is not None:
             each = f"{round(self.rate * 60)}r/m"
-            lines += [f"limit_req_zone {who} zone=rate:10m rate={each};", "limit_req_status 429;"]
+            lines += [
+                f"limit_req_zone {who} zone=rate:10m rate={each};",
+                f"limit_req_status {TOO_MANY};",
+            ]
         if self.at_once is not None:
-            lines += [f"limit_conn_zone {who} zone=at_once:10m;", "limit_conn_status 429;"]
+            lines += [f"limit_conn_zone {who} zone=at_once:10m;", f"limit_conn_status {TOO_MANY};"]
         return lines
 
     def guards(self) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from vllm_compress.operations.gateway.traffic_split import GatewayError, Traffic
 FAILURES = 3
 AT_A_TIME = 16
 UNANSWERABLE = 500
+# nginx takes one signal in before the next one comes.
+SETTLE = 0.2
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Watch:
     keys: Path | None = None
     follow: Path | None = None
     metrics: GatewayMetrics | None = None
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
     _failed: dict[str, int] = field(default_factory=dict)
     _said: dict[str, str] = field(default_factory=dict)
 
@@ -55,11 +60,10 @@ class Watch:
     def running(self) -> Iterator[None]:
         """Rounds in a thread while the block lasts; the first one waits its turn, as nginx starts
         meanwhile."""
-        ended = threading.Event()
         self._show(self.gateway.stored(), read_places(self.gateway.folder), set())
 
         def rounds() -> None:
-            while not ended.wait(self.seconds):
+            while not self._ended.wait(self.seconds):
                 try:
                     self.round()
                 except (CompressError, OSError) as problem:
@@ -70,18 +74,28 @@ class Watch:
         try:
             yield
         finally:
-            ended.set()
+            self._ended.set()
             thread.join(self.seconds)
+
+    def stop(self) -> None:
+        """Change nothing any more; a change that is being made is finished first."""
+        self._ended.set()
+        with self._changing:
+            time.sleep(SETTLE)
 
     def round(self) -> None:
         """Look at everything once."""
-        split = self._followed(self.gateway.stored())
+        split = self.gateway.stored()
         places = find_servers(split, read_places(self.gateway.folder))
         down = self._down(split, places)
-        changed = write_servers(self.gateway.folder, split, places, down)
-        changed = self._new_keys() or changed
-        if changed:
-            self.gateway.reload()
+        with self._changing:
+            if self._ended.is_set():
+                return
+            split = self._followed(split)
+            changed = write_servers(self.gateway.folder, split, places, down)
+            changed = self._new_keys() or changed
+            if changed:
+                self.gateway.reload()
         self._show(split, places, down)
 
     def _show(self, split: TrafficSplit, places: Places, down: set[str]) -> None:
