@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -307,5 +308,11 @@ def test_the_timer_and_the_cron_job_run_the_same_comparison(folder: Path) -> Non
     for text in (shell, unit):
         assert re.search(r'vllm-compress compare "\$A" "\$B" --prompts .* --quiet', text)
         assert "--metrics" in text
+    if analyze := shutil.which("systemd-analyze"):
+        units = sorted(map(str, (DEPLOY / "systemd").iterdir()))
+        done = subprocess.run(
+            [analyze, "verify", *units], capture_output=True, text=True, check=False
+        )
+        assert "vllm-compress" not in done.stderr, done.stderr
     shown = [query.series for panel in panels() for query in panel.queries]
     assert any("vllm_compress_quality" in series for series in shown), "the dashboard shows them"
