@@ -319,6 +319,7 @@ def test_gateway_and_rollout_need_neither_torch_nor_vllm(tmp_path: Path) -> None
         "from vllm_compress.cli import main\n"
         f"assert main({arguments!r}) == 0\n"
         f"assert main(['rollout', '--gateway', {str(tmp_path)!r}, '--to', '0%']) == 2\n"
+        "from vllm_compress.operations.gateway import metrics, watch\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

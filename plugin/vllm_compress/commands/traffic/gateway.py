@@ -116,7 +116,8 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=5.0,
         metavar="S",
-        help="with --run: seconds between probes of a server, which three of them take out (5)",
+        help="with --run: seconds between probes of a server, and until one has failed; three that "
+        "fail in a row take it out, one that answers brings it back (5)",
     )
     parser.add_argument(
         "--kubernetes",
@@ -221,7 +222,7 @@ def _listening(args: argparse.Namespace) -> Listening:
 @contextmanager
 def _beside(args: argparse.Namespace, folder: Path, host: str) -> Iterator[Callable[[], None]]:
     """What runs as long as nginx does: probes, and the counts."""
-    # Not of every command's parser: httpx and Prometheus' client take a moment to import.
+    # Not for every command: Prometheus' client takes a moment to import.
     from vllm_compress.operations.gateway.metrics import GatewayMetrics, serving
     from vllm_compress.operations.gateway.watch import Watch
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.server import ThreadingHTTPServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, MetricsHandler
 
 from vllm_compress.metrics.series import LATENCY_BUCKETS, PREFIX
 from vllm_compress.operations.gateway.servers import Places, servers_of
 from vllm_compress.operations.gateway.traffic_split import WHOLE, GatewayError, TrafficSplit
 
 NOBODY = "none"
-BUFFER = 4 * 2**20
+BUFFER, PAUSE = 4 * 2**20, 0.2
 FIELDS = 6
 LABELS = ("deployment", "service", "variant")
 
@@ -107,19 +108,28 @@ def _labels(split: TrafficSplit, name: str) -> Mapping[str, str]:
     }
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+
+class _ServerOf6(_Server):
+    address_family = socket.AF_INET6
+
+
 @contextmanager
 def serving(metrics: GatewayMetrics, host: str, port: int) -> Iterator[None]:
     """Listen to nginx and answer Prometheus, both at `port`, while the block lasts."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as told:
+    kind = _ServerOf6 if ":" in host else _Server
+    with ExitStack() as stack:
+        told = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         try:
             told.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
             told.bind(("127.0.0.1", port))
-            server, thread = start_http_server(port, addr=host, registry=metrics.registry)
+            server = kind((host, port), MetricsHandler.factory(metrics.registry))
         except OSError as problem:
-            what = "IPv6 " if family == socket.AF_INET6 else ""
-            raise GatewayError(f"--metrics-port {port}: {what}{problem.strerror}") from problem
-        told.settimeout(0.5)
+            raise GatewayError(f"--metrics-port {port}: {problem.strerror}") from problem
+        stack.callback(server.server_close)
+        told.settimeout(PAUSE)
         ended = threading.Event()
 
         def listen() -> None:
@@ -130,12 +140,10 @@ def serving(metrics: GatewayMetrics, host: str, port: int) -> Iterator[None]:
                     continue
 
         listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            listener.join()
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        answerer = threading.Thread(target=server.serve_forever, args=(PAUSE,), daemon=True)
+        for thread in (listener, answerer):
+            thread.start()
+            stack.callback(thread.join)
+        stack.callback(ended.set)
+        stack.callback(server.shutdown)
+        yield

@@ -19,10 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
 from compress_methods.errors import CompressError
-from compress_methods.system.http import headers
+from compress_methods.system.http import HttpError, fetch, headers
 from vllm_compress.operations.gateway.control import NginxGateway
 from vllm_compress.operations.gateway.metrics import GatewayMetrics
 from vllm_compress.operations.gateway.servers import (
@@ -125,12 +123,10 @@ class Watch:
 
     def _answers(self, server: str) -> bool:
         try:
-            url = f"http://{server}/health"
-            return (
-                httpx.get(url, headers=headers(), timeout=self.seconds).status_code < UNANSWERABLE
-            )
-        except httpx.HTTPError:
-            return False
+            fetch(f"http://{server}/health", headers=headers(), timeout=self.seconds)
+        except HttpError as problem:
+            return problem.status is not None and problem.status < UNANSWERABLE
+        return True
 
     def _new_keys(self) -> bool:
         if self.keys is None:
