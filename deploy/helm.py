@@ -32,6 +32,7 @@ SWITCHED = {
     "quality": "quality",
     "prometheus-operator": "podMonitor",
 }
+SCALED = "or .Values.autoscaling.enabled .Values.keda.enabled"
 VERSION = "0.1.0"
 Object = dict[str, Any]
 
@@ -52,6 +53,17 @@ class Values:
         place.setdefault(last, default)
         path = "".join(f' "{part}"' for part in name.split("."))
         self.expressions.append(f"{{{{ index .Values{path} | {pipe} }}}}")
+        return self._placeholder()
+
+    def unless_scaled(self, name: str, default: Any) -> str:
+        """A value that is a scaler's to say where one is on."""
+        self.put(name, default)
+        self.expressions[-1] = (
+            f"{{{{ if {SCALED} }}}}null{{{{ else }}}}{self.expressions[-1]}{{{{ end }}}}"
+        )
+        return self._placeholder()
+
+    def _placeholder(self) -> str:
         return f"@value-{len(self.expressions) - 1}@"
 
     def text(self, objects: list[Object]) -> str:
@@ -105,7 +117,8 @@ def with_values(made: Object, values: Values) -> Object:
         _pod(spec["jobTemplate"]["spec"]["template"], "quality", values)
     elif kind == "Deployment":
         which = name.removeprefix("chat-")
-        spec["replicas"] = values.put(f"replicas.{which}", spec["replicas"])
+        put = values.unless_scaled if which == "int4" else values.put
+        spec["replicas"] = put(f"replicas.{which}", spec["replicas"])
         _pod(spec["template"], which, values)
     return made
 

@@ -219,6 +219,10 @@ def test_only_the_file_with_that_checksum_becomes_the_model(tmp_path: Path) -> N
 # The chart, rendered with what Helm would do of what its templates have.
 
 EXPRESSION = re.compile(r"\{\{ index \.Values((?: \"[\w-]+\")+) \| ([\w| ]+) \}\}")
+UNLESS_SCALED = re.compile(
+    r"\{\{ if or \.Values\.autoscaling\.enabled \.Values\.keda\.enabled \}\}null"
+    r"\{\{ else \}\}(.*)\{\{ end \}\}"
+)
 PIPES = {
     "toJson": json.dumps,
     "sha256sum": lambda text: hashlib.sha256(text.encode()).hexdigest(),
@@ -237,6 +241,8 @@ def rendered(text: str, values: Object) -> list[Object]:
     switch = re.match(r"\{\{- if \.Values\.(\w+)\.enabled \}\}\n(.*)\{\{- end \}\}\n$", text, re.S)
     if switch:
         text = switch[2] if values[switch[1]]["enabled"] else ""
+    scaled = values["autoscaling"]["enabled"] or values["keda"]["enabled"]
+    text = UNLESS_SCALED.sub("null" if scaled else r"\1", text)
     made = EXPRESSION.sub(value, text)
     assert "{{" not in made
     return [one for one in yaml.safe_load_all(made) if one]
@@ -281,7 +287,7 @@ def test_the_chart_says_what_kustomize_says(name: str, tmp_path: Path) -> None:
 
 def test_values_of_the_chart_reach_the_manifests(tmp_path: Path) -> None:
     values, texts = chart(tmp_path / "chart", "gpu")
-    values["replicas"]["int4"] = 3
+    values["replicas"] |= {"full": 2, "int4": 3}
     values["images"]["server"] = "registry.example/v@sha256:0"
     values["deployments"]["int4"]["vllm"]["max-model-len"] = 1234
     for switch in ("autoscaling", "keda", "quality", "podMonitor"):
@@ -291,8 +297,8 @@ def test_values_of_the_chart_reach_the_manifests(tmp_path: Path) -> None:
         validate(manifest)
     kinds = {one["kind"] for one in made}
     assert {*SCALERS, "CronJob", "PodMonitor", "NetworkPolicy", "PodDisruptionBudget"} <= kinds
-    int4 = of("Deployment", tuple(made))["chat-int4"]["spec"]
-    assert int4["replicas"] == 3
+    full, int4 = (of("Deployment", tuple(made))[f"chat-{v}"]["spec"] for v in ("full", "int4"))
+    assert (full["replicas"], int4["replicas"]) == (2, None), "the scaler says how many of int4"
     assert int4["template"]["spec"]["containers"][0]["image"] == "registry.example/v@sha256:0"
     file = of("ConfigMap", tuple(made))["deployment-int4"]["data"]["deployment.yaml"]
     assert yaml.safe_load(file)["vllm"]["max-model-len"] == 1234
