@@ -152,6 +152,22 @@ def test_what_kills_servers_goes_to_two_and_what_they_keep_to_one(
             assert (status, sum(u.requests for u in (a, b, c, int4))) == expected
 
 
+def test_the_only_server_of_a_variant_may_end_while_it_answers(tmp_path: Path) -> None:
+    """Some requests are sent on a connection that it has just closed, and are refused another."""
+    with Upstream("full", 0.01) as full, Upstream("int4", 0.01) as int4:
+        both = [Variant("full", "a", full.address), Variant("int4", "b", int4.address)]
+        split = all_to_baseline("chat", "full", both).with_shares({"int4": 5000})
+        write_gateway(tmp_path, split, Listening("127.0.0.1", free_port()))
+        replies: list[Reply] = []
+        with Nginx(tmp_path) as gateway, load(gateway, replies):
+            wait_for(lambda: len(replies) > 200)
+            int4.stop()
+            asked = len(replies)
+            wait_for(lambda: len(replies) > asked + 100)
+        assert Counter(reply.status for reply in replies) == {200: len(replies)}
+        assert {reply.variant for reply in replies[:asked]} == {"full", "int4"}
+
+
 def test_replicas_share_requests_by_fewest_connections(tmp_path: Path) -> None:
     with Upstream("slow", 0.2) as slow, Upstream("fast") as fast, Upstream("int4") as int4:
         address = f"{slow.address},{fast.address}"

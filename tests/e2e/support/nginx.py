@@ -173,6 +173,7 @@ class Upstream:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+            wbufsize = 65536  # an answer goes out whole, or not at all
 
             def setup(self) -> None:
                 super().setup()
