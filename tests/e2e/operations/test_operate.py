@@ -286,7 +286,8 @@ def test_served_page_follows_and_a_dead_server_is_told(
     this one needs the server of int4."""
     with serve(Client(prometheus.url), "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        # Of an hour the page has a point every 30 s, none yet where this test runs by itself.
+        url = f"http://127.0.0.1:{server.server_address[1]}/#range=900"
         before = Drawn(page_after_scripts(url))
         gateway = ["rollout", "--gateway", str(operation.stack.state), "--no-alert-check"]
         assert main([*gateway, "--to", "50%"]) == 0
@@ -303,7 +304,7 @@ def test_served_page_follows_and_a_dead_server_is_told(
     answered = [answer.variant for answer in operation.clients.answers[asked:]]
     assert set(answered) == {"full", "int4"}
     assert labels["deployment"] == "chat-int4"
-    assert list(before.panels) == list(after.panels), before.text[-600:]
+    assert list(before.panels) == list(after.panels)
     assert "does not answer" not in before.text
     assert f"127.0.0.1:{operation.stack.ports['int4']} (chat-int4) does not answer" in after.text
 
