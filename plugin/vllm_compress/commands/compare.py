@@ -42,6 +42,9 @@ again does not make a wrong verdict likelier; the intervals of the first are the
 Killed, or a server died: the same command continues. On a finished comparison it judges again, so
 --margin, --scorer and prices may be changed without asking the servers again.
 
+--metrics FILE has vllm_compress_quality_* of the result, for node_exporter's textfile collector or
+a push gateway. Nightly: the timer of deploy/systemd, the CronJob of deploy/kubernetes.
+
 exit code: 0 non-inferior, 1 inferior or undecided, 2 the comparison could not be made.
 VLLM_API_KEY is sent where it is set.
 
@@ -99,6 +102,7 @@ def add_parser(subparsers: Any) -> None:
         help="of all looks together (default 0.95)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default 0)")
+    add("--metrics", metavar="FILE", help="also write the result for Prometheus")
     add("--json", action="store_true", help="print report.json")
     add("--quiet", action="store_true", help="no progress on stderr")
 
@@ -106,10 +110,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vllm_compress.operations.abtest.comparison import REPORT_HTML, compare
     from vllm_compress.operations.abtest.report.document import text
+    from vllm_compress.operations.abtest.report.exposition import write_exposition
     from vllm_compress.operations.abtest.scoring.judge import NON_INFERIOR
 
     settings = _settings(args)
     result = compare(settings)
+    if args.metrics:
+        write_exposition(Path(args.metrics), result)
     if args.json:
         print(json.dumps(result, indent=2))
     else:

@@ -8,8 +8,9 @@ whose client went away before the end never reach `finished`, and offline `LLM` 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class EngineLoad:
     kv_cache_usage: float | None
     drafted: int | None = None
     accepted: int | None = None
+    adapters: Mapping[str, int] = field(default_factory=dict)
+    """Requests of each LoRA adapter that has any, running or waiting."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,16 @@ def read_load(stats: Any) -> EngineLoad:
     waiting = _field(stats, "num_waiting_reqs")
     deferred = _field(stats, "num_skipped_waiting_reqs")
     ahead = _field(stats, "spec_decoding_stats")
+    adapters: Counter[str] = Counter()
+    for state in ("running", "waiting"):
+        adapters.update(_field(stats, f"{state}_lora_adapters") or {})
     return EngineLoad(
         running=_field(stats, "num_running_reqs"),
         waiting=None if waiting is None else waiting + (deferred or 0),
         kv_cache_usage=_field(stats, "kv_cache_usage"),
         drafted=None if ahead is None else _field(ahead, "num_draft_tokens"),
         accepted=None if ahead is None else _field(ahead, "num_accepted_tokens"),
+        adapters=adapters,
     )
 
 

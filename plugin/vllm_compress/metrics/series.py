@@ -116,6 +116,13 @@ class Series:
         "KV-cache blocks in use, 0 to 1; at 1 requests wait or are preempted.",
         "engine",
     )
+    adapter_requests: Gauge = _gauge(
+        "adapter_requests",
+        "Requests of a LoRA adapter, running or waiting; those after the first 32 adapters share "
+        "the label `other`.",
+        "engine",
+        "adapter",
+    )
 
     objective_seconds: Gauge = _gauge(
         "objective_seconds",

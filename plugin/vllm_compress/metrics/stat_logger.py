@@ -12,6 +12,7 @@ keeps statistics even with `--disable-log-stats`. `VLLM_PLUGINS=` (empty) switch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import Counter
@@ -29,6 +30,8 @@ from vllm_compress.metrics.series import PREFIX, Series, series
 from vllm_compress.versions import own_version, vllm_version
 
 logger = init_logger("vllm.vllm_compress.metrics")
+
+MOST_ADAPTERS, OTHER_ADAPTERS = 32, "other"
 
 __all__ = ["PREFIX", "DeploymentStatLogger"]
 
@@ -68,6 +71,7 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
         for engine in engines:
             for gauge in (every.running, every.waiting, every.kv_cache_usage):
                 gauge.labels(name, str(engine)).set(0)
+        self._adapters: dict[str, dict[str, int]] = {str(engine): {} for engine in engines}
         self._objectives = _set_objectives(every, deployment)
         _set_devices(every, deployment, setup)
         _set_checkpoint(every, deployment, setup)
@@ -99,8 +103,19 @@ class DeploymentStatLogger(AggregateStatLoggerBase):
         ):
             if value is not None:
                 gauge.labels(self._deployment, engine).set(value)
+        self._record_adapters(load.adapters, engine)
         self._draft_tokens.inc(load.drafted or 0)
         self._accepted_tokens.inc(load.accepted or 0)
+
+    def _record_adapters(self, requests: Mapping[str, int], engine: str) -> None:
+        """Adapters come at the wish of whoever may load them, so their labels are bounded."""
+        count = dict.fromkeys(self._adapters[engine], 0)
+        for name, number in requests.items():
+            label = name if name in count or len(count) < MOST_ADAPTERS else OTHER_ADAPTERS
+            count[label] = count.get(label, 0) + number
+        self._adapters[engine].update(count)
+        for label, number in count.items():
+            self._series.adapter_requests.labels(self._deployment, engine, label).set(number)
 
     def _record_step(self, step: adapter.EngineStep) -> None:
         for counter, value in (

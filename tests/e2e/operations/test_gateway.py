@@ -17,7 +17,7 @@ from tests.e2e.support.nginx import Nginx, Stream, Upstream
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.control import NginxGateway
-from vllm_compress.operations.gateway.nginx import write_gateway
+from vllm_compress.operations.gateway.nginx import Listening, write_gateway
 from vllm_compress.operations.gateway.traffic_split import TrafficSplit, Variant, all_to_baseline
 
 pytestmark = pytest.mark.e2e
@@ -32,7 +32,7 @@ class Service:
         self.upstreams = {name: Upstream(name) for name in names}
         variants = [Variant(n, f"chat-{n}", u.address) for n, u in self.upstreams.items()]
         self.split = all_to_baseline("chat", "full", variants)
-        write_gateway(folder, self.split, "127.0.0.1", free_port())
+        write_gateway(folder, self.split, Listening("127.0.0.1", free_port()))
         self.nginx = Nginx(folder)
         self.control = NginxGateway(folder)
 
@@ -237,6 +237,7 @@ def test_rollout_needs_a_gateway_that_runs(
     assert main(["rollout", "--gateway", str(tmp_path), "--to", "0%"]) == 2
     assert "split.conf: no such file" in capsys.readouterr().err
     variants = [Variant("full", "a", "127.0.0.1:1"), Variant("int4", "b", "127.0.0.1:2")]
-    write_gateway(tmp_path, all_to_baseline("chat", "full", variants), "127.0.0.1", free_port())
+    listening = Listening("127.0.0.1", free_port())
+    write_gateway(tmp_path, all_to_baseline("chat", "full", variants), listening)
     assert main(["rollout", "--gateway", str(tmp_path), "--to", "0%"]) == 2
     assert "no answer" in capsys.readouterr().err

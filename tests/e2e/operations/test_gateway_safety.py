@@ -18,7 +18,7 @@ from tests.e2e.support.nginx import Nginx, Stream, Upstream, nginx_program
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.control import NginxGateway
-from vllm_compress.operations.gateway.nginx import write_gateway
+from vllm_compress.operations.gateway.nginx import Listening, write_gateway
 from vllm_compress.operations.gateway.traffic_split import Variant, all_to_baseline
 
 pytestmark = pytest.mark.e2e
@@ -92,7 +92,7 @@ def test_a_variant_whose_name_is_unknown_stops_nobody(
             Variant("int4", "b", "no-such-host.invalid:1", 5000),
         ]
         split = all_to_baseline("chat", "full", variants).with_shares({"int4": 5000})
-        write_gateway(tmp_path, split, "127.0.0.1", free_port())
+        write_gateway(tmp_path, split, Listening("127.0.0.1", free_port()))
         with Nginx(tmp_path) as gateway:
             assert set(gateway.variants(range(20))) == {"full"}
             control = NginxGateway(tmp_path)
@@ -107,7 +107,7 @@ def test_every_host_makes_a_gateway_that_answers(tmp_path: Path, host: str) -> N
     with Upstream("full") as full:
         variants = [Variant("full", "a", full.address), Variant("int4", "b", "127.0.0.1:9")]
         split = all_to_baseline("chat", "full", variants)
-        write_gateway(tmp_path, split, host, free_port())
+        write_gateway(tmp_path, split, Listening(host, free_port()))
         with Nginx(tmp_path) as gateway:
             assert gateway.ask(user="a").variant == "full"
             assert NginxGateway(tmp_path).live() == split
@@ -169,7 +169,7 @@ def test_users_are_told_apart_by_cookie_and_behind_trusted_load_balancers(
     with Upstream("full") as full, Upstream("int4") as int4:
         both = [Variant("full", "a", full.address), Variant("int4", "b", int4.address)]
         split = all_to_baseline("chat", "full", both).with_shares({"int4": 5000})
-        write_gateway(tmp_path, split, "127.0.0.1", free_port(), trusted)
+        write_gateway(tmp_path, split, Listening("127.0.0.1", free_port(), tuple(trusted)))
         with Nginx(tmp_path) as gateway:
             met = {raw(gateway, "/v1/x", **{header: value.format(i)})[1] for i in range(30)}
     assert len(met) == variants

@@ -15,7 +15,7 @@ from tests.e2e.support.prometheus import Prometheus, scrape_config
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.control import NginxGateway
-from vllm_compress.operations.gateway.nginx import write_gateway
+from vllm_compress.operations.gateway.nginx import Listening, write_gateway
 from vllm_compress.operations.gateway.traffic_split import Variant, all_to_baseline
 
 pytestmark = pytest.mark.e2e
@@ -84,7 +84,7 @@ def gateway(tmp_path: Path) -> Iterator[NginxGateway]:
         Variant("int4", "chat-int4", "127.0.0.1:2"),
     ]
     split = all_to_baseline("chat", "full", variants).with_shares({"int4": 3000})
-    write_gateway(tmp_path / "gateway", split, "127.0.0.1", free_port())
+    write_gateway(tmp_path / "gateway", split, Listening("127.0.0.1", free_port()))
     with Nginx(tmp_path / "gateway"):
         yield NginxGateway(tmp_path / "gateway")
 

@@ -18,17 +18,35 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.conftest import REPOSITORY
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.route import read_route, render_route
-from vllm_compress.operations.gateway.traffic_split import Variant, all_to_baseline
+from vllm_compress.operations.gateway.traffic_split import (
+    TrafficSplit,
+    Variant,
+    all_to_baseline,
+)
 
 pytestmark = pytest.mark.e2e
 GROUP = "gateway.networking.k8s.io"
 OBJECT = f"/apis/{GROUP}/v1/namespaces/models/httproutes/chat"
+MAP = "/api/v1/namespaces/models/configmaps/chat-split"
 VERSION = {"groupVersion": f"{GROUP}/v1", "version": "v1"}
 DISCOVERY: dict[str, Any] = {
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": []},
+    "/api/v1": {
+        "kind": "APIResourceList",
+        "groupVersion": "v1",
+        "resources": [
+            {
+                "name": "configmaps",
+                "singularName": "configmap",
+                "namespaced": True,
+                "kind": "ConfigMap",
+                "verbs": ["get", "patch"],
+            }
+        ],
+    },
     "/apis": {
         "kind": "APIGroupList",
         "apiVersion": "v1",
@@ -56,10 +74,11 @@ class Conflict(Exception):
 
 
 class ApiServer:
-    """One HTTPRoute, `models/chat`, whose gateway accepts every version at once."""
+    """One object, the HTTPRoute `models/chat`, whose gateway accepts every version at once, or the
+    ConfigMap at `place`."""
 
-    def __init__(self, route: dict[str, Any]) -> None:
-        self.route = route
+    def __init__(self, route: dict[str, Any], place: str = OBJECT) -> None:
+        self.route, self.place = route, place
         self.requests: list[str] = []
         self.edited_meanwhile = False
         self._store(route)
@@ -111,7 +130,7 @@ class ApiServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
-                self._reply(api.route if path == OBJECT else DISCOVERY.get(path))
+                self._reply(api.route if path == api.place else DISCOVERY.get(path))
 
             def do_PATCH(self) -> None:
                 path, _, query = self.path.partition("?")
@@ -119,7 +138,8 @@ class ApiServer:
                 assert self.headers["Content-Type"] == "application/json-patch+json"
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 try:
-                    self._reply(api.patch(body, "dryRun=All" in query) if path == OBJECT else None)
+                    done = api.patch(body, "dryRun=All" in query)
+                    self._reply(done if path == api.place else None)
                 except Conflict as problem:
                     self._reply({"message": str(problem)}, 422)
 
@@ -146,17 +166,21 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     variants = [Variant(v, f"chat-{v}", f"chat-{v}:8000") for v in ("full", "int4")]
     split = all_to_baseline("chat", "full", variants).with_shares({"int4": 3000})
     with ApiServer(yaml.safe_load(render_route(split, "inference"))) as running:
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {"server": running.url}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test"}}],
-        }
-        (tmp_path / "config").write_text(yaml.safe_dump(config))
-        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-        monkeypatch.setenv("HOME", str(tmp_path))
+        kubectl_asks(running, tmp_path, monkeypatch)
         yield running
+
+
+def kubectl_asks(server: ApiServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "clusters": [{"name": "test", "cluster": {"server": server.url}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test"}}],
+    }
+    (folder / "config").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(folder / "config"))
+    monkeypatch.setenv("HOME", str(folder))
 
 
 def rollout(*arguments: str) -> int:
@@ -201,3 +225,28 @@ def test_a_route_that_is_not_there_is_one_line(
     assert main(["rollout", "--route", "chats", "--namespace", "models", "--to", "0%"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "kubectl get: " in line
+
+
+def test_the_split_that_gateways_follow_is_changed_in_its_config_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that deploy/kubernetes has."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    gateway = REPOSITORY / "deploy/kubernetes/components/nginx-gateway/gateway.yaml"
+    objects = list(yaml.safe_load_all(gateway.read_text()))
+    (made,) = (one for one in objects if one["kind"] == "ConfigMap")
+    arguments = ["rollout", "--config-map", "chat-split", "--namespace", "models"]
+    with ApiServer(made, MAP) as api:
+        kubectl_asks(api, tmp_path, monkeypatch)
+        assert main([*arguments, "--to", "20%", "--no-alert-check"]) == 0
+        assert "int4 0% -> 20%; int4 20%, full 80%" in capsys.readouterr().out
+        stored = TrafficSplit.from_dict(json.loads(api.route["data"]["split.json"]), "here")
+        assert stored.shares == {"int4": 2000, "full": 8000}
+        api.edited_meanwhile = True
+        assert main([*arguments, "--to", "0%"]) == 2
+        assert "kubectl patch: " in capsys.readouterr().err
+        api.edited_meanwhile = False
+        api.route["data"] = {}
+        assert main([*arguments, "--to", "0%"]) == 2
+        assert "configmap chat-split: has no split.json" in capsys.readouterr().err

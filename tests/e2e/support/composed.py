@@ -25,6 +25,7 @@ COMPOSE = REPOSITORY / "deploy" / "compose"
 CLI = [sys.executable, "-m", "vllm_compress.cli"]
 # For the small model on a busy machine: starts quickly, and the services share two cores.
 SMALL = ["--host=127.0.0.1", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=32"]
+PORTS = ("full", "int4", "gateway", "gateway-metrics", "prometheus")
 # Objectives that a busy machine keeps: alerts of missing them would stop rollouts.
 BUSY = {"ttft": 60.0, "tpot": 10.0}
 
@@ -47,12 +48,13 @@ class Stack:
         self.services: dict[str, Any] = yaml.safe_load((COMPOSE / "compose.yaml").read_text())[
             "services"
         ]
-        self.ports = {name: free_port() for name in ("full", "int4", "gateway", "prometheus")}
+        self.ports = {name: free_port() for name in PORTS}
         self._places = {
             "/etc/vllm-compress": str(folder / "deployments"),
             "/var/lib/vllm-compress": str(folder / "state"),
             "=full:8000": f"=127.0.0.1:{self.ports['full']}",
             "=int4:8000": f"=127.0.0.1:{self.ports['int4']}",
+            "--metrics-port=9145": f"--metrics-port={self.ports['gateway-metrics']}",
             "--port=8080": f"--port={self.ports['gateway']}",
         }
         (folder / "deployments").mkdir(parents=True)
@@ -103,6 +105,8 @@ class Stack:
         for path in here["/etc/prometheus/rules"].glob("*.yml"):
             (rules / path.name).write_text(path.read_text())
         text = here["/etc/prometheus/targets/vllm.yml"].read_text()
+        metrics = self.ports["gateway-metrics"]
+        text = text.replace("gateway:9145", f"127.0.0.1:{metrics}")
         for name in ("full", "int4"):
             text = text.replace(f"{name}:8000", f"127.0.0.1:{self.ports[name]}")
         (targets / "vllm.yml").write_text(text)

@@ -6,8 +6,11 @@ with Nginx(folder) as gateway, Upstream("full") as full:
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -21,6 +24,7 @@ from types import TracebackType
 import pytest
 
 from compress_methods.errors import CompressError
+from tests.conftest import REPOSITORY
 from tests.e2e.support.ready import wait_until_ready
 from vllm_compress.operations.gateway.control import find_nginx
 from vllm_compress.operations.gateway.nginx import gateway_url
@@ -133,11 +137,13 @@ class Upstream:
     """An HTTP server that answers with its name and its request's body.
 
     The body `hang up` ends the connection without an answer, `fail` is answered 500, as all are
-    once it is `draining`. `stream` sends a line, then a second one as soon as `go_on` is set.
+    once it is `draining`, `refuse` 401. `stream` sends a line, then a second one as soon as
+    `go_on` is set. An answer takes `seconds`; `authorization` is that of the last request.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, seconds: float = 0) -> None:
+        self.name, self.seconds = name, seconds
+        self.authorization: str | None = None
         self.requests = self.running = 0
         self.draining = False
         self.go_on = threading.Event()
@@ -167,6 +173,7 @@ class Upstream:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+            wbufsize = 65536  # an answer goes out whole, or not at all
 
             def setup(self) -> None:
                 super().setup()
@@ -190,11 +197,13 @@ class Upstream:
             def _post(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"] or 0))
                 upstream.requests += 1
+                upstream.authorization = self.headers["Authorization"]
+                time.sleep(upstream.seconds)
                 if body == b"hang up":
                     self.close_connection = True
                     return
                 failed = body == b"fail" or upstream.draining
-                self.send_response(500 if failed else 200)
+                self.send_response(500 if failed else 401 if body == b"refuse" else 200)
                 self.send_header("X-Variant", "an upstream's own word")
                 if body == b"stream":
                     self.send_header("Transfer-Encoding", "chunked")
@@ -219,6 +228,30 @@ class Upstream:
         return Handler
 
 
+class UpstreamProcess:
+    """An `Upstream` in a process of its own, to be sent signals. On SIGTERM it drains as vLLM does:
+    finishes what it has, answers new requests 500, and ends after a second."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        command = [sys.executable, "-m", "tests.e2e.support.nginx", name, str(seconds)]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # clients that went away
+            text=True,
+            cwd=REPOSITORY,
+        )
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def __enter__(self) -> UpstreamProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 class Stream:
     """A request whose answer is read line by line."""
 
@@ -230,3 +263,12 @@ class Stream:
     def line(self) -> str:
         """The next line; empty at the end."""
         return self._answer.readline().decode().strip()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    with Upstream(sys.argv[1], float(sys.argv[2])) as served:
+        print(served.address, flush=True)
+        signal.sigwait({signal.SIGTERM})
+        served.draining = True
+        time.sleep(1)

@@ -106,7 +106,9 @@ def test_compose_starts_the_variants_that_its_gateway_and_prometheus_know(tmp_pa
     services = compose_file("compose.yaml")["services"]
     gateway = services["gateway"]["command"]
     here = [word.replace("/etc/vllm-compress", str(COMPOSE / "deployments")) for word in gateway]
-    arguments = [word for word in here if word != "--run" and not word.startswith("--output")]
+    arguments = [
+        word for word in here if not word.startswith(("--run", "--output", "--metrics-port"))
+    ]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     variants = yaml.safe_load((tmp_path / "split.conf").read_text()[2:].partition("\n")[0])
     scraped = {
@@ -114,6 +116,8 @@ def test_compose_starts_the_variants_that_its_gateway_and_prometheus_know(tmp_pa
         for entry in yaml.safe_load((COMPOSE / "targets.yml").read_text())
         for target in entry["targets"]
     }
+    (port,) = [word.partition("=")[2] for word in gateway if word.startswith("--metrics-port")]
+    assert scraped.pop(f"gateway:{port}") == "chat-gateway"
     assert scraped == {v["address"]: v["deployment"] for v in variants["variants"]}
     for variant in variants["variants"]:
         service, _, port = variant["address"].partition(":")
@@ -128,7 +132,7 @@ def test_the_example_gateway_is_what_the_command_writes(tmp_path: Path) -> None:
     files = [f"--config={COMPOSE}/deployments/{name}.yaml" for name in ("full", "int4")]
     more = ["--address=int4=127.0.0.1:8001", "--weight=int4=30%", f"--output={tmp_path}"]
     assert main(["gateway", *files, *more]) == 0
-    for name in ("nginx.conf", "split.conf"):
+    for name in ("nginx.conf", "split.conf", "servers.conf", "keys.conf"):
         assert (DEPLOY / "gateway" / name).read_text() == (tmp_path / name).read_text()
 
 
@@ -152,14 +156,15 @@ def overlay(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def with_component(name: str, folder: Path) -> tuple[dict[str, Any], ...]:
-    """The overlay `gpu` with a component, kustomized from a copy as paths must be relative."""
+def with_component(name: str, folder: Path, *more: str, overlay: str = "gpu") -> tuple[Any, ...]:
+    """An overlay that a component was added to, as the components say, in a copy."""
     folder.mkdir(exist_ok=True)
     shutil.copytree(KUBERNETES, folder / "kubernetes")
-    (folder / "kustomization.yaml").write_text(
-        f"resources: [kubernetes/overlays/gpu]\ncomponents: [kubernetes/components/{name}]\n"
-    )
-    return kustomize(folder)
+    place = folder / "kubernetes" / "overlays" / overlay
+    components = ", ".join(f"../../components/{one}" for one in (name, *more))
+    with (place / "kustomization.yaml").open("a") as file:
+        file.write(f"components: [{components}]\n")
+    return kustomize(place)
 
 
 def validate(manifest: dict[str, Any]) -> None:
@@ -188,6 +193,8 @@ def test_every_manifest_of_a_component_is_valid(name: str, tmp_path: Path) -> No
     manifests = with_component(name, tmp_path)
     for manifest in manifests:
         validate(manifest)
+    images = {c["image"] for m in manifests for t in templates(m).values() for c in containers(t)}
+    assert images <= {"vllm-compress:gpu", "vllm-compress:gateway"}
     kinds = [manifest["kind"] for manifest in manifests]
     assert ("HTTPRoute" in kinds) != (name == "nginx-gateway"), "one way in"
 
@@ -203,10 +210,15 @@ def test_a_route_with_sessions_is_valid(session: str, tmp_path: Path) -> None:
 def templates(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Pod templates of a Deployment or LeaderWorkerSet, by the name of their container."""
     spec = manifest.get("spec", {})
-    found = [spec.get("template")]
+    found = [spec.get("template"), spec.get("jobTemplate", {}).get("spec", {}).get("template")]
     group = spec.get("leaderWorkerTemplate", {})
     found += [group.get("leaderTemplate"), group.get("workerTemplate")]
     return {t["spec"]["containers"][0]["name"]: t for t in found if t is not None}
+
+
+def containers(template: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = template["spec"]["containers"]
+    return [*template["spec"].get("initContainers", []), *found]
 
 
 def gpus(template: dict[str, Any]) -> int:
@@ -307,6 +319,7 @@ def test_gateway_and_rollout_need_neither_torch_nor_vllm(tmp_path: Path) -> None
         "from vllm_compress.cli import main\n"
         f"assert main({arguments!r}) == 0\n"
         f"assert main(['rollout', '--gateway', {str(tmp_path)!r}, '--to', '0%']) == 2\n"
+        "from vllm_compress.operations.gateway import metrics, watch\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

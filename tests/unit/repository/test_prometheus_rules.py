@@ -14,6 +14,7 @@ import yaml
 from tests.e2e.support.prometheus import tool
 
 FOLDER = Path(__file__).resolve().parents[3] / "deploy" / "prometheus"
+PODS = ("vllm-compress", "vllm-compress-gateway")
 TESTS = sorted((FOLDER / "tests").glob("*.yml"))
 
 
@@ -61,7 +62,7 @@ def test_config_for_kubernetes_is_valid(tmp_path: Path) -> None:
     (discovery,) = scrape.pop("kubernetes_sd_configs")
     assert discovery == {
         "role": "pod",
-        "selectors": [{"role": "pod", "label": "app.kubernetes.io/name=vllm-compress"}],
+        "selectors": [{"role": "pod", "label": f"app.kubernetes.io/name in ({', '.join(PODS)})"}],
     }
     scrape["static_configs"] = [{"targets": ["localhost:8000"]}]
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -107,17 +108,18 @@ def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
 
 
 def test_names_follow_the_convention_of_recording_rules() -> None:
-    """level:metric:operation, and the level is what the series is aggregated to."""
+    """level:metric:operation, and the level is what the series is aggregated to, per namespace: two
+    of them may use one name."""
     for name, rule in rules("record").items():
         level, metric, operation = name.split(":")
         assert metric.startswith("vllm_compress_"), name
         assert not metric.endswith("_total"), name
         assert re.fullmatch(r"\w+", operation), name
         by = re.search(r"by \(([^)]+)\)", rule["expr"])
-        assert by is None or by[1].split(", ")[: level.count("_") + 1] == level_labels(level), name
+        assert by is None or by[1].split(", ")[: level.count("_") + 2] == level_labels(level), name
 
 
 def level_labels(level: str) -> list[str]:
-    """`deployment_finish_reason` aggregates to deployment and finish_reason."""
+    """`deployment_finish_reason` aggregates to namespace, deployment and finish_reason."""
     first, _, rest = level.partition("_")
-    return [first, rest] if rest else [first]
+    return ["namespace", first, rest] if rest else ["namespace", first]

@@ -17,7 +17,11 @@ WHERE = "from vllm_compress.operations.prometheus import rules_directory; print(
 
 def test_a_checkout_names_its_own_rules() -> None:
     assert rules_directory() == RULES
-    assert {path.name for path in RULES.glob("*.yml")} == {"alerts.yml", "recording.yml"}
+    assert {path.name for path in RULES.glob("*.yml")} == {
+        "alerts.yml",
+        "operation.yml",
+        "recording.yml",
+    }
 
 
 def test_an_installed_wheel_names_the_rules_in_it(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{after.service}: {after}", flush=True)
     address = next(v.address for v in after.variants if v.name == args.variant)
-    seconds = wait_until_idle(address, args.timeout)
+    seconds = sum(wait_until_idle(server, args.timeout) for server in address.split(","))
     if args.stop is not None:
         stop(args.stop)
     print(f"{args.variant}: nothing left to do at {address} after {seconds:.1f} s")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,21 @@ from compress_methods.errors import nearest
 from compress_methods.system.files import write_text
 from vllm_compress.metrics.checkpoint_summary import FULL
 from vllm_compress.operations.deployment_file import Deployment, load_deployment
-from vllm_compress.operations.gateway.control import check_files, nginx_is_here, run_nginx
+from vllm_compress.operations.gateway.control import (
+    NginxGateway,
+    check_files,
+    nginx_is_here,
+    run_nginx,
+)
 from vllm_compress.operations.gateway.nginx import (
     SPLIT_FILE,
+    Listening,
     read_traffic_split,
-    unknown_hosts,
     write_gateway,
 )
 from vllm_compress.operations.gateway.route import render_route
+from vllm_compress.operations.gateway.servers import unknown_hosts
+from vllm_compress.operations.gateway.tenants import Limits
 from vllm_compress.operations.gateway.traffic_split import (
     GatewayError,
     TrafficSplit,
@@ -40,8 +48,20 @@ variant `full`, else the first --config, and gets what --weight leaves; without 
 that is in DIR already stays, and a new gateway sends everybody to the baseline. Change the split
 with `vllm-compress rollout`. All variants must be served under one name (served-model-name).
 
+A request that nobody answered goes to another server of the variant, then to another variant: the
+connection was refused or broke, the answer was 500 or 503, or none came within --answer-timeout.
+Not repeated: answers that have begun, and what servers keep (anything but completions, embeddings,
+scores, tokens). With --run servers are asked /health; one that hangs gets no more requests.
+--metrics-port adds vllm_compress_gateway_* for Prometheus: requests, codes and seconds per variant,
+requests repeated, servers up, shares. The access log names no user, key or text of a request.
+
+--keys FILE has a line `TENANT: KEY`, or `TENANT: [OLD, NEW]`, for each tenant; others are answered
+401, servers get VLLM_API_KEY. With --run a changed file is read again.
+
 examples:
   vllm-compress gateway --config full.yaml --config int4.yaml --weight int4=30% -o gateway
+  vllm-compress gateway --config full.yaml --config int4.yaml -o gateway --run \\
+    --address int4=10.0.0.1:8000,10.0.0.2:8000 --metrics-port 9145 --keys keys.yaml --rate 10
   nginx -p gateway -c nginx.conf
   vllm-compress gateway --config full.yaml --config int4.yaml -o gateway --run
   vllm-compress gateway --config full.yaml --config int4.yaml -o . --kubernetes inference-gateway
@@ -69,8 +89,9 @@ def add_parser(subparsers: Any) -> None:
         "--address",
         action="append",
         default=[],
-        metavar="VARIANT=HOST:PORT",
-        help="where it answers, if not on this machine at the port of its file",
+        metavar="VARIANT=HOST:PORT,...",
+        help="where it answers, if not on this machine at the port of its file; several servers "
+        "with commas between, which share its requests by fewest connections",
     )
     parser.add_argument("--host", default="0.0.0.0", help="to listen on (default: all of IPv4; ::)")
     parser.add_argument("--port", type=int, default=8080, help="port to listen on (default 8080)")
@@ -81,8 +102,22 @@ def add_parser(subparsers: Any) -> None:
         metavar="NETWORK",
         help="of a load balancer in front whose X-Forwarded-For says who asks, as 10.0.0.0/8",
     )
+    _add_front(parser)
     parser.add_argument(
         "--run", action="store_true", help="then run nginx; SIGTERM lets it finish its streams"
+    )
+    parser.add_argument(
+        "--follow",
+        metavar="FILE",
+        help="with --run: take over the shares of a split.json, as a ConfigMap mounts it",
+    )
+    parser.add_argument(
+        "--health-interval",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="with --run: seconds between probes of a server, and until one has failed; three that "
+        "fail in a row take it out, one that answers brings it back (5)",
     )
     parser.add_argument(
         "--kubernetes",
@@ -96,11 +131,36 @@ def add_parser(subparsers: Any) -> None:
     )
 
 
+def _add_front(parser: argparse.ArgumentParser) -> None:
+    """Options of what nginx does for clients, whichever variant answers."""
+    add = parser.add_argument
+    add("--tls-certificate", type=Path, metavar="PEM", help="serve HTTPS, with its chain")
+    add("--tls-key", type=Path, metavar="PEM", help="of the certificate")
+    add("--keys", type=Path, metavar="FILE", help="YAML of tenants and their API keys")
+    add("--rate", type=float, metavar="R", help="requests/s of a tenant, else 429 (default: any)")
+    add("--at-once", type=int, metavar="N", help="a tenant's unanswered requests, else 429 (any)")
+    add("--max-body", type=int, default=64, metavar="MB", help="a request's body at most (64)")
+    add(
+        "--answer-timeout",
+        type=int,
+        default=600,
+        metavar="S",
+        help="silence of a server after which another one is asked (600, as OpenAI's clients wait)",
+    )
+    add("--metrics-port", type=int, metavar="PORT", help="with --run: /metrics for Prometheus")
+
+
 def run(args: argparse.Namespace) -> int:
     if args.session and not args.kubernetes:
         raise GatewayError("--session is for --kubernetes; nginx keeps users by hash")
     if args.run and args.kubernetes:
         raise GatewayError("--run starts nginx, --kubernetes writes for a cluster; choose one")
+    if args.metrics_port is not None and not args.run:
+        raise GatewayError("--metrics-port needs --run, which counts and answers there")
+    if args.follow is not None and not args.run:
+        raise GatewayError("--follow needs --run, which takes the shares over")
+    if not 0.1 <= args.health_interval <= 600:
+        raise GatewayError(f"--health-interval is {args.health_interval:g}, expected 0.1 to 600")
     if not 0 < args.port < 65536:
         raise GatewayError(f"--port is {args.port}, expected 1 to 65535")
     deployments = [load_deployment(path) for path in args.config]
@@ -119,8 +179,14 @@ def _nginx(
         kept = read_traffic_split(folder).shares
         split = split.with_shares({n: kept[n] for n in split.compressed if n in kept})
 
+    if args.follow is not None:
+        from vllm_compress.operations.gateway.watch import followed
+
+        split = followed(Path(args.follow), split)
+    listening = _listening(args)
+
     def write(place: Path) -> None:
-        write_gateway(place, split, args.host, args.port, args.trust_proxy)
+        write_gateway(place, split, listening)
 
     if args.run or nginx_is_here():
         check_files(write)
@@ -129,11 +195,45 @@ def _nginx(
     print(STRANGERS, file=sys.stderr)
     for name in unknown_hosts(split):
         print(
-            f"{name}: its host has no address, so its users go to another variant; once it has "
-            "one, write this again or make any rollout",
+            f"{name}: its host has no address, so its users go to another variant; --run looks "
+            "for it again, without it write this again once it has one",
             file=sys.stderr,
         )
-    return run_nginx(folder) if args.run else 0
+    return (
+        run_nginx(folder, lambda: _beside(args, folder, str(listening.address))) if args.run else 0
+    )
+
+
+def _listening(args: argparse.Namespace) -> Listening:
+    return Listening(
+        host=args.host,
+        port=args.port,
+        proxies=tuple(args.trust_proxy),
+        certificate=args.tls_certificate,
+        key=args.tls_key,
+        keys=args.keys,
+        limits=Limits(args.rate, args.at_once),
+        patience=args.answer_timeout,
+        metrics_port=args.metrics_port,
+        body_mb=args.max_body,
+    )
+
+
+@contextmanager
+def _beside(args: argparse.Namespace, folder: Path, host: str) -> Iterator[Callable[[], None]]:
+    """What runs as long as nginx does: probes, and the counts."""
+    # Not for every command: Prometheus' client takes a moment to import.
+    from vllm_compress.operations.gateway.metrics import GatewayMetrics, serving
+    from vllm_compress.operations.gateway.watch import Watch
+
+    metrics = None if args.metrics_port is None else GatewayMetrics()
+    follow = None if args.follow is None else Path(args.follow)
+    watch = Watch(NginxGateway(folder), args.health_interval, args.keys, follow, metrics)
+    with ExitStack() as stack:
+        if metrics is not None:
+            stack.enter_context(serving(metrics, host, args.metrics_port))
+        stack.enter_context(watch.running())
+        yield watch.stop
 
 
 def _route(args: argparse.Namespace, split: TrafficSplit, weights: dict[str, str]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_compress.operations.gateway.alerts import check_quiet
 from vllm_compress.operations.gateway.control import NginxGateway
-from vllm_compress.operations.gateway.route import Route
+from vllm_compress.operations.gateway.route import Route, SplitMap
 from vllm_compress.operations.gateway.traffic_split import TrafficSplit, parse_percent, percent
 
 DESCRIPTION = """\
@@ -21,7 +21,8 @@ show the split. A rise is refused while an alert of the service fires, or when P
 tell; going down is always allowed."""
 EPILOG = """\
 An alert is the service's if its label `service` or `deployment` is. --gateway works where nginx
-runs, as in `docker compose exec gateway vllm-compress rollout ...`, --route wherever kubectl does.
+runs, as in `docker compose exec gateway vllm-compress rollout ...`, --route and --config-map
+wherever kubectl does. Gateways follow a ConfigMap within a minute or so.
 
 --json prints one object with the keys
   service, variant   what was changed; from, to are its shares in percent
@@ -42,7 +43,8 @@ def add_parser(subparsers: Any) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gateway", metavar="DIR", help="folder of `vllm-compress gateway`")
     where.add_argument("--route", metavar="NAME", help="HTTPRoute in a Kubernetes cluster")
-    parser.add_argument("--namespace", help="the HTTPRoute's namespace")
+    where.add_argument("--config-map", metavar="NAME", help="which gateways in a cluster --follow")
+    parser.add_argument("--namespace", help="of the HTTPRoute or ConfigMap")
     parser.add_argument("--context", help="kubectl's context")
     parser.add_argument("--to", metavar="N%", help="share of the users it shall have")
     parser.add_argument("--variant", metavar="NAME", help="which; needed where two are compressed")
@@ -59,9 +61,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     share = None if args.to is None else parse_percent(args.to, "--to")
-    gateway: NginxGateway | Route
+    gateway: NginxGateway | Route | SplitMap
     if args.route:
         gateway = Route(args.route, args.namespace, args.context)
+    elif args.config_map:
+        gateway = SplitMap(args.config_map, args.namespace, args.context)
     else:
         gateway = NginxGateway(Path(args.gateway))
     with gateway.lock():
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _change(
-    gateway: NginxGateway | Route,
+    gateway: NginxGateway | Route | SplitMap,
     before: TrafficSplit,
     after: TrafficSplit,
     name: str,

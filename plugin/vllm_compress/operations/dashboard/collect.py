@@ -1,11 +1,12 @@
 """Everything the page draws, asked of Prometheus at once: one JSON document.
 
     {prometheus, start, end, step, problem, sections, facts, alerts, info_labels,
-     deployments: [{name, labels, here}]}
+     deployments: [{name, labels, here}], marks: [{deployment, kind, index}]}
 
 A section has panels, a panel queries, a query lines {labels, values}: one value, or null, for each
 moment from `start` to `end` (Unix seconds) in steps of `step`. `here` says that the deployment is
-there at the end; `problem` says why there is nothing to draw.
+there at the end; `problem` says why there is nothing to draw. A mark is what happened to a
+deployment at the moment `index`: a rollout, or a server that started.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_compress.metrics.series import NAMES
+from vllm_compress.operations.dashboard.declaration import Query
+from vllm_compress.operations.dashboard.operation import MARKS
 from vllm_compress.operations.dashboard.panels import (
     ALERT_PREFIX,
     FACTS,
     INFO,
     INFO_LABELS,
     SECTIONS,
-    Query,
 )
 from vllm_compress.operations.prometheus import Line, Prometheus, rules_directory
 
@@ -50,6 +52,7 @@ def collect(prometheus: Prometheus, seconds: float, end: float | None = None) ->
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         alerts = pool.submit(prometheus.alerts)
         info = pool.submit(lines, Query(INFO))
+        marked = {kind: pool.submit(lines, Query(series)) for kind, series in MARKS.items()}
         answers = dict(zip([*asked, *facts], pool.map(lines, [*asked, *facts]), strict=True))
     deployments = _deployments(info.result())
     return {
@@ -60,6 +63,7 @@ def collect(prometheus: Prometheus, seconds: float, end: float | None = None) ->
         "problem": "" if deployments else _why_nothing(prometheus),
         "deployments": deployments,
         "info_labels": INFO_LABELS,
+        "marks": [m for kind, found in marked.items() for m in marks_of(kind, found.result())],
         "alerts": [a for a in alerts.result() if a["labels"]["alertname"].startswith(ALERT_PREFIX)],
         "sections": [
             {
@@ -81,6 +85,20 @@ def collect(prometheus: Prometheus, seconds: float, end: float | None = None) ->
 
 def _answered(query: Query, answers: dict[Query, list[dict[str, Any]]]) -> dict[str, Any]:
     return {**asdict(query), "lines": answers[query]}
+
+
+def marks_of(kind: str, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Moments at which a share changed, or a count of starts rose."""
+    found = []
+    for line in lines:
+        before = line["values"][0]
+        for index, value in enumerate(line["values"]):
+            rose = value is not None and before is not None and value > before
+            if rose or (kind == "rollout" and None not in (value, before) and value != before):
+                deployment = line["labels"].get("deployment", "")
+                found.append({"deployment": deployment, "kind": kind, "index": index})
+            before = value
+    return found
 
 
 def _on_grid(line: Line, first: float, last: float, step: float) -> dict[str, Any]:

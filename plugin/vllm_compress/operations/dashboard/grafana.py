@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from vllm_compress.operations.dashboard.declaration import Panel, Query, Unit
+from vllm_compress.operations.dashboard.operation import SHARE, STARTS
 from vllm_compress.operations.dashboard.panels import (
     ALERTS,
     FACTS,
     INFO,
-    Panel,
-    Query,
-    Unit,
     headlines,
     panels,
 )
@@ -25,6 +24,7 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24  # columns of Grafana's grid
 UNITS: dict[Unit, str] = {
     "count": "short",
+    "number": "short",
     "bytes": "decbytes",
     "seconds": "s",
     "ratio": "percentunit",
@@ -73,7 +73,7 @@ def dashboard() -> dict[str, Any]:
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
         "templating": {"list": _variables()},
-        "annotations": {"list": [_annotation()]},
+        "annotations": {"list": _annotations()},
         "panels": layout.panels,
     }
 
@@ -128,16 +128,27 @@ def _variables() -> list[dict[str, Any]]:
 _ALL = {"text": "All", "value": "$__all"}
 
 
-def _annotation() -> dict[str, Any]:
-    return {
-        "name": "Alerts",
-        "datasource": DATASOURCE,
-        "enable": True,
-        "iconColor": "red",
-        "expr": ALERTS,
-        "titleFormat": "{{alertname}}",
-        "textFormat": "{{deployment}} {{objective}}",
-    }
+def _annotations() -> list[dict[str, Any]]:
+    """Vertical lines: alerts, rollouts and starts."""
+
+    def lines(name: str, color: str, expression: str, text: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "datasource": DATASOURCE,
+            "enable": True,
+            "iconColor": color,
+            "expr": expression,
+            "titleFormat": name if text else "{{alertname}}",
+            "textFormat": text or "{{deployment}} {{objective}}",
+        }
+
+    rollout = f"changes({SHARE}{{deployment{CHOSEN}}}[$__interval]) > 0"
+    start = f"{STARTS}{{deployment{CHOSEN}}} > 0"
+    return [
+        lines("Alerts", "red", ALERTS, ""),
+        lines("Rollouts", "purple", rollout, "{{deployment}}"),
+        lines("Starts", "gray", start, "{{deployment}}"),
+    ]
 
 
 def _target(expression: str, ref: str, **more: Any) -> dict[str, Any]:
@@ -178,7 +189,9 @@ def _chart(panel: Panel, sets: list[tuple[str, str]], *, paired: bool = False) -
     if paired:
         for name in COLORS:
             overrides.append(_override("byRegexp", f"/^{name.upper()} /", color=_fixed(name)))
-    limits: dict[str, Any] = {"min": 0} if panel.top is None else {"min": 0, "max": panel.top}
+    limits: dict[str, Any] = {} if panel.wide or panel.unit == "number" else {"min": 0}
+    limits |= {} if panel.top is None else {"max": panel.top}
+    scale = {"scaleDistribution": {"type": "log", "log": 10}} if panel.wide else {}
     return {
         "type": "timeseries",
         "title": panel.title,
@@ -189,7 +202,7 @@ def _chart(panel: Panel, sets: list[tuple[str, str]], *, paired: bool = False) -
             "defaults": {
                 "unit": UNITS[panel.unit],
                 **limits,
-                "custom": {"lineWidth": 2, "fillOpacity": 0, "showPoints": "never"},
+                "custom": {"lineWidth": 2, "fillOpacity": 0, "showPoints": "never", **scale},
             },
             "overrides": overrides,
         },

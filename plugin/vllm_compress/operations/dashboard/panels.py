@@ -1,22 +1,23 @@
 """What the dashboard shows. Grafana's JSON and our own page are both made from this.
 
-Queries name series that `deploy/prometheus/rules/recording.yml` records; each is drawn for the
+Queries name series that `deploy/prometheus/rules` record; each is drawn for the
 chosen deployments, and in A against B for two of them. `needs` says what a server must have for a
 query to return data: an empty query without it is a defect, one with it may be the hardware's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from vllm_compress.metrics.series import NAMES, PREFIX
-
-
-def recorded(name: str, operation: str, by: str = "deployment") -> str:
-    """Name the series that the rules record of a metric; a counter loses its `_total`."""
-    return f"{by}:{name.removesuffix('_total')}:{operation}"
-
+from vllm_compress.operations.dashboard.declaration import (
+    Panel,
+    Query,
+    Section,
+    Unit,
+    one,
+    quantiles,
+    recorded,
+)
+from vllm_compress.operations.dashboard.operation import DOWN, OPERATION, UP
 
 INFO = recorded(NAMES.info, "topk1")
 INFO_LABELS = {
@@ -35,72 +36,7 @@ PRICE = "device.price_per_hour in the deployment's file"
 ENERGY = "energy counters that the server can read: NVML on GPUs, RAPL on CPU hosts"
 OBJECTIVES = "objectives in the deployment's file"
 
-Unit = Literal[
-    "count", "bytes", "seconds", "ratio", "requests/s", "tokens/s", "watts", "joules", "money"
-]
-Style = Literal["solid", "dashed", "dotted"]
-
-
-@dataclass(frozen=True)
-class Query:
-    """One recorded series. `legend` stands beside the deployment's name; `{{label}}` is filled in.
-
-    `headline` is its column where deployments stand in a table, and its row in A against B.
-    """
-
-    series: str
-    legend: str = ""
-    headline: str = ""
-    needs: str = ""
-    style: Style = "solid"
-
-    def expression(self, selector: str) -> str:
-        """PromQL of the deployments that `selector`, such as `=~"$deployment"`, takes."""
-        return f"{self.series}{{deployment{selector}}}"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart. `better` is the direction that is good; `top` fixes the axis."""
-
-    title: str
-    help: str
-    unit: Unit
-    queries: tuple[Query, ...]
-    better: Literal["lower", "higher", ""] = ""
-    top: float | None = None
-
-    @property
-    def needs(self) -> str:
-        """Say what the panel needs to show anything; empty if nothing."""
-        return self.queries[0].needs
-
-
-@dataclass(frozen=True)
-class Section:
-    """Charts under one heading."""
-
-    title: str
-    panels: tuple[Panel, ...]
-
-
-def _one(name: str, operation: str, headline: str = "", needs: str = "") -> tuple[Query, ...]:
-    return (Query(recorded(name, operation), headline=headline, needs=needs),)
-
-
-def _quantiles(name: str, short: str = "") -> tuple[Query, ...]:
-    def quantile(q: str, style: Style, headline: bool) -> Query:
-        shown = f"{short} {q}" if short and headline else ""
-        return Query(recorded(name, f"{q}_rate2m"), q, shown, style=style)
-
-    return (
-        quantile("p50", "dotted", True),
-        quantile("p95", "solid", True),
-        quantile("p99", "dashed", False),
-    )
-
-
-SECTIONS = (
+MEASURES = (
     Section(
         "Traffic",
         (
@@ -108,26 +44,26 @@ SECTIONS = (
                 "Requests",
                 "Finished requests per second, over 2 minutes.",
                 "requests/s",
-                _one(NAMES.requests, "rate2m", "Requests/s"),
+                one(NAMES.requests, "rate2m", "Requests/s"),
             ),
             Panel(
                 "Generated tokens",
                 "Tokens generated per second by all replicas together.",
                 "tokens/s",
-                _one(NAMES.generation_tokens, "rate2m", "Tokens/s"),
+                one(NAMES.generation_tokens, "rate2m", "Tokens/s"),
             ),
             Panel(
                 "Generated tokens per device",
                 "Tokens generated per second, divided by the devices: GPUs, or CPU processes.",
                 "tokens/s",
-                _one(PREFIX + "generation_tokens_per_device", "rate2m", "Tokens/s per device"),
+                one(PREFIX + "generation_tokens_per_device", "rate2m", "Tokens/s per device"),
                 better="higher",
             ),
             Panel(
                 "Prompt tokens",
                 "Prompt tokens per second, those found in the prefix cache included.",
                 "tokens/s",
-                _one(NAMES.prompt_tokens, "rate2m"),
+                one(NAMES.prompt_tokens, "rate2m"),
             ),
             Panel(
                 "Finished requests by reason",
@@ -150,28 +86,40 @@ SECTIONS = (
                 "Time to first token",
                 "From a request's arrival in vLLM to its first token, waiting included.",
                 "seconds",
-                _quantiles(NAMES.first_token, "TTFT"),
+                quantiles(NAMES.first_token, "TTFT"),
                 better="lower",
+                wide=True,
             ),
             Panel(
                 "Time per output token",
                 "Mean over a finished request of the time between its tokens.",
                 "seconds",
-                _quantiles(NAMES.per_token, "TPOT"),
+                quantiles(NAMES.per_token, "TPOT"),
                 better="lower",
+                wide=True,
             ),
             Panel(
                 "Request latency",
                 "From a request's arrival in vLLM to its last token.",
                 "seconds",
-                _quantiles(NAMES.latency),
+                quantiles(NAMES.latency),
                 better="lower",
+                wide=True,
             ),
         ),
     ),
     Section(
         "Load",
         (
+            Panel(
+                "Servers",
+                "That answer Prometheus, and that do not.",
+                "count",
+                (
+                    Query(UP, "up", "Up", needs="targets with the label `deployment`"),
+                    Query(DOWN, "down", style="dashed"),
+                ),
+            ),
             Panel(
                 "Requests in the server",
                 "Running: in the batch. Waiting: queued for a place in it.",
@@ -185,28 +133,28 @@ SECTIONS = (
                 "Time in queue",
                 "What 95% of requests waited at most before they were first scheduled.",
                 "seconds",
-                _one(NAMES.queue, "p95_rate2m"),
+                one(NAMES.queue, "p95_rate2m"),
                 better="lower",
             ),
             Panel(
                 "KV cache in use",
                 "Of the fullest engine. Full with requests waiting: add replicas or memory.",
                 "ratio",
-                _one(NAMES.kv_cache_usage, "max", "KV cache"),
+                one(NAMES.kv_cache_usage, "max", "KV cache"),
                 top=1.0,
             ),
             Panel(
                 "Preemptions",
                 "Requests per second sent back to wait because the KV cache was full.",
                 "requests/s",
-                _one(NAMES.preemptions, "rate2m"),
+                one(NAMES.preemptions, "rate2m"),
                 better="lower",
             ),
             Panel(
                 "Prompt tokens found in the cache",
                 "Share of prompt tokens that the prefix cache saved computing.",
                 "ratio",
-                _one(NAMES.cached_tokens, "ratio_rate2m"),
+                one(NAMES.cached_tokens, "ratio_rate2m"),
                 better="higher",
                 top=1.0,
             ),
@@ -219,14 +167,14 @@ SECTIONS = (
                 "Failed requests",
                 "Share of requests that the server failed: ended with an error, or answered 5xx.",
                 "ratio",
-                _one(PREFIX + "request_errors", "ratio_rate2m", "Failed"),
+                one(PREFIX + "request_errors", "ratio_rate2m", "Failed"),
                 better="lower",
             ),
             Panel(
                 "Requests given up by clients",
                 "Share over 30 minutes of requests whose client went away before the end.",
                 "ratio",
-                _one(PREFIX + "requests_abandoned", "ratio_rate30m", "Given up"),
+                one(PREFIX + "requests_abandoned", "ratio_rate30m", "Given up"),
                 better="lower",
             ),
             Panel(
@@ -259,14 +207,14 @@ SECTIONS = (
                 "Cost per hour",
                 "Price of a device-hour times devices, in the currency of the price.",
                 "money",
-                _one(PREFIX + "cost_per_hour", "sum", needs=PRICE),
+                one(PREFIX + "cost_per_hour", "sum", needs=PRICE),
                 better="lower",
             ),
             Panel(
                 "Cost per million generated tokens",
-                "All cost is put on generated tokens; idle time counts.",
+                "All cost is put on generated tokens; not shown below one token a second.",
                 "money",
-                _one(
+                one(
                     PREFIX + "cost_per_million_generation_tokens",
                     "rate2m",
                     "Cost per 1M tokens",
@@ -278,14 +226,14 @@ SECTIONS = (
                 "Power",
                 "Joules per second of the devices.",
                 "watts",
-                _one(NAMES.energy, "rate2m", needs=ENERGY),
+                one(NAMES.energy, "rate2m", needs=ENERGY),
                 better="lower",
             ),
             Panel(
                 "Energy per generated token",
-                "All energy is put on generated tokens; idle time counts.",
+                "All energy is put on generated tokens; not shown below one token a second.",
                 "joules",
-                _one(
+                one(
                     PREFIX + "energy_joules_per_generation_token",
                     "rate2m",
                     "Joules per token",
@@ -296,6 +244,7 @@ SECTIONS = (
         ),
     ),
 )
+SECTIONS = (*MEASURES, *OPERATION)
 # Of the table of deployments only: they hardly change, so a chart would say nothing.
 FACTS: tuple[tuple[Query, Unit], ...] = (
     (Query(recorded(NAMES.devices, "sum"), headline="Devices"), "count"),

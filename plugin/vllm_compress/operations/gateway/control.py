@@ -13,13 +13,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from compress_methods.lazy import httpx
 from compress_methods.system.files import write_text
-from compress_methods.system.http import fetch
+from compress_methods.system.http import TIMEOUT, fetch
 from compress_methods.system.lock import DirectoryLock
 from vllm_compress.operations.gateway.nginx import (
     CONFIG_FILE,
@@ -28,6 +30,7 @@ from vllm_compress.operations.gateway.nginx import (
     read_traffic_split,
     render_traffic_split,
 )
+from vllm_compress.operations.gateway.servers import SERVERS_FILE
 from vllm_compress.operations.gateway.traffic_split import GatewayError, TrafficSplit
 
 PATIENCE = 20.0
@@ -70,26 +73,42 @@ def check_files(write: Callable[[Path], None]) -> None:
         raise GatewayError(f"nginx refuses the configuration: {said}")
 
 
-def run_nginx(folder: Path) -> int:
-    """Run nginx until it ends; its exit code.
+def run_nginx(
+    folder: Path, beside: Callable[[], AbstractContextManager[Callable[[], None]]]
+) -> int:
+    """Run nginx until it ends; its exit code. `beside` is what runs as long as it does; it gives
+    what to call before nginx is asked to end, so as to reload it no more: that would revive it.
 
     nginx cuts streams off on SIGTERM, the signal that service managers send, and finishes them on
     SIGQUIT. So TERM and INT ask it to finish, and the second of them to end.
     """
-    process = subprocess.Popen([find_nginx(), "-p", str(folder), "-c", CONFIG_FILE])
     asked = 0
+    process: subprocess.Popen[bytes]
+    quiet: Callable[[], None]
 
     def stop(signum: int, frame: object) -> None:
         nonlocal asked
         asked += 1
+        quiet()
         process.send_signal(signal.SIGQUIT if asked == 1 else signal.SIGTERM)
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with beside() as quiet:  # which listens before nginx tells of a request
+        process = subprocess.Popen([find_nginx(), "-p", str(folder), "-c", CONFIG_FILE])
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+        before = {number: signal.signal(number, stop) for number in numbers}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _ask(url: str) -> Any:
+    """What the gateway on this machine says; its certificate is for another name than 127.0.0.1."""
+    if url.startswith("http:"):
+        return fetch(url).json()
+    with httpx.Client(verify=False, timeout=TIMEOUT) as client:
+        return fetch(url, client=client).json()
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ class NginxGateway:
         """The split that the running workers have."""
         url = f"{gateway_url(self.folder)}/split"
         try:
-            return TrafficSplit.from_dict(fetch(url).json(), url)
+            return TrafficSplit.from_dict(_ask(url), url)
         except ValueError as problem:
             raise GatewayError(f"{url}: not the split of a vllm-compress gateway") from problem
 
@@ -129,7 +148,7 @@ class NginxGateway:
         try:
             write_text(candidate, render_traffic_split(split))
             text = (self.folder / CONFIG_FILE).read_text(encoding="utf-8")
-            if "upstream variant-" in text:
+            if f"include {SERVERS_FILE};" not in text:
                 raise GatewayError(
                     f"{self.folder}: of an older vllm-compress; write it again with "
                     "`vllm-compress gateway`, which keeps the split"
@@ -152,15 +171,16 @@ class NginxGateway:
         begin = time.monotonic()
         write_text(self.folder / SPLIT_FILE, render_traffic_split(split))
         try:
-            self._reload()
+            self.reload()
             self._wait(split, begin + PATIENCE)
         except BaseException:
             write_text(self.folder / SPLIT_FILE, render_traffic_split(before))
-            self._reload()
+            self.reload()
             raise
         return time.monotonic() - begin
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Have nginx read its files again; it keeps what it has where they are not right."""
         path = self.folder / "nginx.pid"
         try:
             os.kill(int(path.read_text(encoding="utf-8")), signal.SIGHUP)

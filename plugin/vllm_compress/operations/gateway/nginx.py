@@ -1,31 +1,39 @@
-"""A split as nginx configuration: nginx.conf, which stays, and split.conf, which changes.
+"""A split as nginx configuration: nginx.conf, which stays, and the files that change.
 
 split.conf opens with the split as JSON in a comment and is derived from it, so the one file is the
 state and replacing it the change. nginx hashes the user with MurmurHash2 (`split_clients`), and
 `GET /split` on the gateway's machine returns the split that the answering worker runs with.
+servers.conf says where the servers are (`servers`), keys.conf who may ask (`tenants`).
 
 nginx closes idle client connections on a reload, and what a client sends in that moment is lost
 (11 requests per reload with 16 busy clients, measured); so its connections carry one request.
-A request whose variant refuses the connection, or answers 500 or 503, goes to `second`. One that
-the server may be at work on is answered 502 instead: another server would generate, and bill, it
-again. nginx looks names of variants up when it starts or reloads, and refuses a configuration with
-one that is not known; so names are looked up before, and a variant without an address is written
-as down: its users go to `second`, and a rollout away from it works.
+
+A request is sent to another server where nobody answered it: the connection was refused or broke,
+the answer was 500 or 503, or none came for `patience` seconds. Of answers of which the client has
+got the beginning nothing can be repeated. Nor is anything that a server may have kept, and no
+request goes to more than two servers that may be at work on it: one that kills them ends there.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import socket
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 
 from compress_methods.system.files import write_text
+from vllm_compress.operations.gateway.servers import host_port, look_up, write_servers
+from vllm_compress.operations.gateway.tenants import (
+    KEYS_FILE,
+    TOO_MANY,
+    UNKNOWN,
+    Limits,
+    write_keys,
+)
 from vllm_compress.operations.gateway.traffic_split import GatewayError, TrafficSplit, percent
 
 CONFIG_FILE, SPLIT_FILE = "nginx.conf", "split.conf"
@@ -39,14 +47,8 @@ REFUSAL = json.dumps(
         }
     }
 )
-# vLLM closes connections that idle for 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
-UPSTREAM = """\
-upstream variant-{name} {{
-    server {server};
-    keepalive 64;
-    keepalive_timeout 3s;
-}}
-"""
+# What `metrics` counts: no word of a request, and nothing that a client chooses.
+COUNTED = "$status|$answered|$variant|$tenant|$request_time|$upstream_addr"
 
 
 class _Template(string.Template):
@@ -57,78 +59,76 @@ class _Template(string.Template):
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a gateway listens, and whose word on a client's address it takes: `proxies` are
-    addresses or networks of load balancers in front of it."""
+    """Where a gateway listens and for whom. `proxies` are addresses or networks of load balancers
+    whose word on a client's address is taken; `certificate` and `key` are PEM files of TLS; `keys`
+    is the file of tenants' API keys; `patience` the seconds until a silent server is given up;
+    `metrics_port` where requests are told for counting; `body_mb` what a request may have."""
 
     host: str
     port: int
     proxies: tuple[str, ...] = ()
+    certificate: Path | None = None
+    key: Path | None = None
+    keys: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    patience: int = 600
+    metrics_port: int | None = None
+    body_mb: int = 64
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise GatewayError("--tls-certificate and --tls-key go together")
+        for path in (self.certificate, self.key, self.keys):
+            if path is not None and not path.is_file():
+                raise GatewayError(f"{path}: no such file")
+        for option, value, most in (
+            ("--answer-timeout", self.patience, 86_400),
+            ("--max-body", self.body_mb, 10_000),
+            ("--metrics-port", self.metrics_port or 1, 65_535),
+        ):
+            if not 1 <= value <= most:
+                raise GatewayError(f"{option} is {value}, expected 1 to {most}")
 
     @cached_property
     def address(self) -> IPv4Address | IPv6Address:
         """The address of the host; raises `GatewayError`."""
         found = look_up(self.host.strip("[]"))
-        if found is None:
+        if not found:
             raise GatewayError(f"--host {self.host}: not an address, and no host of that name")
-        return ip_address(found)
+        return ip_address(found[0])
 
-    @property
-    def pair(self) -> str:
-        """`127.0.0.1:8080`, `[::1]:8080`."""
-        return _pair(str(self.address), self.port)
+    def directives(self) -> list[str]:
+        """Of `server`: listen, and TLS where it has a certificate."""
+        pair = host_port(str(self.address), self.port)
+        if self.certificate is None or self.key is None:
+            return [f"listen {pair};"]
+        paths = [json.dumps(str(path.absolute())) for path in (self.certificate, self.key)]
+        tls = [f"ssl_certificate {paths[0]};", f"ssl_certificate_key {paths[1]};"]
+        return [f"listen {pair} ssl;", *tls, "ssl_protocols TLSv1.2 TLSv1.3;"]
 
-
-def _pair(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def look_up(host: str) -> str | None:
-    """An address of a host; None where there is none."""
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except (OSError, UnicodeError):
-        return None
-
-
-def unknown_hosts(split: TrafficSplit) -> list[str]:
-    """Names of variants whose host has no address now."""
-    hosts = {v.name: v.address.rpartition(":")[0].strip("[]") for v in split.variants}
-    return [name for name, host in hosts.items() if look_up(host) is None]
-
-
-def write_gateway(
-    folder: Path, split: TrafficSplit, host: str, port: int, proxies: Sequence[str] = ()
-) -> None:
-    """Both files. nginx.conf comes last: with it there, the folder is complete."""
-    config = render_config(split, host, port, proxies)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / SPLIT_FILE, render_traffic_split(split))
-        write_text(folder / CONFIG_FILE, config)
-    except OSError as problem:
-        raise GatewayError(f"{folder}: cannot be written ({problem.strerror})") from problem
-
-
-def render_config(split: TrafficSplit, host: str, port: int, proxies: Sequence[str] = ()) -> str:
-    """nginx.conf: everything but the shares and the servers."""
-    listening = Listening(host, port, tuple(proxies))
-    allowed = dict.fromkeys(["127.0.0.1", "::1", str(listening.address)])
-    trusted = [f"    set_real_ip_from {network};" for network in map(_network, listening.proxies)]
-    proxies_in_front = ["    # No load balancer in front is trusted (--trust-proxy)."]
-    if trusted:
-        proxies_in_front = [
-            "    # Load balancers in front, whose X-Forwarded-For is true.",
-            *trusted,
+    def in_front(self) -> list[str]:
+        """Of `http`: which load balancers are believed."""
+        if not self.proxies:
+            return ["# No load balancer in front is trusted (--trust-proxy)."]
+        return [
+            "# Load balancers in front, whose X-Forwarded-For is true.",
+            *(f"set_real_ip_from {_network(proxy)};" for proxy in self.proxies),
+            "real_ip_header X-Forwarded-For;",
+            "real_ip_recursive on;",
         ]
-        proxies_in_front += ["    real_ip_header X-Forwarded-For;", "    real_ip_recursive on;"]
-    template = _Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(
-        service=split.service,
-        listen=f"        listen {listening.pair};",
-        allow="\n".join(f"            allow {address};" for address in allowed),
-        proxies="\n".join(proxies_in_front),
-        refusal=REFUSAL + "\\n",
-    )
+
+    def guards(self) -> list[str]:
+        """Of a location: which requests are not passed on."""
+        known = [] if self.keys is None else ['if ($tenant = "") {', f"    return {UNKNOWN};", "}"]
+        return [
+            "if ($plain = 0) {",
+            f"    return 404 '{REFUSAL}\\n';",
+            "}",
+            *known,
+            *self.limits.guards(),
+            f"error_page {UNKNOWN} = @unknown;",
+            f"error_page {TOO_MANY} = @later;",
+        ]
 
 
 def _network(text: str) -> str:
@@ -140,8 +140,48 @@ def _network(text: str) -> str:
         ) from problem
 
 
+def write_gateway(folder: Path, split: TrafficSplit, listening: Listening) -> None:
+    """All files. nginx.conf comes last: with it there, the folder is complete."""
+    config = render_config(split, listening)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_keys(folder, listening.keys)
+        write_servers(folder, split)
+        write_text(folder / SPLIT_FILE, render_traffic_split(split))
+        write_text(folder / CONFIG_FILE, config)
+    except OSError as problem:
+        raise GatewayError(f"{folder}: cannot be written ({problem.strerror})") from problem
+
+
+def render_config(split: TrafficSplit, listening: Listening) -> str:
+    """nginx.conf: everything but the shares, the servers and the keys."""
+    who = "$caller" if listening.keys is None else "$tenant"
+    counted = []
+    if listening.metrics_port is not None:
+        log = f"syslog:server=127.0.0.1:{listening.metrics_port},nohostname"
+        counted = [f"log_format counted '{COUNTED}';", f"access_log {log} counted;"]
+    allowed = dict.fromkeys(["127.0.0.1", "::1", str(listening.address)])
+    template = _Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(
+        service=split.service,
+        proxies=_indented(listening.in_front(), 4),
+        tenants=_indented([f"include {KEYS_FILE};", *listening.limits.zones(who)], 4),
+        counted=_indented(counted, 4),
+        listen=_indented(listening.directives(), 8),
+        guards=_indented(listening.guards(), 12),
+        allow=_indented([f"allow {address};" for address in allowed], 12),
+        patience=listening.patience,
+        body=f"{listening.body_mb}m",
+        refusal=REFUSAL + "\\n",
+    )
+
+
+def _indented(lines: Sequence[str], columns: int) -> str:
+    return "\n".join(" " * columns + line for line in lines)
+
+
 def render_traffic_split(split: TrafficSplit) -> str:
-    """split.conf: the shares, who stands in for whom, and where each variant is."""
+    """split.conf: the shares, and who stands in for whom."""
     state = json.dumps(split.to_dict())
     lines = [f"# {state}", "split_clients $user $variant {"]
     given = [(name, share) for name, share in split.shares.items() if share]
@@ -150,10 +190,6 @@ def render_traffic_split(split: TrafficSplit) -> str:
     lines += [f"    * {given[-1][0]};", "}", "map $variant $second {", '    default "";']
     lines += [f"    {name} {other};" for name, other in _seconds(split).items()]
     lines += ["}", "map $uri $split {", f"    default '{state}\\n';", "}", ""]
-    nowhere = unknown_hosts(split)
-    for variant in split.variants:
-        server = "127.0.0.1:9 down" if variant.name in nowhere else variant.address
-        lines += [UPSTREAM.format(name=variant.name, server=server)]
     return "\n".join(lines)
 
 
@@ -183,8 +219,8 @@ def gateway_url(folder: Path) -> str:
     """Where the gateway of a folder answers, from its own machine."""
     path = folder / CONFIG_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    match = re.search(r"^\s*listen (\S+):(\d+);", text, re.MULTILINE)
+    match = re.search(r"^\s*listen (\S+):(\d+)( ssl)?;", text, re.MULTILINE)
     if match is None:
         raise GatewayError(f"{path}: no `listen HOST:PORT`; was it written by vllm-compress?")
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(match[1], match[1])
-    return f"http://{host}:{match[2]}"
+    return f"http{'s' if match[3] else ''}://{host}:{match[2]}"

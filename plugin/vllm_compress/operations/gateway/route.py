@@ -7,7 +7,8 @@ stay there when weights change, down to 0% included, until the session ends. X-V
 filter of each backend, which implementations may leave out. Where users have to stick exactly, run
 the nginx gateway in the cluster (deploy/kubernetes/components/nginx-gateway).
 
-Service names are the deployments' names.
+Service names are the deployments' names. nginx gateways in a cluster follow a ConfigMap instead,
+which holds the split as split.conf does (`gateway --follow`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from vllm_compress.operations.gateway.traffic_split import WHOLE, GatewayError, TrafficSplit
 
 ANNOTATION = "vllm-compress/split"
+SPLIT_KEY = "split.json"
 PATIENCE = 60.0
 _LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -41,6 +43,9 @@ def render_route(split: TrafficSplit, gateway: str, session: str | None = None) 
                 f"{what!r} cannot name a Kubernetes object, expected lower-case letters, digits "
                 "and - of which the first is a letter"
             )
+    for variant in split.variants:
+        if len(variant.servers) > 1:
+            raise GatewayError(f"{variant.name}: a service of Kubernetes has one address")
     described = split.to_dict()
     for variant in described["variants"]:
         del variant["share"]
@@ -115,20 +120,25 @@ def patch(route: dict[str, Any], split: TrafficSplit) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Route:
-    """An HTTPRoute in a cluster, through kubectl."""
+class _Object:
+    """An object in a cluster, through kubectl."""
 
     name: str
     namespace: str | None = None
     context: str | None = None
+    KIND: ClassVar[str] = ""
+
+    def stored(self) -> TrafficSplit:
+        """The same as is live: a cluster has one."""
+        return self.live()
 
     def live(self) -> TrafficSplit:
         """The split that the cluster has stored."""
-        return read_route(self._get())
+        raise NotImplementedError
 
-    def stored(self) -> TrafficSplit:
-        """The same: a cluster has one."""
-        return self.live()
+    def _operations(self, split: TrafficSplit) -> list[dict[str, Any]]:
+        """JSON patch to that split."""
+        raise NotImplementedError
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -139,29 +149,16 @@ class Route:
         """Have the cluster check the change; nothing changes."""
         self._patch(split, "--dry-run=server")
 
-    def apply(self, split: TrafficSplit) -> float:
-        """Change the weights; the seconds until every gateway of the route has accepted them."""
-        begin = time.monotonic()
-        self._patch(split)
-        while not _accepted(self._get()):
-            if time.monotonic() > begin + PATIENCE:
-                raise GatewayError(
-                    f"httproute {self.name}: has {split}, but no gateway has accepted "
-                    f"it within {PATIENCE:.0f} s; see `kubectl describe httproute {self.name}`"
-                )
-            time.sleep(0.5)
-        return time.monotonic() - begin
-
     def _get(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._kubectl("get", "--output=json"))
         return found
 
     def _patch(self, split: TrafficSplit, *arguments: str) -> None:
-        text = json.dumps(patch(self._get(), split))
+        text = json.dumps(self._operations(split))
         self._kubectl("patch", "--type=json", f"--patch={text}", *arguments)
 
     def _kubectl(self, verb: str, *arguments: str) -> str:
-        command = ["kubectl", verb, f"httproutes.gateway.networking.k8s.io/{self.name}"]
+        command = ["kubectl", verb, f"{self.KIND}/{self.name}"]
         command += [f"--namespace={self.namespace}"] if self.namespace else []
         command += [f"--context={self.context}"] if self.context else []
         try:
@@ -176,6 +173,58 @@ class Route:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise GatewayError(f"kubectl {verb}: {said[-1]}")
         return done.stdout
+
+
+class Route(_Object):
+    """An HTTPRoute, whose weights are the shares."""
+
+    KIND = "httproutes.gateway.networking.k8s.io"
+
+    def live(self) -> TrafficSplit:
+        return read_route(self._get())
+
+    def _operations(self, split: TrafficSplit) -> list[dict[str, Any]]:
+        return patch(self._get(), split)
+
+    def apply(self, split: TrafficSplit) -> float:
+        """Change the weights; the seconds until every gateway of the route has accepted them."""
+        begin = time.monotonic()
+        self._patch(split)
+        while not _accepted(self._get()):
+            if time.monotonic() > begin + PATIENCE:
+                raise GatewayError(
+                    f"httproute {self.name}: has {split}, but no gateway has accepted "
+                    f"it within {PATIENCE:.0f} s; see `kubectl describe httproute {self.name}`"
+                )
+            time.sleep(0.5)
+        return time.monotonic() - begin
+
+
+class SplitMap(_Object):
+    """A ConfigMap that nginx gateways follow. They read it when the kubelet has brought it to them,
+    within a minute or so, which nobody here can see."""
+
+    KIND = "configmap"
+
+    def live(self) -> TrafficSplit:
+        where = f"configmap {self.name}"
+        try:
+            return TrafficSplit.from_dict(json.loads(self._get()["data"][SPLIT_KEY]), where)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise GatewayError(f"{where}: has no {SPLIT_KEY} that a gateway follows") from problem
+
+    def _operations(self, split: TrafficSplit) -> list[dict[str, Any]]:
+        version = self._get()["metadata"]["resourceVersion"]
+        return [
+            {"op": "test", "path": "/metadata/resourceVersion", "value": version},
+            {"op": "add", "path": f"/data/{SPLIT_KEY}", "value": json.dumps(split.to_dict())},
+        ]
+
+    def apply(self, split: TrafficSplit) -> float:
+        """Store the shares; the seconds it took."""
+        begin = time.monotonic()
+        self._patch(split)
+        return time.monotonic() - begin
 
 
 def _accepted(route: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ _PERCENT = re.compile(r"(\d{1,3})(?:\.(\d{1,2}))?%")
 # A part of names of nginx and a value of a header.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}")
 _ADDRESS = re.compile(r"[A-Za-z0-9._-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+MOST_SERVERS = 64
 
 
 class GatewayError(CompressError):
@@ -34,8 +35,8 @@ class GatewayError(CompressError):
 
 @dataclass(frozen=True)
 class Variant:
-    """One server of a service: `deployment` is its label in Prometheus, `address` host:port,
-    `share` hundredths of a percent of the users."""
+    """One variant of a service: `deployment` is its label in Prometheus, `address` host:port, or
+    those of several servers with commas between, `share` hundredths of a percent of the users."""
 
     name: str
     deployment: str
@@ -48,8 +49,20 @@ class Variant:
                 f"variant is {self.name!r}, expected up to 63 letters, digits and ._+-; "
                 "set `variant` in its deployment file"
             )
-        if not _ADDRESS.fullmatch(self.address):
-            raise GatewayError(f"{self.name}: address is {self.address!r}, expected HOST:PORT")
+        servers = self.servers
+        if len(set(servers)) < len(servers) or len(servers) > MOST_SERVERS:
+            raise GatewayError(
+                f"{self.name}: address has {len(servers)} servers, expected {MOST_SERVERS} at "
+                "most, each once"
+            )
+        for server in servers:
+            if not _ADDRESS.fullmatch(server):
+                raise GatewayError(f"{self.name}: address is {server!r}, expected HOST:PORT")
+
+    @property
+    def servers(self) -> list[str]:
+        """Host:port of each."""
+        return self.address.split(",")
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,8 @@ class TrafficSplit:
             raise GatewayError(f"{self.service}: {len(names)} variants, expected 2 or {MOST}")
         for what in ("name", "deployment", "address"):
             values = [getattr(variant, what) for variant in self.variants]
+            if what == "address":
+                values = [server for variant in self.variants for server in variant.servers]
             if len(set(values)) < len(values):
                 raise GatewayError(f"{self.service}: two variants have the same {what}: {values}")
         if names.index(self.baseline) != 1:

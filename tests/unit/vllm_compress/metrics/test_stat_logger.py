@@ -35,12 +35,13 @@ from vllm_compress.names import DEPLOYMENT_VARIABLE
 
 MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
 GAUGES = {"requests_running", "requests_waiting", "kv_cache_usage_ratio"}
-GAUGES |= {"gpus", "devices", "weight_bytes", "deployment_info"}
+GAUGES |= {"adapter_requests", "gpus", "devices", "weight_bytes", "deployment_info"}
 GAUGES |= {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
 COUNTERS = {"prompt_tokens", "prompt_tokens_cached", "generation_tokens", "requests"}
 COUNTERS |= {"preemptions", "energy_joules", "objective_requests"}
 COUNTERS |= {"draft_tokens", "draft_tokens_accepted"}
 ABSENT = {"device_price_per_hour", "objective_seconds", "objective_target_ratio"}
+ABSENT |= {"adapter_requests"}
 ABSENT |= {"energy_joules", "objective_requests"}  # unless a file, or the machine, says something
 HISTOGRAMS = {
     "time_to_first_token_seconds",
@@ -122,6 +123,26 @@ def test_series_are_the_sums_of_what_vllm_reports(config: VllmConfig, name: str)
     assert value("time_in_queue_seconds_count", deployment=name) == 2
     assert value("request_latency_seconds_sum", deployment=name) == pytest.approx(10)
     assert value("request_latency_seconds_count", deployment=name) == 2
+
+
+def test_adapters_have_a_label_each_up_to_a_bound(config: VllmConfig, name: str) -> None:
+    logger = DeploymentStatLogger(config, [0])
+
+    def requests(adapter: str) -> float | None:
+        return value("adapter_requests", deployment=name, engine="0", adapter=adapter)
+
+    load = SchedulerStats(running_lora_adapters={"a": 2}, waiting_lora_adapters={"a": 1, "b": 1})
+    logger.record(load, None, engine_idx=0)
+    assert (requests("a"), requests("b")) == (3, 1)
+    logger.record(SchedulerStats(running_lora_adapters={"b": 4}), None, engine_idx=0)
+    assert (requests("a"), requests("b")) == (0, 4)
+    many = {f"adapter-{i}": 1 for i in range(100)}
+    logger.record(SchedulerStats(running_lora_adapters=many), None, engine_idx=0)
+    assert requests("other") == 100 - (stat_logger.MOST_ADAPTERS - 2)
+    labels = [f"adapter-{i}" for i in range(100) if requests(f"adapter-{i}") is not None]
+    assert len(labels) == stat_logger.MOST_ADAPTERS - 2
+    logger.record(SchedulerStats(), None, engine_idx=0)
+    assert (requests("b"), requests("other")) == (0, 0)
 
 
 def test_one_token_has_no_time_per_output_token(config: VllmConfig, name: str) -> None:

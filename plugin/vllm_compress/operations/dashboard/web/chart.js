@@ -88,24 +88,68 @@ function moveCursors(index) {
   for (const chart of charts) chart.cursor(index);
 }
 
+/** Powers of ten from below the least to above the most, and 2 and 5 between them where few. */
+function wideTicks(values) {
+  const from = Math.floor(Math.log10(Math.min(...values)));
+  const to = Math.max(from + 1, Math.ceil(Math.log10(Math.max(...values)) - 1e-9));
+  const between = to - from <= 2 ? [1, 2, 5] : [1];
+  const ticks = [];
+  for (let power = from; power < to; power++) for (const factor of between) ticks.push(factor * 10 ** power);
+  return [...ticks, 10 ** to];
+}
+
+/** The value that a share of all values keeps below. */
+function quantileOf(values, share) {
+  const sorted = [...values].sort((one, other) => one - other);
+  return sorted[Math.floor(share * (sorted.length - 1))];
+}
+
+const RARE = 0.98, FAR = 3;
+
+/** {ticks, top, place, clipped}: `place` maps a value to 0 at the axis' bottom and 1 at its top. */
+function axisOf(panel, all) {
+  const positive = all.filter((value) => value > 0);
+  if (panel.wide && positive.length && all.every((value) => value >= 0)) {
+    const ticks = wideTicks(positive);
+    const [low, high] = [ticks[0], ticks[ticks.length - 1]];
+    const place = (value) => Math.log(Math.max(value, low) / low) / Math.log(high / low);
+    return { ticks, top: high, place, clipped: 0 };
+  }
+  const lowest = Math.min(0, ...all), highest = Math.max(0, ...all);
+  // A spike must not flatten what happens the rest of the time.
+  const usual = positive.length >= 50 ? quantileOf(positive, RARE) : highest;
+  const clipped = !panel.top && highest > FAR * usual ? highest : 0;
+  const ticks = valueTicks(panel.top || (clipped ? usual * 1.5 : highest * 1.05) || 1, panel.unit === "count");
+  const top = panel.top || ticks[ticks.length - 1];
+  if (lowest < 0) ticks.unshift(lowest);
+  return { ticks, top, place: (value) => (Math.min(value, top) - lowest) / (top - lowest), clipped };
+}
+
+/** Vertical lines where something happened to the deployments that are drawn. */
+function drawMarks(marks, x, svg) {
+  for (const { deployment, kind, index } of marks) {
+    const line = make("line", { class: `mark ${kind}`, x1: x(index), x2: x(index), y1: TOP, y2: HEIGHT - BOTTOM });
+    line.append(make("title", {}, `${deployment}: ${kind}`));
+    svg.append(line);
+  }
+}
+
 /**
  * Draw `lines` [{name, kind, color, style, values}] of `panel` into a new SVG of this width.
- * `grid` is {start, end, step}; `onHover(index or null, event)` is called with the mouse.
+ * `grid` is {start, end, step, marks}; `onHover(index or null, event)` is called with the mouse.
  */
 function drawChart(panel, lines, grid, width, onHover) {
   const all = lines.flatMap((line) => line.values.filter((value) => value !== null));
-  const highest = Math.max(0, ...all);
-  const ticks = valueTicks(panel.top || highest * 1.05 || 1, panel.unit === "count");
-  const top = panel.top || ticks[ticks.length - 1];
+  const { ticks, top, place, clipped } = axisOf(panel, all);
   const count = Math.round((grid.end - grid.start) / grid.step);
   const x = (i) => LEFT + (i / count) * (width - LEFT - RIGHT);
-  const y = (value) => HEIGHT - BOTTOM - (value / top) * (HEIGHT - BOTTOM - TOP);
+  const y = (value) => HEIGHT - BOTTOM - place(value) * (HEIGHT - BOTTOM - TOP);
   const svg = make("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img" });
   svg.setAttribute("aria-label", `${panel.title}: ${lines.map((line) =>
     `${line.name} ${line.kind} ${format(lastOf(line.values), panel.unit)}`).join(", ")}`);
 
-  const scale = scaleOf(panel.unit, top);
   for (const tick of ticks.filter((t) => t <= top * 1.0001)) {
+    const scale = scaleOf(panel.unit, panel.wide ? tick : top);
     svg.append(
       make("line", { class: tick ? "gridline" : "axis", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }),
       make("text", { x: LEFT - 7, y: y(tick) + 4, "text-anchor": "end" },
@@ -116,6 +160,12 @@ function drawChart(panel, lines, grid, width, onHover) {
     const anchor = at > width - 24 ? "end" : at < LEFT + 20 ? "start" : "middle";
     svg.append(make("text", { x: at, y: HEIGHT - 5, "text-anchor": anchor }, formatTime(t, grid.end - grid.start)));
   }
+  if (clipped) {
+    svg.append(make("text", { class: "clipped", x: width - RIGHT, y: TOP + 8, "text-anchor": "end" },
+      `cut off, up to ${format(clipped, panel.unit)}`));
+  }
+  const names = new Set(lines.map((line) => line.name));
+  drawMarks((grid.marks || []).filter((mark) => names.has(mark.deployment)), x, svg);
   const paths = lines.map((line) => {
     const path = make("path", { class: `series ${line.style}`, d: pathOf(line.values, x, y) });
     path.style.stroke = line.color;

@@ -82,6 +82,9 @@ function drawPanels() {
   $("panels").replaceChildren(box);
   const deployments = drawn();
   const names = new Set(deployments.map((d) => d.name));
+  if ((data.marks || []).some((mark) => names.has(mark.deployment))) {
+    box.append(el("p", { className: "needs" }, "Vertical lines: dashed, a rollout moved users; dotted, a server started."));
+  }
   for (const section of data.sections) {
     const empty = (panel) => panel.needs && deployments.length
       && !panel.queries.some((q) => q.lines.some((l) => names.has(l.labels.deployment)));

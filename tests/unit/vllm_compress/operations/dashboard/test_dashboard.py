@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import re
@@ -23,10 +24,12 @@ from tests.e2e.support.prometheus import Prometheus as Server
 from tests.e2e.support.prometheus import scrape_config, tool
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
-from vllm_compress.operations.dashboard.collect import collect
+from vllm_compress.operations.dashboard.collect import collect, marks_of
+from vllm_compress.operations.dashboard.declaration import Query
 from vllm_compress.operations.dashboard.grafana import dashboard
+from vllm_compress.operations.dashboard.operation import MARKS
 from vllm_compress.operations.dashboard.page import render, serve
-from vllm_compress.operations.dashboard.panels import FACTS, INFO, Query, headlines, panels
+from vllm_compress.operations.dashboard.panels import FACTS, INFO, headlines, panels
 from vllm_compress.operations.prometheus import Prometheus, PrometheusError
 
 DEPLOY = Path(__file__).resolve().parents[5] / "deploy"
@@ -90,9 +93,13 @@ def test_committed_grafana_dashboard_is_the_generated_one(
 
 
 def test_every_query_names_a_recorded_series() -> None:
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules" / "recording.yml").read_text())
-    recorded = {rule["record"] for group in rules["groups"] for rule in group["rules"]}
-    assert {query.series for query in queries()} | {INFO} <= recorded
+    recorded = {
+        rule["record"]
+        for name in ("recording.yml", "operation.yml")
+        for group in yaml.safe_load((DEPLOY / "prometheus" / "rules" / name).read_text())["groups"]
+        for rule in group["rules"]
+    }
+    assert {query.series for query in queries()} | {INFO, *MARKS.values()} <= recorded
 
 
 def test_grafana_has_every_panel_twice_with_unit_and_help() -> None:
@@ -127,7 +134,7 @@ def test_grafana_uses_only_variables_that_it_declares() -> None:
     made = dashboard()
     declared = {variable["name"] for variable in made["templating"]["list"]}
     used = set(re.findall(r"\$\{?([a-z_]+)", json.dumps(made)))
-    assert used - {"__range", "__all"} == declared
+    assert used - {"__range", "__interval", "__all"} == declared
 
 
 def test_provisioning_loads_the_dashboard_and_a_datasource() -> None:
@@ -196,6 +203,38 @@ def test_page_in_a_browser_draws_every_panel(drawn: dict[str, Any], tmp_path: Pa
             assert {d.count("M") for d in drawings} == {1, 2}
         assert "gone" in seen.text or view == "ab"
         assert "B against A" in seen.text or view == "overview"
+
+
+def test_marks_are_where_shares_change_and_servers_start() -> None:
+    shares = {"labels": {"deployment": "a"}, "values": [None, 0.1, 0.1, 0.3, 0.0, None, 0.5]}
+    assert marks_of("rollout", [shares]) == [
+        {"deployment": "a", "kind": "rollout", "index": index} for index in (3, 4)
+    ]
+    starts = {"labels": {"deployment": "a"}, "values": [0, 2, 2, 0, None, 1]}
+    assert marks_of("start", [starts]) == [{"deployment": "a", "kind": "start", "index": 1}]
+
+
+def test_spikes_are_cut_off_wide_axes_are_logarithmic_and_marks_are_drawn(
+    drawn: dict[str, Any], tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(drawn))
+    data["marks"] = [{"deployment": "chat-int4", "kind": "rollout", "index": 9}]
+    by_title = {panel["title"]: panel for s in data["sections"] for panel in s["panels"]}
+    for title in ("Requests", "Request latency"):
+        for query in by_title[title]["queries"]:
+            for line in query["lines"]:
+                line["values"] = [None if v is None else 2.0 for v in line["values"]]
+            line["values"][9] = 3_000_000.0
+    page = tmp_path / "page.html"
+    page.write_text(render(data))
+    after = page_after_scripts(page.as_uri())
+    assert after.count("cut off, up to 3M") == 1
+    assert after.count('class="mark rollout"') == len(panels())
+    (latency,) = re.findall(r'<svg[^>]*aria-label="Request latency:.*?</svg>', after, re.DOTALL)
+    heights = [float(y) for y in re.findall(r'gridline"[^>]* y1="([\d.]+)"', latency)]
+    steps = [one - other for one, other in itertools.pairwise(heights)]
+    assert len(steps) >= 5
+    assert max(steps) - min(steps) < 0.01, "a decade is as high as any other"
 
 
 def test_labels_are_text_wherever_they_come_from(drawn: dict[str, Any], tmp_path: Path) -> None:

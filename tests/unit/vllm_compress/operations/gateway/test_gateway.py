@@ -14,6 +14,7 @@ from compress_methods.errors import CompressError
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.drain import without
 from vllm_compress.operations.gateway.nginx import (
+    Listening,
     gateway_url,
     read_traffic_split,
     render_config,
@@ -125,7 +126,7 @@ def test_names_and_addresses_cannot_carry_configuration() -> None:
 
 def test_the_gateways_url_is_read_from_its_configuration(tmp_path: Path) -> None:
     for host, seen in (("0.0.0.0", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")):
-        (tmp_path / "nginx.conf").write_text(render_config(TWO, host, 8123))
+        (tmp_path / "nginx.conf").write_text(render_config(TWO, Listening(host, 8123)))
         assert gateway_url(tmp_path) == f"http://{seen}:8123"
 
 
