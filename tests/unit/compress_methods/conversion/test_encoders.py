@@ -13,7 +13,7 @@ from compress_methods.errors import CalibrationError, CompressError, RecipeError
 from tests.e2e.support.encoders import make_encoder
 
 W3 = {"format": "integer", "bits": 3, "group_size": 32}
-CALIBRATION = {"samples": 16, "length": 32, "held_out": 4}
+CALIBRATION = {"samples": 32, "length": 64, "held_out": 4}
 
 
 def recipe(algorithm: str = "gptq", **more: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_gptq_brings_outputs_closer(
         card = (out / "README.md").read_text()
         assert "perplexity" not in card
         assert ("cosine to the original's embeddings" in card) == (measure == "cosine")
-    assert 0 < lost["gptq"] < lost["rtn"]
+    assert 0 < lost["gptq"] < lost["rtn"] / 2
 
 
 REFUSED: list[tuple[dict[str, Any], type[CompressError], str]] = [

@@ -29,11 +29,11 @@ WIDTHS = ("plain", "avx2", build.instruction_set())
 
 def compiled(isa: str) -> Library:
     """Our own library for an instruction set. What optimizing takes is for this machine's alone,
-    which servers load too."""
+    which servers load too; others are compiled without, and may not be warned of."""
     with pytest.MonkeyPatch.context() as patch:
         if isa != build.instruction_set():
             hasty = tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS)
-            patch.setattr(build, "FLAGS", hasty)
+            patch.setattr(build, "FLAGS", (*hasty, "-Wall", "-Wextra", "-Werror"))
         loaded = library(isa)
     assert loaded is not None
     return loaded
