@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.support.nginx import Nginx
@@ -171,3 +172,20 @@ def test_without_to_the_split_is_shown(
     assert capsys.readouterr().out == "chat: int4 30%, full 70%\n"
     assert main(["rollout", "--gateway", str(gateway.folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"int4": 30, "full": 70}
+
+
+def test_is_done_only_when_no_old_worker_takes_requests(gateway: NginxGateway) -> None:
+    """One that sleeps through the news would still send users by the old split."""
+    master = int((gateway.folder / "nginx.pid").read_text())
+    worker = psutil.Process(master).children()[0]
+    worker.suspend()
+    try:
+        done = threading.Thread(target=rollout, args=(gateway, "0%", "--no-alert-check"))
+        done.start()
+        done.join(2)
+        assert done.is_alive()
+        assert share(gateway) == 0
+    finally:
+        worker.resume()
+    done.join(10)
+    assert not done.is_alive()

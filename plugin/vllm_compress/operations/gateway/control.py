@@ -2,7 +2,8 @@
 
 The new split.conf is tested by nginx first, then renamed over the old one, then nginx gets HUP: new
 workers start with it, and the old ones accept nothing more and finish what they have, however long
-that streams. It counts as done when the gateway itself says so; otherwise the old file comes back.
+that streams. It counts as done when the gateway itself says so and each old worker is in its end
+(nginx tells them a tenth of a second later); otherwise the old file comes back.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import psutil
 
 from compress_methods.lazy import httpx
 from compress_methods.system.files import write_text
@@ -36,6 +39,8 @@ from vllm_compress.operations.gateway.traffic_split import GatewayError, Traffic
 PATIENCE = 20.0
 # While workers change places either may answer; this often in a row, the new ones alone do.
 SAME_ANSWERS = 5
+PID_FILE = "nginx.pid"
+ENDING = "worker process is shutting down"
 
 
 def find_nginx() -> str:
@@ -171,8 +176,9 @@ class NginxGateway:
         begin = time.monotonic()
         write_text(self.folder / SPLIT_FILE, render_traffic_split(split))
         try:
+            old = self._accepting()
             self.reload()
-            self._wait(split, begin + PATIENCE)
+            self._wait(split, old, begin + PATIENCE)
         except BaseException:
             write_text(self.folder / SPLIT_FILE, render_traffic_split(before))
             self.reload()
@@ -181,17 +187,35 @@ class NginxGateway:
 
     def reload(self) -> None:
         """Have nginx read its files again; it keeps what it has where they are not right."""
-        path = self.folder / "nginx.pid"
         try:
-            os.kill(int(path.read_text(encoding="utf-8")), signal.SIGHUP)
-        except (OSError, ValueError) as problem:
-            raise GatewayError(
-                f"{path}: cannot reload nginx ({problem}); run this where nginx runs"
-            ) from problem
+            os.kill(self._master(), signal.SIGHUP)
+        except OSError as problem:
+            raise self._elsewhere(problem) from problem
 
-    def _wait(self, split: TrafficSplit, deadline: float) -> None:
+    def _master(self) -> int:
+        try:
+            return int((self.folder / PID_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise self._elsewhere(problem) from problem
+
+    def _elsewhere(self, problem: Exception) -> GatewayError:
+        return GatewayError(
+            f"{self.folder / PID_FILE}: cannot reload nginx ({problem}); run this where nginx runs"
+        )
+
+    def _accepting(self) -> set[psutil.Process]:
+        """The workers that have not been told to end."""
+        found = set()
+        with suppress(psutil.Error):  # they are another user's
+            for worker in psutil.Process(self._master()).children():
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    if ENDING not in " ".join(worker.cmdline()):
+                        found.add(worker)
+        return found
+
+    def _wait(self, split: TrafficSplit, old: set[psutil.Process], deadline: float) -> None:
         same = 0
-        while same < SAME_ANSWERS:
+        while same < SAME_ANSWERS or old & self._accepting():
             if time.monotonic() > deadline:
                 raise GatewayError(
                     f"{self.folder}: nginx did not take over {split} within "
