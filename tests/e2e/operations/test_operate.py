@@ -275,7 +275,8 @@ def test_rollout_under_load_loses_nothing_and_heeds_alerts(
     assert not clients.lost
     assert len(clients.answers) > before
     assert {a.variant for a in clients.answers[before:]} == {"full", "int4"}
-    assert {a.variant for a in clients.answers[moved + CLIENTS :]} == {"full"}
+    after = Counter(a.variant for a in clients.answers[moved:])
+    assert after["int4"] <= CLIENTS < after["full"]
     check_counts(operation)
 
 
