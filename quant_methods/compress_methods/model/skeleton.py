@@ -23,6 +23,8 @@ from compress_methods.model.slot import Index, Slot
 from compress_methods.model.stored_names import EXPERT, StoredNames
 from compress_methods.model.task import STATES
 
+MOST_LAYERS = 10_000
+
 
 class Skeleton:
     """A model on the meta device and what its parts are called."""
@@ -189,6 +191,9 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
             del config.quantization_config
         if tied is not None:
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # or it would build them for hours
+            raise ValueError(f"num_hidden_layers is {layers:,}, expected at most {MOST_LAYERS:,}")
         architecture = architecture_of(config)
         options: dict[str, Any] = {"trust_remote_code": False}
         if getattr(config.get_text_config(), "attn_logit_softcapping", None):

@@ -5,6 +5,7 @@ A mixture of experts goes through conversion here, since its matrices are parts 
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.checkpoint.loading import load_model
 from compress_methods.checkpoint.source import open_source
-from compress_methods.errors import RecipeError
+from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.model.skeleton import build_skeleton
 from tests.e2e.support.tiny import SMALL, make_model
 
@@ -147,3 +148,13 @@ def test_of_a_tensor_of_experts_all_go_or_none(moe: Path, tmp_path: Path) -> Non
     name = "model.layers.0.mlp.experts.0.up_proj"
     apart = open_compressed(tmp_path / "out").matrices[name]
     assert torch.equal(matrices[name].unpack(), apart.unpack())
+
+
+def test_more_layers_than_any_model_has_are_refused_at_once(
+    novels_8m: Path, tmp_path: Path
+) -> None:
+    config = json.loads((novels_8m / "config.json").read_text())
+    config |= {"num_hidden_layers": 10**9, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1,000,000,000, expected at m"):
+        build_skeleton(tmp_path)
