@@ -33,6 +33,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def write_changed(path: Path, text: str) -> bool:
+    """The same where the file has another text or is not there; tell whether it was written."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_text(path, text)
+    return True
+
+
 def copy_file(source: Path, path: Path) -> None:
     """Atomically copy a file's contents."""
     with source.open("rb") as original, replacing(path) as file:

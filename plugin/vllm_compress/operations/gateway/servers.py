@@ -13,7 +13,7 @@ import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from compress_methods.system.files import write_text
+from compress_methods.system.files import write_changed
 from vllm_compress.operations.gateway.traffic_split import TrafficSplit, Variant
 
 SERVERS_FILE = "servers.conf"
@@ -103,10 +103,5 @@ def write_servers(
     down: Collection[str] = (),
 ) -> bool:
     """Write servers.conf; tell whether it is another one than before."""
-    path = folder / SERVERS_FILE
     places = find_servers(split, read_places(folder)) if places is None else places
-    text = render_servers(split, places, down)
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return False
-    write_text(path, text)
-    return True
+    return write_changed(folder / SERVERS_FILE, render_servers(split, places, down))

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress_methods.system.files import write_text
+from compress_methods.system.files import write_changed
 from compress_methods.system.http import KEY_VARIABLE
 from compress_methods.system.user_file import read_yaml
 from vllm_compress.operations.gateway.traffic_split import GatewayError
@@ -100,15 +100,11 @@ def read_keys(path: Path) -> dict[str, str]:
 def write_keys(folder: Path, source: Path | None) -> bool:
     """Write keys.conf, for the eyes of this user; tell whether it is another one than before."""
     text = OPEN if source is None else _rendered(read_keys(source))
-    path = folder / KEYS_FILE
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return False
     before = os.umask(0o077)
     try:
-        write_text(path, text)
+        return write_changed(folder / KEYS_FILE, text)
     finally:
         os.umask(before)
-    return True
 
 
 def _rendered(keys: dict[str, str]) -> str:
