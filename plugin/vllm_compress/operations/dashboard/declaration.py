@@ -76,6 +76,12 @@ def one(name: str, operation: str, headline: str = "", needs: str = "") -> tuple
     return (Query(recorded(name, operation), headline=headline, needs=needs),)
 
 
+def by(label: str, name: str, operation: str, needs: str = "") -> tuple[Query, ...]:
+    """A panel's one query, a line for each value of a label beside the deployment's."""
+    series = recorded(name, operation, f"deployment_{label}")
+    return (Query(series, f"{{{{{label}}}}}", needs=needs),)
+
+
 def quantiles(name: str, short: str = "") -> tuple[Query, ...]:
     """Queries of p50, p95 and p99, the first two as headlines where `short` names them."""
 

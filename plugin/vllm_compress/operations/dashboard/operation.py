@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from vllm_compress.metrics.series import NAMES, PREFIX
-from vllm_compress.operations.dashboard.declaration import Panel, Query, Section, one, recorded
+from vllm_compress.operations.dashboard.declaration import (
+    Panel,
+    Query,
+    Section,
+    by,
+    one,
+    recorded,
+)
 
 GATEWAY = "a scraped gateway: `vllm-compress gateway --run --metrics-port`"
 DRAFT = "a draft: `vllm-compress serve --draft`"
@@ -41,13 +48,7 @@ OPERATION = (
                 "Answers by code",
                 "What the gateway's clients got, per second, by HTTP status.",
                 "requests/s",
-                (
-                    Query(
-                        recorded(f"{_GATEWAY}requests", "rate2m", "deployment_code"),
-                        "{{code}}",
-                        needs=GATEWAY,
-                    ),
-                ),
+                by("code", f"{_GATEWAY}requests", "rate2m", GATEWAY),
             ),
             Panel(
                 "Time at the gateway",
@@ -87,13 +88,7 @@ OPERATION = (
                 "Metrics of the last comparison: kl in nats per token, the others as `compare` has "
                 "them, most of them B relative to A.",
                 "number",
-                (
-                    Query(
-                        recorded(f"{PREFIX}quality", "value", "deployment_metric"),
-                        "{{metric}}",
-                        needs=QUALITY,
-                    ),
-                ),
+                by("metric", f"{PREFIX}quality", "value", QUALITY),
                 wide=True,
             ),
             Panel(

@@ -13,6 +13,7 @@ from vllm_compress.operations.dashboard.declaration import (
     Query,
     Section,
     Unit,
+    by,
     one,
     quantiles,
     recorded,
@@ -70,12 +71,7 @@ MEASURES = (
                 "stop: the model or a stop string ended it; length: max_tokens did; error: the "
                 "server failed it. Those whose client went away are missing.",
                 "requests/s",
-                (
-                    Query(
-                        recorded(NAMES.requests, "rate2m", "deployment_finish_reason"),
-                        "{{finish_reason}}",
-                    ),
-                ),
+                by("finish_reason", NAMES.requests, "rate2m"),
             ),
         ),
     ),
@@ -182,13 +178,7 @@ MEASURES = (
                 "Share over 5 minutes, and what the objective's target allows.",
                 "ratio",
                 (
-                    Query(
-                        recorded(
-                            PREFIX + "objective_missed", "ratio_rate5m", "deployment_objective"
-                        ),
-                        "{{objective}}",
-                        needs=OBJECTIVES,
-                    ),
+                    *by("objective", PREFIX + "objective_missed", "ratio_rate5m", OBJECTIVES),
                     Query(
                         recorded(PREFIX + "objective_budget", "ratio"),
                         "allowed",
