@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
         if name in before.compressed and share != after.shares[name]
     )
     print(f"{after.service}: {after}", flush=True)
-    address = next(v.address for v in after.variants if v.name == args.variant)
-    seconds = sum(wait_until_idle(server, args.timeout) for server in address.split(","))
+    drained = next(v for v in after.variants if v.name == args.variant)
+    seconds = sum(wait_until_idle(server, args.timeout) for server in drained.servers)
     if args.stop is not None:
         stop(args.stop)
-    print(f"{args.variant}: nothing left to do at {address} after {seconds:.1f} s")
+    print(f"{args.variant}: nothing left to do at {drained.address} after {seconds:.1f} s")
     if back:
         print(f"once it is back: {back}", file=sys.stderr)
     return 0

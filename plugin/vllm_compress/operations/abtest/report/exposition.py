@@ -1,7 +1,7 @@
 """A finished comparison as Prometheus reads it: a file for node_exporter's textfile collector, or
 to be put to a push gateway. One series a metric, so that nobody's prompts or names become labels.
 
-    vllm_compress_quality_value{deployment="chat-int4",...,metric="kl",bound="value"} 0.0042
+    vllm_compress_quality_value{deployment="chat-int4",...,metric="kl"} 0.0042
 """
 
 from __future__ import annotations
