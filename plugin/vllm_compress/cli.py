@@ -43,7 +43,10 @@ COMMANDS = {
 }
 FILES = {"import": "import_"}
 """Commands whose names are words of Python."""
-ROOMS = dict.fromkeys(("gateway", "rollout", "drain"), "traffic.")
+ROOMS = {
+    **dict.fromkeys(("gateway", "rollout", "drain"), "traffic."),
+    **dict.fromkeys(("inspect", "split-adapter", "split-scales", "eval"), "results."),
+}
 DESCRIPTION = "Compress Hugging Face language models and serve them with stock vLLM."
 EPILOG = """\
 from a model to an endpoint:

@@ -38,7 +38,7 @@ class ScalesLoader(DefaultModelLoader):
         super().__init__(plain)
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, Any]]:
-        from compress_methods.conversion.scales import read_scales
+        from compress_methods.conversion.exchange.scales import read_scales
 
         left = read_scales(self.scales, source.model_or_path)
         for name, tensor in super()._get_weights_iterator(source):

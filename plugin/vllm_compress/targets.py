@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress_methods.checkpoint.compressed import INDEX, SINGLE, open_compressed, read_json
-from compress_methods.checkpoint.loading import require_whole
+from compress_methods.checkpoint.loading.model import require_whole
 from compress_methods.checkpoint.quantization_config import CompressionSpec
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import MAIN_TENSOR, Format

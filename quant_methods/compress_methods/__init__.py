@@ -15,9 +15,9 @@ from compress_methods.lazy import after_import
 
 if TYPE_CHECKING:
     from compress_methods.api import convert, import_checkpoint, recover
-    from compress_methods.checkpoint.loading import load_model
-    from compress_methods.conversion.adapter import split_adapter
-    from compress_methods.conversion.scales import split_scales
+    from compress_methods.checkpoint.loading.model import load_model
+    from compress_methods.conversion.exchange.adapter import split_adapter
+    from compress_methods.conversion.exchange.scales import split_scales
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,10 +33,10 @@ __all__ = [
 _LAZY = {
     "convert": "compress_methods.api",
     "import_checkpoint": "compress_methods.api",
-    "load_model": "compress_methods.checkpoint.loading",
+    "load_model": "compress_methods.checkpoint.loading.model",
     "recover": "compress_methods.api",
-    "split_adapter": "compress_methods.conversion.adapter",
-    "split_scales": "compress_methods.conversion.scales",
+    "split_adapter": "compress_methods.conversion.exchange.adapter",
+    "split_scales": "compress_methods.conversion.exchange.scales",
 }
 
 
@@ -53,7 +53,7 @@ def _register_with_transformers() -> None:
     from importlib import import_module
 
     try:
-        import_module("compress_methods.checkpoint.from_pretrained").register()
+        import_module("compress_methods.checkpoint.loading.from_pretrained").register()
     except (ImportError, AttributeError):
         return
 

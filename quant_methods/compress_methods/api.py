@@ -18,8 +18,8 @@ from compress_methods.checkpoint.interchange.gguf.equals import equal_of
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.source import at_revision, resolve_model
 from compress_methods.conversion.driver import Running
-from compress_methods.conversion.exporting import require_writable, write_gguf
-from compress_methods.conversion.importing import REFUSE, UNPACK, import_recipe
+from compress_methods.conversion.exchange.exporting import require_writable, write_gguf
+from compress_methods.conversion.exchange.importing import REFUSE, UNPACK, import_recipe
 from compress_methods.conversion.job import Text, carry_out, check_calibration, statement
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.stages import open_stages

@@ -10,11 +10,11 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.tensor_train import TensorTrain
 from compress_methods.formats.trellis import Trellis
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.kernels import Want, embed, matmul, prepare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress_methods.kernels.rotated import turn_in_torch, turn_in_triton
+from compress_methods.kernels.wrappers.rotated import turn_in_torch, turn_in_triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

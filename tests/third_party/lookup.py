@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress_methods.formats import MAIN_TENSOR, Axis, Format, TensorSpec, register_format
-from compress_methods.formats.codes import pack_codes, unpack_codes
+from compress_methods.formats.encoding.codes import pack_codes, unpack_codes
 
 BLOCK = 32
 QUANTILES = (0.05, 0.32, 0.68, 0.95)

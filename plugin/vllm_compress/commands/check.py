@@ -177,7 +177,7 @@ def _check_gate(recipe: StagedRecipe, opening: tuple[str | Path, bool, int]) -> 
 
 def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
     from compress_methods.checkpoint.compressed import open_compressed
-    from compress_methods.checkpoint.loading import (
+    from compress_methods.checkpoint.loading.model import (
         is_compressed,
         require_finite_values,
         require_whole,

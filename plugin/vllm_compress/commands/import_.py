@@ -30,7 +30,7 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    from compress_methods.conversion.importing import INEXACT
+    from compress_methods.conversion.exchange.importing import INEXACT
 
     parser = subparsers.add_parser("import", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("model", metavar="MODEL", help="model directory, hub id or GGUF file")

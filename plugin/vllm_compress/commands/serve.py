@@ -252,7 +252,7 @@ def check_model(model: str, ranks: int = 1, verify: bool = False) -> None:
         raise CheckpointError(f"{model}: no such directory")
     if path.is_dir():
         from compress_methods.checkpoint.compressed import INCOMPLETE, open_compressed, read_json
-        from compress_methods.checkpoint.loading import require_whole
+        from compress_methods.checkpoint.loading.model import require_whole
         from compress_methods.checkpoint.sharding import check_sharding
 
         # vLLM knows formats that have no config.json.

@@ -16,9 +16,9 @@ from torch.nn import Parameter
 from torch.nn.functional import pad as pad_with_zeros
 
 from compress_methods.formats import MAIN_TENSOR, Format, Stored
+from compress_methods.formats.encoding.grouped import SCALES
+from compress_methods.formats.encoding.small_floats import nearest_e4m3
 from compress_methods.formats.floats import FP8, MXFP4, NVFP4, Float
-from compress_methods.formats.grouped import SCALES
-from compress_methods.formats.small_floats import nearest_e4m3
 from compress_methods.kernels import register_kernel
 from vllm_compress.kernels.from_vllm import SCALE, FromVllm
 

@@ -30,7 +30,7 @@ from vllm.scalar_type import ScalarType, scalar_types
 
 from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import Stored
-from compress_methods.formats.grouped import SCALES
+from compress_methods.formats.encoding.grouped import SCALES
 from compress_methods.formats.integer import Integer, IntegerSolution
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu.library import library

@@ -1,18 +1,15 @@
 """How stored values are chosen: one file per paper. Needs no torch until a matrix is solved."""
 
 from compress_methods.algorithms import (  # noqa: F401  (registers them)
-    alps,
     gptq,
     kmeans,
-    magnitude,
     refine,
     repack,
     rtn,
-    sparsegpt,
     svd,
-    wanda,
 )
 from compress_methods.algorithms.base import ALGORITHMS, Algorithm, register_algorithm
+from compress_methods.algorithms.pruning import alps, magnitude, sparsegpt, wanda  # noqa: F401
 from compress_methods.algorithms.statistics import Hessian, InputNorms, Seen, Statistic
 
 __all__ = [

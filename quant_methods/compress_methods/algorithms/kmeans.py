@@ -5,8 +5,8 @@ SqueezeLLM (Kim et al., 2023, arXiv:2306.07629): the table T and the codes c of 
   sum_j h_j (w_j - T[c_j])^2
 
 h_j there being a weight's squared gradient, here the diagonal of H = mean of x x^T, the squared
-size of its input: all weights of a column count alike. `formats/table_search.py` says how tables
-and scales are fitted. Every value is then the nearest one.
+size of its input: all weights of a column count alike. `formats/fitting/table_search.py` says how
+tables and scales are fitted. Every value is then the nearest one.
 
 Needs the norms of the inputs alone, and a format with learned tables. No weight makes up for
 another's error: `gptq` starts from the same tables and loses less. The paper's sparse matrix of

@@ -1,8 +1,8 @@
 """rtn: round to nearest. Every value becomes the closest one its format can hold.
 
 q = argmin_q |w - decode(q)|, each value on its own; with `clip`, after the search of
-`formats/range_search.py` for each group's range. Needs no data and any format. At 8 bits that is
-all there is to do; at 4 bits GPTQ loses less, at 3 and 2 bits much less.
+`formats/fitting/range_search.py` for each group's range. Needs no data and any format. At 8 bits
+that is all there is to do; at 4 bits GPTQ loses less, at 3 and 2 bits much less.
 """
 
 from __future__ import annotations

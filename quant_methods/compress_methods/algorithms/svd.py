@@ -3,7 +3,7 @@
 With H = mean of x x^T and E = W - Q the error of the base's values Q, A B is the matrix of rank r
 that leaves the least tr((E - A B) H (E - A B)^T): the SVD of E whitened by H (SVD-LLM, Wang et al.,
 2024, arXiv:2403.07378; exact correction as in QERA, Zhang et al., 2025, arXiv:2410.06040, and EoRA,
-Liu et al., 2024, arXiv:2410.21271), see `formats/principal.py`. `rounds` above 1 alternate
+Liu et al., 2024, arXiv:2410.21271), see `formats/fitting/principal.py`. `rounds` above 1 alternate
 (CALDERA, Saha et al., 2024, arXiv:2405.18886): the base is filled again with what A B leaves to it;
 the round of the least error is kept. H is damped, so that directions that calibration hardly saw
 count.
@@ -26,7 +26,7 @@ from compress_methods.algorithms.base import Algorithm, nested, register_algorit
 from compress_methods.algorithms.statistics import Hessian, Seen, Statistic
 from compress_methods.errors import RecipeError
 from compress_methods.formats import Format
-from compress_methods.formats.lowrank import LowRank, LowRankSolution
+from compress_methods.formats.wrappers.lowrank import LowRank, LowRankSolution
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from compress_methods.calibration.presets import OPEN, Turns, is_scripted, open_
 from compress_methods.calibration.settings import CalibrationSettings
 from compress_methods.calibration.tokenizer import check_length, leading_bos
 from compress_methods.checkpoint.integrity import read_checked, write_checked
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.checkpoint.source import Source
-from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.errors import CalibrationError
 from compress_methods.model.block_runner import move_buffers
 from compress_methods.model.skeleton import Skeleton, set_parameter

@@ -15,9 +15,9 @@ from compress_methods.checkpoint.companions import copy_companions
 from compress_methods.checkpoint.compressed import INDEX, open_compressed, read_entries
 from compress_methods.checkpoint.integrity import seal
 from compress_methods.checkpoint.interchange.own import OWN
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.safetensors import read_header
 from compress_methods.checkpoint.source import Source, open_source
-from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.history import History
 from compress_methods.conversion.journal import REPORT, Journal, sha256
 from compress_methods.conversion.planning.plan import Plan

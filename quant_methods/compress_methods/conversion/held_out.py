@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress_methods import __version__
 from compress_methods.checkpoint.interchange.own import OWN
-from compress_methods.checkpoint.loading import quantize_inputs
+from compress_methods.checkpoint.loading.model import quantize_inputs
 from compress_methods.checkpoint.safetensors import Entry, read_header
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.planning.plan import Job, Shard

@@ -23,9 +23,9 @@ from compress_methods.checkpoint.compressed import read_json
 from compress_methods.checkpoint.integrity import find_damaged, read_checked, write_checked
 from compress_methods.checkpoint.interchange import Layout
 from compress_methods.checkpoint.interchange.own import OWN
+from compress_methods.checkpoint.loading.tied import open_skeleton, untie, untied
 from compress_methods.checkpoint.sharding import shares_heads
 from compress_methods.checkpoint.source import Source, name_of, open_source, resolve_model
-from compress_methods.checkpoint.tied import open_skeleton, untie, untied
 from compress_methods.conversion.driver import Running, Sweep, Target
 from compress_methods.conversion.finalize import StageSummary, finalize
 from compress_methods.conversion.history import History

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress_methods.calibration.text import require_text, windows
 from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CheckpointError
 from compress_methods.evaluation.fit import loading_dtype
 from compress_methods.evaluation.metrics import Sums

@@ -80,7 +80,7 @@ def evaluate_url(
     tokens; its total is set here. Raises `ServerError`, `CheckpointError` or `CalibrationError`.
     """
     from compress_methods.calibration.text import require_text, windows
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
     from compress_methods.evaluation.fit import loading_dtype
     from compress_methods.model.device import resolve_device
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress_methods.checkpoint.loading import is_compressed, quantize_activations
+from compress_methods.checkpoint.loading.model import is_compressed, quantize_activations
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.source import open_source
-from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.errors import CheckpointError
 from compress_methods.model.block_runner import BlockRunner
 from compress_methods.model.device import MOST_SEQUENCES, batch_size, exact_products

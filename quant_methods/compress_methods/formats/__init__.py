@@ -5,10 +5,6 @@ from compress_methods.formats import (  # noqa: F401  (registers them)
     floats,
     integer,
     lookup,
-    lowrank,
-    padded,
-    reordered,
-    rotated,
     sparse,
     tensor_train,
     trellis,
@@ -28,6 +24,7 @@ from compress_methods.formats.base import (
 )
 from compress_methods.formats.rounder import Grid, Rounder
 from compress_methods.formats.stored import Stored
+from compress_methods.formats.wrappers import lowrank, padded, reordered, rotated  # noqa: F401
 
 __all__ = [
     "FORMATS",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from compress_methods.errors import FormatError
-from compress_methods.formats.least_squares import Unscaled, refit_scales
+from compress_methods.formats.fitting.least_squares import Unscaled, refit_scales
 from compress_methods.formats.relaxed import Relaxed
 from compress_methods.formats.rounder import ColumnRounder, Grid, Rounder
 from compress_methods.lazy import torch

@@ -44,13 +44,16 @@ from compress_methods.formats.base import (
     register_format,
     torch_dtype,
 )
-from compress_methods.formats.codes import pack_codes, unpack_codes
-from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known, spread
-from compress_methods.formats.least_squares import Unscaled
-from compress_methods.formats.range_search import search_scales
-from compress_methods.formats.relaxed_levels import RelaxedLevels, distinct
-from compress_methods.formats.rounder import entries_at
-from compress_methods.formats.small_floats import (
+from compress_methods.formats.encoding.codes import pack_codes, unpack_codes
+from compress_methods.formats.encoding.grouped import (
+    GROUP_SIZES,
+    SCALES,
+    Grouped,
+    require_known,
+    spread,
+)
+from compress_methods.formats.encoding.relaxed_levels import RelaxedLevels, distinct
+from compress_methods.formats.encoding.small_floats import (
     MOST_E2M1,
     MOST_E4M3,
     decode_e2m1,
@@ -63,6 +66,9 @@ from compress_methods.formats.small_floats import (
     nearest_power,
     power_above,
 )
+from compress_methods.formats.fitting.least_squares import Unscaled
+from compress_methods.formats.fitting.range_search import search_scales
+from compress_methods.formats.rounder import entries_at
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -35,10 +35,10 @@ from compress_methods.formats.base import (
     register_format,
     torch_dtype,
 )
-from compress_methods.formats.codes import PLANES, pack_codes, unpack_codes
-from compress_methods.formats.grouped import GROUP_SIZES, SCALES, Grouped, require_known
-from compress_methods.formats.least_squares import Unscaled
-from compress_methods.formats.range_search import search_scales
+from compress_methods.formats.encoding.codes import PLANES, pack_codes, unpack_codes
+from compress_methods.formats.encoding.grouped import GROUP_SIZES, SCALES, Grouped, require_known
+from compress_methods.formats.fitting.least_squares import Unscaled
+from compress_methods.formats.fitting.range_search import search_scales
 from compress_methods.formats.relaxed import RelaxedCodes, stored_as
 from compress_methods.formats.rounder import entries_at
 from compress_methods.lazy import torch

@@ -41,8 +41,8 @@ from compress_methods.formats.base import (
     register_format,
     torch_dtype,
 )
-from compress_methods.formats.codes import chosen, pack_codes, unpack_codes
-from compress_methods.formats.grouped import (
+from compress_methods.formats.encoding.codes import chosen, pack_codes, unpack_codes
+from compress_methods.formats.encoding.grouped import (
     GROUP_SIZES,
     SCALES,
     Grouped,
@@ -50,12 +50,12 @@ from compress_methods.formats.grouped import (
     spread,
     stored_scales,
 )
-from compress_methods.formats.least_squares import Unscaled, refit_tables
-from compress_methods.formats.range_search import search_scales
+from compress_methods.formats.encoding.relaxed_levels import RelaxedLevels, distinct
+from compress_methods.formats.fitting.least_squares import Unscaled, refit_tables
+from compress_methods.formats.fitting.range_search import search_scales
+from compress_methods.formats.fitting.table_search import binary_basis, over, search_tables
 from compress_methods.formats.relaxed import stored_as
-from compress_methods.formats.relaxed_levels import RelaxedLevels, distinct
 from compress_methods.formats.rounder import entries_at
-from compress_methods.formats.table_search import binary_basis, over, search_tables
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

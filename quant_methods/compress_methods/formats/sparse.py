@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress_methods.errors import FormatError
 from compress_methods.formats.base import Axis, Format, TensorSpec, register_format
 from compress_methods.formats.dense import Dense
-from compress_methods.formats.least_squares import Unscaled
+from compress_methods.formats.fitting.least_squares import Unscaled
 from compress_methods.formats.relaxed import Relaxed
 from compress_methods.formats.rounder import Grid, Rounder
 from compress_methods.lazy import numpy, torch

@@ -55,7 +55,7 @@ from compress_methods.formats.base import (
     torch_dtype,
 )
 from compress_methods.formats.dense import DTYPES
-from compress_methods.formats.principal import principal
+from compress_methods.formats.fitting.principal import principal
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ from compress_methods.formats.base import (
     register_format,
     torch_dtype,
 )
-from compress_methods.formats.grouped import (
+from compress_methods.formats.encoding.grouped import (
     GROUP_SIZES,
     SCALES,
     Scaled,
@@ -51,9 +51,9 @@ from compress_methods.formats.grouped import (
     spread,
     stored_scales,
 )
-from compress_methods.formats.least_squares import Unscaled
-from compress_methods.formats.table_search import over
-from compress_methods.formats.viterbi import encode
+from compress_methods.formats.fitting.least_squares import Unscaled
+from compress_methods.formats.fitting.table_search import over
+from compress_methods.formats.fitting.viterbi import encode
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

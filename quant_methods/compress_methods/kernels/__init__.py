@@ -3,11 +3,7 @@
 from compress_methods.kernels import (  # noqa: F401  (registers them)
     composite,
     in_triton,
-    lowrank,
-    padded,
     reference,
-    reordered,
-    rotated,
     tensor_train,
     torch_cpu,
 )
@@ -22,6 +18,7 @@ from compress_methods.kernels.base import (
 )
 from compress_methods.kernels.cpu import gemm  # noqa: F401  (registers ours)
 from compress_methods.kernels.dispatch import choose, embed, kernel, matmul, prepare, side_by_side
+from compress_methods.kernels.wrappers import lowrank, padded, reordered, rotated  # noqa: F401
 
 __all__ = [
     "KERNELS",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from compress_methods.formats import MAIN_TENSOR, Format, Stored
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.encoding.grouped import SCALES, Scaled
 from compress_methods.formats.floats import Float
-from compress_methods.formats.grouped import SCALES, Scaled
 from compress_methods.formats.integer import ZEROS, Integer
 from compress_methods.formats.lookup import TABLE, Lookup
 from compress_methods.formats.sparse import MASK, Sparse

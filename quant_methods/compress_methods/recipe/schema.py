@@ -38,8 +38,8 @@ from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.calibration.settings import CalibrationSettings, parse_settings
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
-from compress_methods.formats.padded import padded_formats, unit_of
-from compress_methods.formats.smaller_group import smaller_groups
+from compress_methods.formats.wrappers.padded import padded_formats, unit_of
+from compress_methods.formats.wrappers.smaller_group import smaller_groups
 from compress_methods.recipe.accept import GATE_KEYS
 from compress_methods.recipe.budget import Budget, parse_budget
 from compress_methods.recipe.matching import matches, recipe_names

@@ -38,7 +38,7 @@ RATES = MappingProxyType({SCALES: 0.005, DISTILL: 0.005, SFT: 0.005, QAT: 0.002}
 """Of Adam, by method; a parameter's own size is 1."""
 KL, REVERSE_KL, JSD = "kl", "reverse_kl", "jsd"
 BETAS = MappingProxyType({KL: 0.0, REVERSE_KL: 1.0})
-"""The `beta` of `training/losses.py` that each is."""
+"""The `beta` of `training/objectives/losses.py` that each is."""
 CE, TOPK_KL = BY_TOKEN = ("ce", "topk_kl")
 HIDDEN, ATTENTION = MATCHED = ("hidden", "attention")
 LEAST = MappingProxyType(

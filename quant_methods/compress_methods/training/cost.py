@@ -28,7 +28,7 @@ from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.recipe.training import DISTILL, QAT, SFT, Training
 from compress_methods.system.memory import available_bytes
 from compress_methods.system.words import size_text
-from compress_methods.training.chunks import LIMIT
+from compress_methods.training.objectives.chunks import LIMIT
 
 FLOAT = 4
 TRAINER_BYTES = 200 * 2**20

@@ -42,7 +42,8 @@ from compress_methods.checkpoint.compressed import (
     read_json,
 )
 from compress_methods.checkpoint.integrity import REPORT, seal
-from compress_methods.checkpoint.loading import is_compressed, load_model
+from compress_methods.checkpoint.loading.model import is_compressed, load_model
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.safetensors import Writer, read_header
 from compress_methods.checkpoint.source import (
     Source,
@@ -51,7 +52,6 @@ from compress_methods.checkpoint.source import (
     open_source,
     resolve_model,
 )
-from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.driver import Running
 from compress_methods.conversion.job import TOKENS
 from compress_methods.conversion.journal import WORK, Journal

@@ -24,7 +24,7 @@ import torch
 from compress_methods.checkpoint.integrity import find_damaged
 from compress_methods.checkpoint.interchange import Layout
 from compress_methods.checkpoint.interchange.own import OWN
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.conversion.driver import Running
 from compress_methods.conversion.job import (
     TOKENS,

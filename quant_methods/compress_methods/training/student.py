@@ -36,12 +36,12 @@ import torch
 from torch import Tensor, nn
 
 from compress_methods.checkpoint.compressed import CompressedCheckpoint, open_compressed
-from compress_methods.checkpoint.loading import is_compressed, load_model
+from compress_methods.checkpoint.loading.model import is_compressed, load_model
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.source import Source, open_source
-from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.errors import RecipeError
 from compress_methods.formats import torch_dtype
-from compress_methods.formats.lowrank import LowRank
+from compress_methods.formats.wrappers.lowrank import LowRank
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.slot import Slot
 from compress_methods.recipe.training import DISTILL, QAT, SCALES

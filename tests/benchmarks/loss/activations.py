@@ -32,7 +32,7 @@ TOKENS = 40_000
 def load_on_kernel(directory: Path, kernel: str) -> Any:
     """The model in transformers with its compressed layers on a kernel of our table."""
     from compress_methods.checkpoint.compressed import open_compressed
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
     from compress_methods.kernels import Prepared, Want, matmul, prepare
 
     model = load_model(directory)
@@ -54,7 +54,7 @@ def kl_by_kernel(directory: Path, text: Path, tokens: int) -> dict[str, float]:
     """KL to the original of a compressed model on each kernel."""
     from compress_methods.calibration.text import windows
     from compress_methods.calibration.tokenizer import load_tokenizer
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
     from compress_methods.evaluation.metrics import Sums, compare_logits
     from compress_methods.evaluation.offline import next_token_logits
 

@@ -46,11 +46,11 @@ def measured(model: Path, teacher: Any) -> dict[str, float]:
     from compress_methods.calibration.self_generated import sample_from_model
     from compress_methods.calibration.settings import CalibrationSettings
     from compress_methods.calibration.tokenizer import load_tokenizer
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
+    from compress_methods.checkpoint.loading.tied import open_skeleton
     from compress_methods.checkpoint.source import open_source
-    from compress_methods.checkpoint.tied import open_skeleton
     from compress_methods.evaluation.offline import evaluate
-    from compress_methods.training.losses import by_position
+    from compress_methods.training.objectives.losses import by_position
 
     found = evaluate(model, MODEL, validation_text(), limit_tokens=TOKENS)
     source = open_source(model, open_skeleton(model), model.name, allow_pickle=False)
@@ -78,7 +78,7 @@ def row_of(name: str, stage: dict[str, Any], pruned: Path, out: Path, teacher: A
 
 def run() -> dict[str, Any]:
     from compress_methods import convert
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
 
     teacher, rows = load_model(MODEL), []
     with tempfile.TemporaryDirectory() as folder:

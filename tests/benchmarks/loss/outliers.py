@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 
 FACTOR = 50.0

@@ -17,16 +17,18 @@ import sysconfig
 import tempfile
 import venv
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.loss.bits import text_halves
-from tests.benchmarks.loss.quality import MODEL
+from tests.benchmarks.loss.quality import MODEL, unfinished
 
 DRIVER = Path(__file__).with_name("peer.py")
 TOKENS = 20_000
 SAMPLES, LENGTH = 64, 512
 BITS = (4, 3, 2)
+OURS = "gptq of this project"
 GPTQ = {"algorithm": "gptq", "clip": True}
 
 
@@ -90,30 +92,40 @@ def ours(bits: int) -> dict[str, Any]:
     }
 
 
+def quantized(peer: Peer, bits: int, tokens: Path, folder: Path) -> Path:
+    """The model as a tool leaves it."""
+    out = folder / f"{peer.label or peer.tool}-{bits}"
+    command = [environment(folder, peer.packages), DRIVER, peer.tool, MODEL, tokens, out]
+    command.append(json.dumps({"bits": bits, **peer.settings}))
+    subprocess.run([*map(str, command)], check=True, stdout=sys.stderr)
+    return out
+
+
 def run() -> dict[str, Any]:
+    """All rows; stopped, it goes on with those not kept yet."""
     from compress_methods import convert
     from compress_methods.evaluation.offline import evaluate
 
-    rows = []
+    kept = unfinished(Path("peers"))
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    known = {(row["tool"], row["bits"]) for row in rows}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         first, second = text_halves(folder)
         tokens = calibration_tokens(first, folder)
-        for bits in BITS:
-            out = folder / f"ours{bits}"
-            convert(MODEL, ours(bits), out, calibration=first, quiet=True)
-            found = {"gptq of this project": out}
-            for number, peer in enumerate(PEERS):
-                out = folder / f"{number}-{bits}"
-                python = environment(folder, peer.packages)
-                settings = json.dumps({"bits": bits, **peer.settings})
-                command = [python, DRIVER, peer.tool, MODEL, tokens, out, settings]
-                subprocess.run([*map(str, command)], check=True, stdout=sys.stderr)
-                found[peer.label or peer.tool] = out
-            for name, out in found.items():
-                kl = evaluate(out, MODEL, second, limit_tokens=TOKENS).kl
-                rows.append({"tool": name, "bits": bits + 16 / 128, "kl": kl})
-                print(rows[-1], file=sys.stderr, flush=True)
+        for peer, bits in product((None, *PEERS), BITS):
+            row = {"tool": (peer.label or peer.tool) if peer else OURS, "bits": bits + 16 / 128}
+            if tuple(row.values()) in known:
+                continue
+            if peer:
+                out = quantized(peer, bits, tokens, folder)
+            else:
+                out = folder / f"ours-{bits}"
+                convert(MODEL, ours(bits), out, calibration=first, quiet=True)
+            rows.append({**row, "kl": evaluate(out, MODEL, second, limit_tokens=TOKENS).kl})
+            with kept.open("a") as lines:
+                lines.write(json.dumps(rows[-1]) + "\n")
+            print(rows[-1], file=sys.stderr, flush=True)
     return {"model": MODEL.name, "rows": rows}
 
 

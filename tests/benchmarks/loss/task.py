@@ -73,7 +73,7 @@ def exact_match(model: Path, asked: Sequence[Question]) -> float:
     import torch
 
     from compress_methods.calibration.tokenizer import load_tokenizer
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
 
     tokenizer, loaded = load_tokenizer(model), load_model(model)
     by_length: dict[int, list[tuple[Question, list[int]]]] = defaultdict(list)

@@ -22,9 +22,9 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
+from compress_methods.formats.wrappers.lowrank import LowRank
 from compress_methods.kernels import Want, matmul, prepare
 from tests.benchmarks.conversion.memory import REPOSITORY, gptq, make_llama
 

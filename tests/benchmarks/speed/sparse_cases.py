@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress_methods import convert
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.formats import FORMATS
 from compress_methods.formats.sparse import Sparse
 

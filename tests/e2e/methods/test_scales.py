@@ -8,12 +8,12 @@ import pytest
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import read_entries
-from compress_methods.conversion.scales import split_scales
+from compress_methods.conversion.exchange.scales import split_scales
 from compress_methods.training.recover import write_changed
 from tests.e2e.methods.test_lowrank import EXACT, WORST, worst
 from tests.e2e.support.engine import Engine
 from tests.e2e.support.tiny import reference
-from tests.unit.compress_methods.conversion.test_scales import RECIPE
+from tests.unit.compress_methods.conversion.exchange.test_scales import RECIPE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -74,7 +74,7 @@ def test_a_reranker_made_of_two_tokens_needs_its_head(engine: Engine, tmp_path: 
     assert not result.error, result.error
     from transformers import AutoTokenizer
 
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
 
     ids = [AutoTokenizer.from_pretrained(packed).convert_tokens_to_ids(t) for t in "ab"]
     network = load_model(packed)

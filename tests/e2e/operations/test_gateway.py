@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from compress_methods.errors import CompressError
-from tests.e2e.support.nginx import Nginx, Stream, Upstream
+from tests.e2e.support.operations.nginx import Nginx, Stream, Upstream
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.control import NginxGateway

@@ -17,7 +17,13 @@ from typing import Any
 import pytest
 
 from tests.e2e.operations.test_gateway import Service
-from tests.e2e.support.nginx import Nginx, Reply, Upstream, UpstreamProcess, nginx_program
+from tests.e2e.support.operations.nginx import (
+    Nginx,
+    Reply,
+    Upstream,
+    UpstreamProcess,
+    nginx_program,
+)
 from tests.e2e.support.server import free_port
 from vllm_compress.operations.gateway.control import NginxGateway
 from vllm_compress.operations.gateway.nginx import Listening, write_gateway

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operations.test_gateway import Service
-from tests.e2e.support.nginx import Nginx, Stream, Upstream, nginx_program
+from tests.e2e.support.operations.nginx import Nginx, Stream, Upstream, nginx_program
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.control import NginxGateway

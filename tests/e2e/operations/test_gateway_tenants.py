@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from compress_methods.errors import CompressError
-from tests.e2e.support.nginx import Nginx, Upstream
-from tests.e2e.support.prometheus import tool
+from tests.e2e.support.operations.nginx import Nginx, Upstream
+from tests.e2e.support.operations.prometheus import tool
 from tests.e2e.support.server import free_port
 from vllm_compress.operations.gateway.control import NginxGateway
 from vllm_compress.operations.gateway.nginx import Listening, write_gateway

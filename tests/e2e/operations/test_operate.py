@@ -27,10 +27,16 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.support.browser import Drawn, page_after_scripts
-from tests.e2e.support.composed import Stack
-from tests.e2e.support.operation import CLIENTS, Operation, check_counts, running, start_all
-from tests.e2e.support.prometheus import Prometheus, tool
+from tests.e2e.support.operations.browser import Drawn, page_after_scripts
+from tests.e2e.support.operations.composed import Stack
+from tests.e2e.support.operations.operation import (
+    CLIENTS,
+    Operation,
+    check_counts,
+    running,
+    start_all,
+)
+from tests.e2e.support.operations.prometheus import Prometheus, tool
 from tests.e2e.support.tiny import compress
 from vllm_compress.cli import main
 from vllm_compress.operations.dashboard.declaration import Query

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.support.prometheus import tool
+from tests.e2e.support.operations.prometheus import tool
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 

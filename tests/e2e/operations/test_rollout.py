@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.support.nginx import Nginx
-from tests.e2e.support.prometheus import Prometheus, scrape_config
+from tests.e2e.support.operations.nginx import Nginx
+from tests.e2e.support.operations.prometheus import Prometheus, scrape_config
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.gateway.control import NginxGateway

@@ -89,7 +89,7 @@ def expected(directory: Path, name: str, prompts: list[list[int]]) -> list[Any]:
     """What vLLM's pooler should give, by transformers in float32 with the stored values."""
     import torch
 
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
 
     model, (kind, _, task) = load_model(directory), ENCODERS[name]
     found = []

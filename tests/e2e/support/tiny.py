@@ -103,7 +103,7 @@ def reference(directory: Path, prompts: list[list[int]]) -> tuple[list[list[floa
     """Log-probabilities and most likely tokens by transformers, float32, stored values unpacked."""
     import torch
 
-    from compress_methods.checkpoint.loading import load_model
+    from compress_methods.checkpoint.loading.model import load_model
 
     model = load_model(directory)
     logprobs, top = [], []

@@ -15,12 +15,12 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.floats import BLOCK, FP8, OWN_GROUPS, Float
 from compress_methods.formats.integer import MID, Integer
 from compress_methods.formats.lookup import BITS, FITTED, FIXED, FIXED_BITS, TABLE_ROWS, Lookup
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import BLOCKS as ROTATED_BLOCKS
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import BLOCKS, Sparse
 from compress_methods.formats.tensor_train import ROWS, TABLE, TensorTrain
 from compress_methods.formats.trellis import TILE, Trellis
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import BLOCKS as ROTATED_BLOCKS
+from compress_methods.formats.wrappers.rotated import Rotated
 
 GROUPS = (-1, 32, 64, 128)
 ACTIVATIONS = (None, "int8")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.support.prometheus import tool as program
+from tests.e2e.support.operations.prometheus import tool as program
 from tests.unit.repository.test_deploy import (
     DEPLOY,
     DOCKERFILE,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.support.prometheus import tool
+from tests.e2e.support.operations.prometheus import tool
 
 FOLDER = Path(__file__).resolve().parents[3] / "deploy" / "prometheus"
 PODS = ("vllm-compress", "vllm-compress-gateway")

@@ -14,7 +14,7 @@ import torch
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import FORMATS
 from compress_methods.kernels import KERNELS

@@ -28,7 +28,7 @@ from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import Format, Stored, TensorSpec
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.reordered import Reordered, ReorderedSolution
+from compress_methods.formats.wrappers.reordered import Reordered, ReorderedSolution
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from compress_methods.algorithms import Seen
-from compress_methods.checkpoint.loading import quantize_inputs
+from compress_methods.checkpoint.loading.model import quantize_inputs
 from compress_methods.conversion.part import BlockPart
 from compress_methods.conversion.passes.experts import fed
 from compress_methods.conversion.passes.packing import Packing, solve_in_slabs

@@ -17,7 +17,7 @@ from torch import Tensor
 import compress_methods.kernels  # noqa: F401  (brings encoders that formats call)
 from compress_methods.algorithms import Algorithm, Seen
 from compress_methods.algorithms.statistics import by_rows, compares, relative_error
-from compress_methods.checkpoint.loading import quantize_expert_inputs, quantize_inputs
+from compress_methods.checkpoint.loading.model import quantize_expert_inputs, quantize_inputs
 from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
 from compress_methods.conversion.passes.comparing import Comparer, Needs
 from compress_methods.conversion.passes.experts import EXPERTS, fed, rounds

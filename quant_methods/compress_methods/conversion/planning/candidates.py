@@ -22,9 +22,9 @@ from compress_methods.conversion.planning.fit import fits, why_unfit
 from compress_methods.errors import FormatError, RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
-from compress_methods.formats.padded import Padded
-from compress_methods.formats.smaller_group import group_of
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.padded import Padded
+from compress_methods.formats.wrappers.smaller_group import group_of
 from compress_methods.model.architecture import Architecture
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.slot import Slot

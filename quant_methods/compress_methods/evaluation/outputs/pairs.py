@@ -26,7 +26,7 @@ import torch
 
 from compress_methods.calibration.text import jsonl_rows
 from compress_methods.calibration.tokenizer import context_length, load_tokenizer
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CalibrationError, CheckpointError
 from compress_methods.evaluation.fit import loading_dtype
 from compress_methods.evaluation.outputs.embeddings import cosine

@@ -24,7 +24,9 @@ from compress_methods.kernels.cpu import store
 from compress_methods.names import CACHE_VARIABLE, ISA_VARIABLE
 
 SOURCES = Path(__file__).resolve().parent / "src"  # what includes are relative to
-PRODUCTS = ("gemm.cpp", "integers.cpp", "sparse.cpp", "tables.cpp", "trellis.cpp")
+PRODUCTS = tuple(
+    f"products/{name}.cpp" for name in ("gemm", "integers", "sparse", "tables", "trellis")
+)
 UNITS = (*PRODUCTS, "operators.cpp")  # compiled side by side
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
@@ -171,7 +173,7 @@ def build(isa: str) -> Path:
 
 def _compile(isa: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = [Path(folder) / f"{unit}.o" for unit in UNITS]
+        objects = [Path(folder) / f"{Path(unit).name}.o" for unit in UNITS]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             units = [
                 pool.submit(_make, [*_command(isa), "-c", str(SOURCES / name)], out)

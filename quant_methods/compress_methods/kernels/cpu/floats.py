@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress_methods.formats import Stored
+from compress_methods.formats.encoding.grouped import SCALES
 from compress_methods.formats.floats import ROW_SCALES, Float
-from compress_methods.formats.grouped import SCALES
 from compress_methods.kernels.cpu.library import side_by_side
 
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from compress_methods.formats import Format, Stored
-from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.encoding.codes import pack_codes
+from compress_methods.formats.encoding.grouped import SCALES
 from compress_methods.formats.floats import Float
-from compress_methods.formats.grouped import SCALES
 from compress_methods.formats.integer import ZEROS, Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress_methods.formats import MAIN_TENSOR, Stored, torch_dtype
-from compress_methods.formats.codes import pack_codes
 from compress_methods.formats.dense import Dense
-from compress_methods.formats.grouped import SCALES
+from compress_methods.formats.encoding.codes import pack_codes
+from compress_methods.formats.encoding.grouped import SCALES
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse, pack_mask
 from compress_methods.kernels.base import Prepared

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from compress_methods.formats import MAIN_TENSOR, Stored
+from compress_methods.formats.fitting.viterbi import FASTER, encode_in_torch
 from compress_methods.formats.trellis import TILE, Trellis
-from compress_methods.formats.viterbi import FASTER, encode_in_torch
 from compress_methods.kernels.cpu.library import LINE, Kind, empty_bytes, library
 
 LANES, WORD_BYTES = 2 * TILE, 2

@@ -19,7 +19,7 @@ _MIDDLE, _TILE = tl.constexpr(MIDDLE), tl.constexpr(TILE)
 
 @triton.jit
 def plane(base, inside, BITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What one plane of a block holds of its columns `inside`, see `formats/codes.py`."""
+    """What one plane of a block holds of its columns `inside`, see `formats/encoding/codes.py`."""
     width: tl.constexpr = BLOCK * BITS // 8
     byte = tl.load(base + inside % width).to(tl.int32)
     return (byte >> (inside // width * BITS)) & (2**BITS - 1)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress_methods.formats.rotated import blocks_of
+from compress_methods.formats.wrappers.rotated import blocks_of
 
 ROWS = 16
 LEAST = 16

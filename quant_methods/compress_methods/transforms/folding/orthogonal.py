@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress_methods.formats.rotated import hadamard
+from compress_methods.formats.wrappers.rotated import hadamard
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

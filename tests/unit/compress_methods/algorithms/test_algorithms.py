@@ -15,7 +15,7 @@ from compress_methods.errors import RecipeError
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.wrappers.rotated import Rotated
 
 
 def correlated(tokens: int, cols: int, seed: int = 0) -> torch.Tensor:

@@ -14,11 +14,11 @@ from compress_methods.algorithms import Hessian
 from compress_methods.algorithms.coordinate_descent import descend
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.encoding.small_floats import nearest_e4m3, nearest_power
+from compress_methods.formats.fitting.least_squares import Unscaled, refit_scales, refit_tables
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.least_squares import Unscaled, refit_scales, refit_tables
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.small_floats import nearest_e4m3, nearest_power
 from compress_methods.formats.sparse import Sparse
 from tests.unit.compress_methods.algorithms.test_algorithms import correlated, gathered
 

@@ -20,7 +20,7 @@ from compress_methods.conversion.passes.packing import solve_in_slabs
 from compress_methods.errors import CalibrationError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.wrappers.rotated import Rotated
 
 INT4 = Integer(4, 64)
 CPU = torch.device("cpu")

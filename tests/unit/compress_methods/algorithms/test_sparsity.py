@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from compress_methods.algorithms import ALGORITHMS, Algorithm
-from compress_methods.algorithms.alps import ALPS, refit, scale_hessian
 from compress_methods.algorithms.error_feedback import NEVER_ACTIVE, error_feedback, factorize
 from compress_methods.algorithms.gptq import GPTQ
-from compress_methods.algorithms.magnitude import Magnitude
-from compress_methods.algorithms.sparsegpt import SparseGPT
+from compress_methods.algorithms.pruning.alps import ALPS, refit, scale_hessian
+from compress_methods.algorithms.pruning.magnitude import Magnitude
+from compress_methods.algorithms.pruning.sparsegpt import SparseGPT
+from compress_methods.algorithms.pruning.wanda import Wanda
 from compress_methods.algorithms.statistics import Hessian, InputNorms, Seen, relative_error
-from compress_methods.algorithms.wanda import Wanda
 from compress_methods.errors import RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense

@@ -20,9 +20,9 @@ from compress_methods.errors import RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 from tests.unit.compress_methods.algorithms.test_algorithms import correlated, gathered
 
 INT2, INT4 = Integer(2, 64, levels="mid"), Integer(4, 64)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from compress_methods.algorithms import Hessian, Seen
-from compress_methods.algorithms.alps import ALPS
 from compress_methods.algorithms.error_feedback import ErrorFeedback
 from compress_methods.algorithms.gptq import GPTQ
-from compress_methods.algorithms.sparsegpt import SparseGPT
+from compress_methods.algorithms.pruning.alps import ALPS
+from compress_methods.algorithms.pruning.sparsegpt import SparseGPT
 from compress_methods.algorithms.statistics import Drift
 from compress_methods.errors import RecipeError
 from compress_methods.formats import Format

@@ -15,7 +15,7 @@ from compress_methods.calibration.self_generated import (
     stream_weights,
 )
 from compress_methods.calibration.tokens import CalibrationSettings
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.checkpoint.source import Source, open_source
 from compress_methods.errors import CalibrationError, CheckpointError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress_methods import convert, load_model
-from compress_methods.checkpoint.packed import PackedLinear
+from compress_methods.checkpoint.loading.packed import PackedLinear
 from compress_methods.errors import CheckpointError
 from tests.e2e.support.tiny import make_model
 
@@ -36,7 +36,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rounding of inputs, which the default kernel of 4 bits has."""
-    from compress_methods.checkpoint import packed as module
+    from compress_methods.checkpoint.loading.model import packed as module
     from compress_methods.kernels import Want, prepare
 
     monkeypatch.setattr(module, "prepare", lambda stored: prepare(stored, Want(kernel="cpu_exact")))

@@ -12,7 +12,7 @@ import torch
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import INDEX, open_compressed
-from compress_methods.checkpoint.loading import require_finite_values, require_whole
+from compress_methods.checkpoint.loading.model import require_finite_values, require_whole
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import count_not_finite

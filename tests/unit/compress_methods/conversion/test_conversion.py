@@ -13,7 +13,7 @@ import torch
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import INCOMPLETE, open_compressed, read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.conversion.job import open_job
 from compress_methods.errors import CheckpointError, CompressError, OutputError, RecipeError

@@ -14,7 +14,7 @@ from torch import Tensor
 from compress_methods import convert
 from compress_methods.algorithms import Hessian, InputNorms
 from compress_methods.checkpoint.compressed import open_compressed, read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer

@@ -16,7 +16,7 @@ import transformers
 from compress_methods import convert
 from compress_methods.algorithms import Hessian, InputNorms, Statistic
 from compress_methods.checkpoint.compressed import open_compressed, read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.checkpoint.source import open_source
 from compress_methods.conversion.job import open_job

@@ -15,7 +15,7 @@ from compress_methods import convert
 from compress_methods.calibration.tokenizer import load_tokenizer
 from compress_methods.calibration.tokens import CalibrationSettings, load_tokens
 from compress_methods.checkpoint.compressed import INCOMPLETE, open_compressed, read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CompressError, OutputError, RecipeError
 from compress_methods.evaluation.metrics import Sums, compare_logits
 from compress_methods.recipe.stages import load_staged

@@ -16,7 +16,7 @@ from compress_methods.conversion.job import open_job
 from compress_methods.conversion.report import model_card
 from compress_methods.errors import RecipeError
 from compress_methods.formats import format_from_dict
-from compress_methods.formats.smaller_group import group_of, smaller_groups
+from compress_methods.formats.wrappers.smaller_group import group_of, smaller_groups
 from compress_methods.model.skeleton import build_skeleton
 from tests.e2e.support.tiny import SMALL, make_model
 from tests.e2e.support.zoo import ZOO

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress_methods.calibration.text import windows
 from compress_methods.calibration.tokenizer import load_tokenizer
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CalibrationError, CheckpointError
 from compress_methods.evaluation import metrics
 from compress_methods.evaluation.metrics import Sums, compare_logits, token_kl, token_nll

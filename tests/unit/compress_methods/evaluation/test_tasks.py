@@ -11,7 +11,7 @@ import torch
 
 from compress_methods import convert
 from compress_methods.calibration.tokenizer import load_tokenizer
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CalibrationError
 from compress_methods.evaluation import streamed
 from compress_methods.evaluation.harness import HARNESS, HarnessError, run_task

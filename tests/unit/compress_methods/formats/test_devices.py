@@ -12,8 +12,8 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.rotated import Rotated
 
 ROWS, COLS = 16, 256
 META = torch.device("meta")

@@ -12,10 +12,7 @@ from torch import Tensor
 
 from compress_methods.errors import FormatError
 from compress_methods.formats import Format
-from compress_methods.formats.floats import Float
-from compress_methods.formats.integer import Integer
-from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.small_floats import (
+from compress_methods.formats.encoding.small_floats import (
     decode_e2m1,
     decode_e4m3,
     decode_e8m0,
@@ -26,6 +23,9 @@ from compress_methods.formats.small_floats import (
     nearest_power,
     power_above,
 )
+from compress_methods.formats.floats import Float
+from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
 from tests.unit.compress_methods.drawn import floats, matrices
 
 BYTES = torch.arange(256, dtype=torch.uint8)

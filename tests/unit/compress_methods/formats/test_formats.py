@@ -13,9 +13,9 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 from tests.unit.compress_methods.drawn import Drawn, columnwise, formats, matrices, pieces, units
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_methods.formats import Format
+from compress_methods.formats.fitting.table_search import NORMAL, binary_basis
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import FIXED, Lookup
-from compress_methods.formats.table_search import NORMAL, binary_basis
 from tests.unit.compress_methods.drawn import lookups, matrices
 
 NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0)

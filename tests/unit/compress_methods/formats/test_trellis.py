@@ -9,6 +9,7 @@ import torch
 
 from compress_methods.algorithms.error_feedback import activity_order, error_feedback, factorize
 from compress_methods.errors import FormatError
+from compress_methods.formats.fitting.viterbi import encode_in_torch
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.trellis import (
     MIDDLE,
@@ -19,7 +20,6 @@ from compress_methods.formats.trellis import (
     from_sequences,
     to_sequences,
 )
-from compress_methods.formats.viterbi import encode_in_torch
 
 
 def random(rows: int = 64, cols: int = 256, seed: int = 0) -> torch.Tensor:

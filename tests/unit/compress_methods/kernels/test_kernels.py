@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from compress_methods import kernels
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.dense import Dense
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import INPUTS, Rotated
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import INPUTS, Rotated
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu.sparse import takes
 from compress_methods.kernels.dispatch import SIDE_BY_SIDE, ZEROS

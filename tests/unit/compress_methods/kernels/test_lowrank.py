@@ -8,12 +8,12 @@ import torch
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.kernels import Want, choose, embed, kernel, matmul, prepare, rebuild
 from compress_methods.kernels.cpu import gemm as cpu_gemm
 from compress_methods.kernels.cpu.library import Library
-from compress_methods.kernels.lowrank import FEW
+from compress_methods.kernels.wrappers.lowrank import FEW
 
 INT4, INT8 = Integer(4, 64), Integer(8, -1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.rotated import BLOCKS, Rotated
+from compress_methods.formats.wrappers.rotated import BLOCKS, Rotated
 from compress_methods.kernels import Want, choose, embed, kernel, matmul, prepare
 from compress_methods.kernels.cpu import gemm as cpu_gemm
 from tests.unit.compress_methods.kernels.arithmetic import interpret
@@ -169,7 +169,7 @@ def test_rows_of_a_rotated_matrix_are_looked_up_by_their_blocks(rows: int) -> No
 
 IN_TRITON = """
 import torch
-from compress_methods.kernels.rotated import turn_in_torch
+from compress_methods.kernels.wrappers.rotated import turn_in_torch
 from compress_methods.kernels.triton.hadamard import turn
 torch.manual_seed(0)
 for block, sizes in ((32, (8, 100)), (128, (320,))):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.source import open_source
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.model.skeleton import build_skeleton

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
 from compress_methods.model.architecture import architecture_of
 from compress_methods.model.block_runner import BlockRunner

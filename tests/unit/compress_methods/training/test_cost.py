@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compress_methods.checkpoint.tied import open_skeleton
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import RecipeError
 from compress_methods.model.skeleton import Skeleton

@@ -12,12 +12,12 @@ import torch
 
 from compress_methods import recover
 from compress_methods.calibration.text import encode
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CalibrationError, RecipeError
 from compress_methods.recipe.training import Training
 from compress_methods.training.lessons import COUNTED, TOKENS, TOP_LOGPROBS, TOP_TOKENS
-from compress_methods.training.losses import token_loss, top_divergence
 from compress_methods.training.material import collate, read_material
+from compress_methods.training.objectives.losses import token_loss, top_divergence
 from compress_methods.training.student import Student
 
 SMALL: dict[str, Any] = {"batch": 2, "sequences": 4, "held_out": 1, "length": 48}

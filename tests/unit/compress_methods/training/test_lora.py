@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress_methods import convert, recover
 from compress_methods.checkpoint.compressed import read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.evaluation.offline import all_logits
 from compress_methods.recipe.training import Training

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from compress_methods import recover
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.training import Training
 from compress_methods.system.progress import Progress
-from compress_methods.training import chunks, noted
+from compress_methods.training import noted
 from compress_methods.training import recover as recovering
 from compress_methods.training.lessons import TOP_LOGPROBS, TOP_TOKENS
-from compress_methods.training.losses import divergence
 from compress_methods.training.material import collate, plain_rows
-from compress_methods.training.objective import Objective
+from compress_methods.training.objectives import chunks
+from compress_methods.training.objectives.losses import divergence
+from compress_methods.training.objectives.objective import Objective
 from compress_methods.training.student import Student
 from tests.unit.compress_methods.training.killed import Killed
 

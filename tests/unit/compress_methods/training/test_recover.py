@@ -13,14 +13,14 @@ import torch
 from compress_methods import convert, recover
 from compress_methods.checkpoint.compressed import read_entries
 from compress_methods.checkpoint.integrity import find_damaged
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CalibrationError, CheckpointError, CompressError, RecipeError
 from compress_methods.evaluation.offline import all_logits
 from compress_methods.formats import MAIN_TENSOR
 from compress_methods.recipe.training import Training
 from compress_methods.training import recover as recovering
 from compress_methods.training import trainer
-from compress_methods.training.losses import divergence
+from compress_methods.training.objectives.losses import divergence
 from compress_methods.training.student import Student
 from tests.unit.compress_methods.training.killed import Killed, dying
 from vllm_compress.cli import main

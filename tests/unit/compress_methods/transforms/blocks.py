@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.source import open_source
-from compress_methods.checkpoint.tied import open_skeleton
 from compress_methods.conversion.part import BlockPart, Planned
 from compress_methods.conversion.planning.plan import Plan, Shard
 from compress_methods.model.block_runner import BlockRunner

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed, read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.stages import load_staged

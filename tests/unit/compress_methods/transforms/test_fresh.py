@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compress_methods import convert
-from compress_methods.checkpoint.loading import load_model
-from compress_methods.checkpoint.tied import open_skeleton
+from compress_methods.checkpoint.loading.model import load_model
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.stages import load_staged
 from compress_methods.transforms.fresh import Fresh

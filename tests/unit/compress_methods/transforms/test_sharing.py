@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import compress_methods
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.evaluation.streamed import StreamedModel
 from compress_methods.transforms.sharing import Sharing, divide

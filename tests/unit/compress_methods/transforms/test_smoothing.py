@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.formats import format_from_dict
 from compress_methods.transforms.awq import Awq

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress_methods import convert
 from compress_methods.checkpoint.compressed import read_entries
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import RecipeError
 from compress_methods.model.architecture import prunable_types
 from compress_methods.transforms.columns import DAMPING, drop_units

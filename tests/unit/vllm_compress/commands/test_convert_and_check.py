@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.wrappers.rotated import Rotated
 from tests.e2e.support.tiny import make_model
 from tests.e2e.support.zoo import MIXTURES
 from vllm_compress.cli import main

@@ -18,7 +18,7 @@ from compress_methods.formats import format_from_dict
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
 from vllm_compress import cli
-from vllm_compress.commands import inspect
+from vllm_compress.commands.results import inspect
 
 LAYERS = 3
 

@@ -15,9 +15,9 @@ from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 
 pytest.importorskip("vllm")
 

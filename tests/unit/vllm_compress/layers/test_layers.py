@@ -9,9 +9,9 @@ import torch
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.kernels import Want, dispatch, rebuild
 
 pytest.importorskip("vllm")

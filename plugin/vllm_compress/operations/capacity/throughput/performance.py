@@ -27,9 +27,9 @@ from compress_methods.formats import Format
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.lowrank import LowRank
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
+from compress_methods.formats.wrappers.lowrank import LowRank
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
     part_bytes,

@@ -32,8 +32,8 @@ from compress_methods.checkpoint.quantization_config import CompressionSpec
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format, Stored, TensorSpec
+from compress_methods.formats.encoding.small_floats import decode_e8m0
 from compress_methods.formats.floats import FP8, MXFP4, NVFP4, Float, FloatSolution
-from compress_methods.formats.small_floats import decode_e8m0
 from compress_methods.lazy import torch
 from compress_methods.system.pattern import PatternError, matches_whole
 

@@ -17,9 +17,9 @@ from compress_methods.checkpoint.interchange.parts.words import WORD, pack_words
 from compress_methods.checkpoint.quantization_config import CompressionSpec
 from compress_methods.errors import FormatError
 from compress_methods.formats import Format, Stored, TensorSpec
+from compress_methods.formats.encoding.small_floats import encode_e8m0
 from compress_methods.formats.floats import FP8, MXFP4, Float
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.small_floats import encode_e8m0
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress_methods.checkpoint.interchange.gguf import k_blocks
 from compress_methods.formats import Format
+from compress_methods.formats.encoding.small_floats import decode_e8m0, encode_e8m0
 from compress_methods.formats.floats import MXFP4, Float, FloatSolution
 from compress_methods.formats.integer import Integer, IntegerSolution
-from compress_methods.formats.small_floats import decode_e8m0, encode_e8m0
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.encoding.grouped import GROUP_SIZES
+from compress_methods.formats.encoding.small_floats import decode_e4m3
 from compress_methods.formats.floats import BLOCK, FP8, Float, FloatSolution
-from compress_methods.formats.grouped import GROUP_SIZES
-from compress_methods.formats.small_floats import decode_e4m3
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress_methods.errors import CheckpointError, FormatError
 from compress_methods.formats import Format, torch_dtype
-from compress_methods.formats.codes import PLANES
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.encoding.codes import PLANES
 from compress_methods.formats.integer import Integer, IntegerSolution
-from compress_methods.formats.reordered import Reordered, ReorderedSolution
+from compress_methods.formats.wrappers.reordered import Reordered, ReorderedSolution
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from compress_methods.errors import FormatError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer, IntegerSolution
-from compress_methods.formats.reordered import Reordered, ReorderedSolution
+from compress_methods.formats.wrappers.reordered import Reordered, ReorderedSolution
 from compress_methods.lazy import torch
 
 Solution = Any

@@ -1,4 +1,4 @@
-// The cheapest path through a bit-shift trellis that ends where it began, as `formats/viterbi.py`
+// The cheapest path through a bit-shift trellis that ends where it began, as `formats/fitting/viterbi.py`
 // has it, to the bit: sums are taken in the same order.
 #pragma once
 

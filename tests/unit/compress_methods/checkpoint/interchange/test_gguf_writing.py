@@ -15,9 +15,9 @@ from compress_methods import convert, load_model
 from compress_methods.checkpoint.interchange.gguf.blocks import KINDS
 from compress_methods.checkpoint.interchange.gguf.equals import blocks_of, equal_of
 from compress_methods.checkpoint.interchange.gguf.unfold import llama3_factors
+from compress_methods.checkpoint.loading.tied import open_skeleton
 from compress_methods.checkpoint.source import open_source, resolve_model
-from compress_methods.checkpoint.tied import open_skeleton
-from compress_methods.conversion.exporting import write_gguf
+from compress_methods.conversion.exchange.exporting import write_gguf
 from compress_methods.errors import CompressError, FormatError
 from compress_methods.formats import Stored, format_from_dict
 from tests.e2e.support.tiny import make_model

@@ -17,7 +17,7 @@ from compress_methods.checkpoint.source import resolve_model
 from compress_methods.errors import CompressError
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.reordered import Reordered
+from compress_methods.formats.wrappers.reordered import Reordered
 from tests.e2e.support.foreign import write_foreign
 from tests.e2e.support.tiny import make_model
 from tests.unit.compress_methods.checkpoint.interchange.test_foreign import (

@@ -15,7 +15,7 @@ from compress_methods import convert
 from compress_methods.checkpoint.compressed import INDEX, open_compressed, read_entries
 from compress_methods.checkpoint.interchange import LAYOUTS, DecodedEntry
 from compress_methods.checkpoint.interchange.own import OWN, OwnLayout
-from compress_methods.checkpoint.loading import load_model
+from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_header, read_tensors, write_tensors
 from compress_methods.checkpoint.source import Source, open_source
 from compress_methods.errors import CheckpointError

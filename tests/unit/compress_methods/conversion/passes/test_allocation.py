@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from compress_methods import convert
 from compress_methods.algorithms.gptq import GPTQ
-from compress_methods.algorithms.wanda import Wanda
+from compress_methods.algorithms.pruning.wanda import Wanda
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.conversion.job import open_job
 from compress_methods.conversion.passes import allocation
@@ -30,8 +30,8 @@ from compress_methods.conversion.planning.plan import Job
 from compress_methods.errors import FormatError, OutputError, RecipeError
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.model.slot import Slot
 from compress_methods.recipe.schema import load_recipe
 from tests.robustness.result import contents

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from compress_methods import convert
-from compress_methods.algorithms.alps import ALPS
 from compress_methods.algorithms.error_feedback import ErrorFeedback
 from compress_methods.algorithms.gptq import GPTQ
-from compress_methods.algorithms.sparsegpt import SparseGPT
+from compress_methods.algorithms.pruning.alps import ALPS
+from compress_methods.algorithms.pruning.sparsegpt import SparseGPT
 from compress_methods.algorithms.statistics import Hessian, RowGroups, by_rows, relative_error
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.checkpoint.integrity import read_checked
@@ -30,8 +30,8 @@ from compress_methods.errors import CalibrationError, RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.sparse import Sparse
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.model.slot import Slot
 from tests.e2e.support.tiny import make_model
 from tests.e2e.support.zoo import ZOO

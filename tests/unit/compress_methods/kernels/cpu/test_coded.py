@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from compress_methods import kernels
 from compress_methods.formats import Stored
+from compress_methods.formats.fitting.viterbi import encode_in_torch
 from compress_methods.formats.lookup import Lookup
-from compress_methods.formats.rotated import Rotated
 from compress_methods.formats.trellis import Trellis
-from compress_methods.formats.viterbi import encode_in_torch
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu import trellis as cpu_trellis
 from compress_methods.kernels.cpu.library import Library

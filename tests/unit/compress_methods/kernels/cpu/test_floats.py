@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compress_methods import kernels
 from compress_methods.formats import Stored
 from compress_methods.formats.floats import Float
-from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu.library import Library
 from tests.unit.compress_methods.drawn import floats, least_columns

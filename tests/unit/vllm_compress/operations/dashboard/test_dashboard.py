@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.support.browser import Drawn, page_after_scripts
-from tests.e2e.support.prometheus import Prometheus as Server
-from tests.e2e.support.prometheus import scrape_config, tool
+from tests.e2e.support.operations.browser import Drawn, page_after_scripts
+from tests.e2e.support.operations.prometheus import Prometheus as Server
+from tests.e2e.support.operations.prometheus import scrape_config, tool
 from tests.e2e.support.server import free_port
 from vllm_compress.cli import main
 from vllm_compress.operations.dashboard.collect import collect, marks_of

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "blocks/amx.h"
+#include "blocks/laid_out.h"
 #include "call.h"
 
 namespace block {

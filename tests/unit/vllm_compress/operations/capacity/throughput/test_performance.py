@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
-from compress_methods.formats.lowrank import LowRank
-from compress_methods.formats.rotated import Rotated
+from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.rotated import Rotated
 from vllm_compress.operations.capacity.footprint.memory import Layout
 from vllm_compress.operations.capacity.footprint.shapes import load_shape
 from vllm_compress.operations.capacity.footprint.storage import Scheme, apply_recipe, as_it_is

@@ -1,0 +1,1 @@
+"""Checkpoints as models of transformers: unpacked, or packed with our kernels."""

@@ -1,0 +1,1 @@
+"""Results in forms that others take, and what others quantized taken over."""

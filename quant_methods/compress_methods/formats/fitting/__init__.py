@@ -1,0 +1,1 @@
+"""Searches for the stored values of least error, which formats share."""

@@ -1,0 +1,1 @@
+"""Formats around another format, which stores the matrix in another basis, order or size."""

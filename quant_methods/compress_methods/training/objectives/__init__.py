@@ -1,0 +1,1 @@
+"""What training lowers: predictions, inner states, and text the student writes."""
