@@ -84,7 +84,12 @@ class Algorithm(ABC):
         """Work that all matrices of one format with the same input share."""
         return seen
 
-    def aim(self, weight: Tensor, prepared: Any, seen: Seen) -> Tensor:
+    def missing(self, weight: Tensor, seen: Seen, fmt: Format) -> Any:
+        """What `aim` takes of statistics that compare, which nothing else needs: they are large and
+        gone when `prepare` is called."""
+        return None
+
+    def aim(self, weight: Tensor, prepared: Any, missing: Any) -> Tensor:
         """What `solve` is to come close to instead of `weight` [rows, cols], for all rows."""
         return weight
 
@@ -97,11 +102,16 @@ class Algorithm(ABC):
         basis of one inside another."""
         return self.prepare(_inside(seen, fmt), fmt.inner)
 
-    def target_of(self, weight: Tensor, prepared: Any, seen: Seen, fmt: Format) -> Tensor:
-        """`aim` for any format, with what `ready` prepared for it; in the basis of `weight`."""
+    def missed_by(self, weight: Tensor, seen: Seen, fmt: Format) -> Any:
+        """`missing` for any format."""
+        return self.missing(fmt.turn(weight), _inside(seen, fmt), fmt.inner)
+
+    def target_of(self, weight: Tensor, prepared: Any, missing: Any, fmt: Format) -> Tensor:
+        """`aim` for any format, with what `ready` prepared for it and `missed_by` found; in the
+        basis of `weight`."""
         if fmt.inner is fmt:
-            return self.aim(weight, prepared, seen)
-        return fmt.turn_back(self.aim(fmt.turn(weight), prepared, _inside(seen, fmt)))
+            return self.aim(weight, prepared, missing)
+        return fmt.turn_back(self.aim(fmt.turn(weight), prepared, missing))
 
     def fill(self, weight: Tensor, prepared: Any, fmt: Format) -> Any:
         """`solve` for any format, with what `ready` prepared for it."""

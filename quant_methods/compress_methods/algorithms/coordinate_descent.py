@@ -31,10 +31,18 @@ BLOCK = 128
 def descend(
     weight: Tensor, hessian: Tensor, damping: float, fmt: Format, solution: Any, sweeps: int
 ) -> Any:
-    """A solution of `fmt` closer to `weight` [rows, cols] than `solution`, by `hessian`."""
+    """A solution of `fmt` closer to `weight` [rows, cols] than `solution`, by `hessian`, whose
+    diagonal is damped meanwhile."""
     diagonal = hessian.diagonal()
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * (float(diagonal.mean()) or 1.0))
+    undamped = diagonal.clone()
+    diagonal.add_(damping * (float(diagonal.mean()) or 1.0))
+    try:
+        return _descend(weight, hessian, fmt, solution, sweeps)
+    finally:
+        diagonal.copy_(undamped)
+
+
+def _descend(weight: Tensor, damped: Tensor, fmt: Format, solution: Any, sweeps: int) -> Any:
     for _ in range(sweeps):
         solution = fmt.refit(solution, weight, damped)
         rounder = fmt.revisor(solution, weight.shape)
@@ -43,6 +51,7 @@ def descend(
         if not _sweep(weight, damped, rounder, fmt.matrix(solution)):
             return solution
         solution = rounder.solution()
+        del rounder  # its codes are as large as the matrix
     return fmt.refit(solution, weight, damped)
 
 

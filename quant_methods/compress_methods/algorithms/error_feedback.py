@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compress_methods.algorithms.base import Algorithm
 from compress_methods.algorithms.coordinate_descent import descend
-from compress_methods.algorithms.statistics import Drift, Hessian, Seen, Statistic
+from compress_methods.algorithms.statistics import Drift, Hessian, Missing, Seen, Statistic
 from compress_methods.errors import CalibrationError, RecipeError
 from compress_methods.formats import Format, Rounder
 from compress_methods.lazy import torch
@@ -88,12 +88,13 @@ def factorize(hessian: Tensor, damping: float, order: Tensor) -> Factor:
     diagonal = hessian.diagonal().clone()
     dead = diagonal <= 0
     flipped = order.flip(0)
-    damped = hessian[flipped][:, flipped]
     mean = float(diagonal.mean()) or 1.0
     base = torch.where(dead, torch.full_like(diagonal, mean), diagonal)[flipped]
     for attempt in range(ATTEMPTS):
-        damped.diagonal().copy_(base + damping * 10**attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower = _permuted(hessian, flipped)
+        lower.diagonal().copy_(base + damping * 10**attempt * mean)
+        info = torch.empty((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             break
     else:
@@ -101,10 +102,20 @@ def factorize(hessian: Tensor, damping: float, order: Tensor) -> Factor:
             f"Hessian of {len(diagonal)} inputs is not positive definite even with damping "
             f"{damping * 10 ** (ATTEMPTS - 1):g}; calibration activations may overflow"
         )
-    del damped
-    identity = torch.eye(len(lower), device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
-    return Factor(order, inverse.flip(0, 1).contiguous(), diagonal, hessian)
+    inverse = torch.eye(len(lower), device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    upper = lower.T  # whose memory is free now
+    for some in torch.arange(len(upper), device=upper.device).split(BLOCK):
+        upper[some] = inverse[len(upper) - 1 - some].flip(1)
+    return Factor(order, upper, diagonal, hessian)
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """matrix[order][:, order], column after column: as LAPACK wants what it overwrites."""
+    laid = torch.empty_like(matrix)
+    for columns, some in zip(laid.split(BLOCK), order.split(BLOCK), strict=True):
+        columns.copy_(matrix[:, some][order].T)
+    return laid.T
 
 
 def error_feedback(weight: Tensor, factor: Factor, rounder: Rounder) -> None:
@@ -169,16 +180,18 @@ class ErrorFeedback(Algorithm):
         """Whether what was lost before a matrix is made up for by it."""
         return self.target == TARGETS[0] and self.correction != 0
 
-    def aim(self, weight: Tensor, prepared: Any, seen: Seen) -> Tensor:
-        if Drift not in seen:
+    def missing(self, weight: Tensor, seen: Seen, fmt: Format) -> Missing | None:
+        return cast(Drift, seen[Drift]).missing(weight) if Drift in seen else None
+
+    def aim(self, weight: Tensor, prepared: Any, missing: Missing | None) -> Tensor:
+        if missing is None:
             return weight
-        drift = cast(Drift, seen[Drift])
-        missing = self.factor(prepared).divide(drift.missing(weight))
+        found = self.factor(prepared).divide(missing.products)
         part = self.correction
         if part is None:
-            tokens = drift.tokens * drift.effective / weight.shape[1]
+            tokens = missing.tokens / weight.shape[1]
             part = tokens / (tokens + HALF_CORRECTED)
-        return missing.mul_(part).add_(weight)
+        return found.mul_(part).add_(weight)
 
     @abstractmethod
     def factor(self, prepared: Any) -> Factor:

@@ -106,8 +106,11 @@ class Refine(Algorithm):
     def prepare(self, seen: Seen, fmt: Format) -> Any:
         return self.first.prepare(seen, fmt)
 
-    def aim(self, weight: Tensor, prepared: Any, seen: Seen) -> Tensor:
-        return self.first.aim(weight, prepared, seen)
+    def missing(self, weight: Tensor, seen: Seen, fmt: Format) -> Any:
+        return self.first.missing(weight, seen, fmt)
+
+    def aim(self, weight: Tensor, prepared: Any, missing: Any) -> Tensor:
+        return self.first.aim(weight, prepared, missing)
 
     def solve(self, weight: Tensor, prepared: Any, fmt: Format) -> Any:
         return self.first.solve(weight, prepared, fmt)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -133,6 +134,15 @@ class Hessian(Statistic):
         return out
 
 
+@dataclass(frozen=True)
+class Missing:
+    """Mean of (W x + r - W x~ - r~) x~^T [rows, cols] of a matrix W, see `Drift`, and of how many
+    tokens."""
+
+    products: Tensor
+    tokens: float
+
+
 class Drift(Comparison):
     """How far the result's inputs x~ have come from the original's x: mean of (x - x~) x~^T
     [cols, cols] and, of layers that add to the residual stream r, mean of (r - r~) x~^T
@@ -160,10 +170,12 @@ class Drift(Comparison):
             self._divided = True
         return self._inputs
 
-    def missing(self, weight: Tensor) -> Tensor:
-        """Mean of (W x + r - W x~ - r~) x~^T [rows, cols]: what `weight` has to make up for."""
+    def missing(self, weight: Tensor) -> Missing:
+        """What `weight` [rows, cols] has to make up for."""
         found = weight @ self.result()
-        return found if self._stream is None else found.add_(self._stream)
+        if self._stream is not None:
+            found.add_(self._stream)
+        return Missing(found, self.tokens * self.effective)
 
     def turned(self, fmt: Format) -> Drift:
         mean = self.result()
@@ -235,9 +247,16 @@ def by_rows(seen: Seen) -> list[Seen]:
     """What was seen for each group of neighbouring rows; one for all where they share it."""
     grouped = [s for s in seen.values() if isinstance(s, RowGroups)]
     if not grouped:
-        return [seen]
+        return [dict(seen)]
     every = zip(*(statistic.parts for statistic in grouped), strict=True)
     return [dict(zip(seen, parts, strict=True)) for parts in every]
+
+
+def let_go_of_comparisons(seen: Seen) -> None:
+    """Forget what is as large as a Hessian, and of no use once `Algorithm.missing` has it."""
+    if isinstance(seen, dict):
+        for cls in [cls for cls in seen if issubclass(cls, Comparison)]:
+            del seen[cls]
 
 
 class TurnedSeen(Mapping[type[Statistic], Statistic]):

@@ -96,8 +96,11 @@ class SVD(Algorithm):
         damped.diagonal().add_(self.damping * (float(damped.diagonal().mean()) or 1.0))
         return Prepared(base, fmt, damped)
 
-    def aim(self, weight: Tensor, prepared: Prepared, seen: Seen) -> Tensor:
-        return self.first.target_of(weight, prepared.base, seen, _filled(prepared.format))
+    def missing(self, weight: Tensor, seen: Seen, fmt: Format) -> Any:
+        return self.first.missed_by(weight, seen, _filled(fmt))
+
+    def aim(self, weight: Tensor, prepared: Prepared, missing: Any) -> Tensor:
+        return self.first.target_of(weight, prepared.base, missing, _filled(prepared.format))
 
     def solve(self, weight: Tensor, prepared: Prepared, fmt: Format) -> Any:
         if not isinstance(fmt, LowRank):

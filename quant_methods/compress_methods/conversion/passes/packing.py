@@ -16,7 +16,12 @@ from torch import Tensor
 
 import compress_methods.kernels  # noqa: F401  (brings encoders that formats call)
 from compress_methods.algorithms import Algorithm, Seen
-from compress_methods.algorithms.statistics import by_rows, compares, relative_error
+from compress_methods.algorithms.statistics import (
+    by_rows,
+    compares,
+    let_go_of_comparisons,
+    relative_error,
+)
 from compress_methods.checkpoint.loading.model import quantize_expert_inputs, quantize_inputs
 from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
 from compress_methods.conversion.passes.comparing import Comparer, Needs
@@ -94,8 +99,12 @@ def _pack_compared(
     waiting = {job.slot.module: job for job in jobs}
     asked = [name for name in needs if needs[name] and part.runs(name)]
     solved: list[Solved] = []
-    for names in comparer.look(asked):
+    groups = comparer.look(asked)
+    while groups:
+        names = groups.pop(0)
         seen = comparer.statistics({name: needs[name] for name in names})
+        if not groups:  # the widest matrices come last, and memory is short then
+            del comparer
         solved += _pack_seen(part, [waiting.pop(name) for name in names], seen)
     return solved + _pack_seen(part, list(waiting.values()), {})
 
@@ -136,15 +145,19 @@ def _solve_seen(
     statistics stays in `shared`."""
     algorithm, fmt = job.algorithm, job.format
     groups = by_rows(seen)
+    let_go_of_comparisons(seen)
     aims: list[Tensor] = []
 
     def aimed() -> Iterator[tuple[Tensor, Any]]:
         for rows, mine in zip(weight.chunk(len(groups)), groups, strict=True):
+            missing = algorithm.missed_by(rows, mine, fmt)
+            let_go_of_comparisons(mine)
             key = (*map(id, mine.values()), algorithm, fmt)
             if key not in shared:
                 shared.clear()
                 shared[key] = algorithm.ready(mine, fmt)
-            aims.append(algorithm.target_of(rows, shared[key], mine, fmt))
+            aims.append(algorithm.target_of(rows, shared[key], missing, fmt))
+            del missing
             yield aims[-1], shared[key]
 
     tensors = solve_in_slabs(algorithm, fmt, weight.shape, aimed())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress_methods.algorithms import ALGORITHMS
+from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.algorithms.error_feedback import activity_order, factorize
 from compress_methods.algorithms.gptq import GPTQ
 from compress_methods.algorithms.kmeans import KMeans
 from compress_methods.algorithms.rtn import RoundToNearest
 from compress_methods.algorithms.statistics import Hessian, InputNorms, Seen, relative_error
 from compress_methods.errors import RecipeError
+from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
@@ -32,6 +33,12 @@ def gathered(x: torch.Tensor) -> Seen:
         hessian.add_batch(piece)
         hessian.tokens += len(piece)
     return {Hessian: hessian}
+
+
+def aimed(algorithm: Algorithm, weight: torch.Tensor, seen: Seen, fmt: Format) -> torch.Tensor:
+    """What `algorithm` is to come close to."""
+    missing = algorithm.missed_by(weight, seen, fmt)
+    return algorithm.target_of(weight, algorithm.ready(seen, fmt), missing, fmt)
 
 
 def test_factor_is_the_cholesky_factor_of_the_inverse() -> None:

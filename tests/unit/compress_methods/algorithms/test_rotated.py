@@ -21,6 +21,7 @@ from compress_methods.errors import CalibrationError
 from compress_methods.formats import Format
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.wrappers.rotated import Rotated
+from tests.unit.compress_methods.algorithms.test_algorithms import aimed
 
 INT4 = Integer(4, 64)
 CPU = torch.device("cpu")
@@ -114,10 +115,7 @@ def test_what_a_matrix_should_be_close_to_is_the_same_in_every_basis(adds: bool)
     drift.add_pair(original, x, torch.randn(700, 96) if adds else None)
     drift.tokens = len(x)
     seen = {**gathered(x), Drift: drift}
-    found = []
-    for fmt in (INT4, Rotated(INT4)):
-        algorithm = GPTQ()
-        found.append(algorithm.target_of(weight, algorithm.ready(seen, fmt), seen, fmt))
+    found = [aimed(GPTQ(), weight, seen, fmt) for fmt in (INT4, Rotated(INT4))]
     moved = float((found[0] - weight).norm())
     assert moved > 0.01 * float(weight.norm())
     assert float((found[0] - found[1]).norm()) < 1e-3 * moved

@@ -187,7 +187,7 @@ def test_in_every_group_of_rows_tokens_count_by_its_own_weights() -> None:
         assert isinstance(drift, Drift)
         assert drift.tokens == mine[Hessian].tokens == 40
         missing = (original - x) @ weight[rows].T + gap[:, rows]
-        torch.testing.assert_close(drift.missing(weight[rows]), missing.T @ weighed / 40)
+        torch.testing.assert_close(drift.missing(weight[rows]).products, missing.T @ weighed / 40)
     assert by_rows({Hessian: found[0][Hessian]}) == [{Hessian: found[0][Hessian]}]
     values = numbers(4, 6, seed=5)
     lost = ((x @ (weight - values).T).square() * weights.repeat_interleave(2, 1)).sum()

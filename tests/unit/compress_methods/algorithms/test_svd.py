@@ -23,7 +23,7 @@ from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.wrappers.lowrank import LowRank
 from compress_methods.formats.wrappers.rotated import Rotated
-from tests.unit.compress_methods.algorithms.test_algorithms import correlated, gathered
+from tests.unit.compress_methods.algorithms.test_algorithms import aimed, correlated, gathered
 
 INT2, INT4 = Integer(2, 64, levels="mid"), Integer(4, 64)
 
@@ -99,12 +99,12 @@ def test_it_aims_where_the_base_algorithm_aims(base: Format | None) -> None:
     seen = {**gathered(x), Drift: drift}
     fmt, algorithm = LowRank(4, base), SVD("gptq")
     assert set(algorithm.needs(fmt)) == {Hessian, Drift}
-    found = algorithm.target_of(weight, algorithm.ready(seen, fmt), seen, fmt)
-    expected = GPTQ().target_of(weight, GPTQ().ready(seen, INT4), seen, INT4)
+    found = aimed(algorithm, weight, seen, fmt)
+    expected = aimed(GPTQ(), weight, seen, INT4)
     assert float((expected - weight).norm()) > 0.01 * float(weight.norm())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     rounded = SVD("rtn")
-    still = rounded.target_of(weight, rounded.ready(seen, fmt), seen, fmt)
+    still = aimed(rounded, weight, seen, fmt)
     torch.testing.assert_close(still, weight, rtol=1e-5, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
 from compress_methods.formats.integer import Integer
 from compress_methods.formats.sparse import Sparse
-from tests.unit.compress_methods.algorithms.test_algorithms import correlated
+from tests.unit.compress_methods.algorithms.test_algorithms import aimed, correlated
 
 INT3 = Integer(3, 32)
 HALF = Sparse(16, 32, Dense("float32"))
@@ -58,8 +58,7 @@ def test_the_aim_is_the_least_squares_fit_of_the_originals_output(
 ) -> None:
     weight, original, x, gap = inputs()
     seen = seen_of(original, x, gap if adds_to_a_stream else None)
-    prepared = algorithm.prepare(seen, fmt)
-    aim = algorithm.aim(weight, prepared, seen)
+    aim = aimed(algorithm, weight, seen, fmt)
     wanted = original @ weight.T + (gap if adds_to_a_stream else 0)
     expected = torch.linalg.lstsq(x.double(), wanted.double()).solution.T
     torch.testing.assert_close(aim.double(), expected, rtol=2e-2, atol=2e-2)
@@ -79,26 +78,24 @@ def test_aiming_at_outputs_comes_closer_to_them_than_aiming_at_weights(
         found = fmt.matrix(algorithm.solve(target.clone(), prepared, fmt))
         return float((x @ found.T - wanted).square().mean())
 
-    assert lost(algorithm.aim(weight, prepared, seen)) < 0.9 * lost(weight)
+    assert lost(aimed(algorithm, weight, seen, fmt)) < 0.9 * lost(weight)
 
 
 def test_a_part_of_the_correction_is_a_part_of_the_way() -> None:
     weight, original, x, gap = inputs()
     seen = seen_of(original, x, gap)
     whole, half, fitting = GPTQ(correction=1), GPTQ(correction=0.5), GPTQ()
-    prepared = whole.prepare(seen, INT3)
-    full = whole.aim(weight, prepared, seen) - weight
-    torch.testing.assert_close(half.aim(weight, prepared, seen), weight + full / 2)
+    full = aimed(whole, weight, seen, INT3) - weight
+    torch.testing.assert_close(aimed(half, weight, seen, INT3), weight + full / 2)
     part = TOKENS / (TOKENS + 8 * COLS)
-    torch.testing.assert_close(fitting.aim(weight, prepared, seen), weight + full * part)
+    torch.testing.assert_close(aimed(fitting, weight, seen, INT3), weight + full * part)
 
 
 def test_where_nothing_is_compared_weights_are_the_aim() -> None:
     weight, original, x, gap = inputs()
     seen = seen_of(original, x, gap)
     alone: Seen = {Hessian: seen[Hessian]}
-    prepared = GPTQ().prepare(alone, INT3)
-    assert GPTQ().aim(weight, prepared, alone) is weight
+    assert aimed(GPTQ(), weight, alone, INT3) is weight
     assert GPTQ(target="weights").needs(INT3) == (Hessian,)
     assert GPTQ(correction=0).needs(INT3) == (Hessian,)
     assert GPTQ().needs(INT3) == (Hessian, Drift)
