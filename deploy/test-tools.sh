@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Installs the servers that the tests of deploy/ run for real, where this machine can.
+# Installs what tests run for real, where this machine can: the servers of deploy/, and a compiler
+# and an emulator for CPU kernels of another processor.
 #
 # Nothing happens when all are there. As root on Debian or Ubuntu the missing ones are
 # installed; elsewhere one line names them, and the tests that need them skip, saying so.
 set -euo pipefail
 
 declare -A package=(
+  [aarch64-linux-gnu-g++]=g++-aarch64-linux-gnu
   [chromium]=chromium
   [docker-compose]=docker-compose
   [nginx]=nginx-light
   [prometheus]=prometheus
   [promtool]=prometheus
+  [qemu-aarch64]=qemu-user
 )
 
 PATH=$PATH:/usr/sbin

@@ -52,7 +52,8 @@ _X86: dict[str, tuple[str, ...]] = {
     "avx_vnni": (*_AVX2, "-mavxvnni"),
     "avx2": _AVX2,
 }
-INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": ()}
+ARM = {"neon_dot": ("-march=armv8.2-a+dotprod",)}
+INSTRUCTION_SETS = {**{"x86_64": _X86, "aarch64": ARM}.get(platform.machine(), {}), "plain": ()}
 # As /proc/cpuinfo calls them.
 _NARROW = {"avx2", "fma", "f16c"}
 _WIDE = {
@@ -66,6 +67,7 @@ _NEEDS = {
     "avx512_vnni": _WIDE,
     "avx_vnni": {*_NARROW, "avx_vnni"},
     "avx2": _NARROW,
+    "neon_dot": {"asimddp"},
 }
 TIMEOUT_SECONDS = 600
 VERSION_SECONDS = 20
@@ -82,7 +84,8 @@ def _processor() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    names = ("flags", "Features")  # on x86, on ARM
+    return frozenset(next((line for line in lines if line.startswith(names)), "").split())
 
 
 def runs_here(isa: str) -> bool:

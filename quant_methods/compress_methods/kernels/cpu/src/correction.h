@@ -99,7 +99,7 @@ template <class F>
 void product(const Request& r, const Factors& f, const F& multiply) {
   if (f.dtype == Dtype::kFloat32) return product_of<float>(r, f, multiply);
   if (f.dtype == Dtype::kBfloat16) return product_of<Bfloat16>(r, f, multiply);
-  return product_of<_Float16>(r, f, multiply);
+  return product_of<Float16>(r, f, multiply);
 }
 
 }  // namespace correction

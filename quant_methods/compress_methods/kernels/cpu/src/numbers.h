@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vector/float16.h"
+
 // Those of 8 bits are scales only.
 enum class Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kE8m0 = 3, kE4m3 = 4 };
 enum class Mode : int32_t { kExact = 0, kInt8PerLine = 1, kInt8PerToken = 2 };
@@ -33,7 +35,7 @@ inline float power_of(uint8_t code) {
 constexpr float kE4m3Unit = 256.0f;
 inline float e4m3_of(uint8_t code) {
   const uint16_t bits = static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7);
-  _Float16 value;
+  Float16 value;
   std::memcpy(&value, &bits, sizeof value);
   return static_cast<float>(value) * kE4m3Unit;
 }
@@ -45,7 +47,7 @@ inline void read_floats(const void* from, int64_t first, int64_t count, Dtype dt
     const uint16_t* p = static_cast<const uint16_t*>(from) + first;
     for (int64_t i = 0; i < count; ++i) to[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
   } else if (dtype == Dtype::kFloat16) {
-    const _Float16* p = static_cast<const _Float16*>(from) + first;
+    const Float16* p = static_cast<const Float16*>(from) + first;
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(p[i]);
   } else if (dtype == Dtype::kE8m0) {
     const uint8_t* p = static_cast<const uint8_t*>(from) + first;
@@ -65,7 +67,7 @@ inline void write_float(void* to, int64_t index, Dtype dtype, float value) {
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
     static_cast<uint16_t*>(to)[index] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40u : rounded);
   } else {
-    static_cast<_Float16*>(to)[index] = static_cast<_Float16>(value);
+    static_cast<Float16*>(to)[index] = static_cast<Float16>(value);
   }
 }
 

@@ -1,6 +1,7 @@
-// Runs every decoder, group size, zero-point kind, dtype and mode on buffers of exact size, for the
-// sanitizers to watch. Prints how many products and look-ups it made, and
-// how often it looked for paths.
+// Runs every decoder, group size, zero-point kind, dtype and mode on buffers of exact size: for the
+// sanitizers to watch, or to keep what comes out in the file that it is given, as floats, each
+// result after their number. Prints how many products and look-ups it made, and how often it looked
+// for paths.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -36,9 +37,36 @@ std::vector<T> filled(int64_t size, int seed) {
   return out;
 }
 
+// Scales that leave sums in the range of float16.
+std::vector<float> small(int64_t size, int seed) {
+  auto out = filled<float>(size, seed);
+  for (auto& value : out) value /= 8192;
+  return out;
+}
+// Numbers from 1 to 2 of either sign, as 32 or 16 bits.
+std::vector<uint8_t> numbers(int64_t count, int dtype, int seed) {
+  const int64_t size = dtype == 0 ? 4 : 2;
+  auto out = filled<uint8_t>(count * size, seed);
+  for (int64_t i = size; i <= count * size; i += size) {
+    const uint8_t random = out[i - 1], sign = random & 0x80;
+    if (dtype != 2) out[i - 2] |= 0x80;  // the last bit of the exponent
+    out[i - 1] = sign | (dtype == 2 ? 0x3c | (random & 3) : 0x3f);
+  }
+  return out;
+}
+
 constexpr int64_t kRows = 19, kCols = 352, kLines = 3;
 constexpr int64_t kBlocks = (kRows + kRowsTogether - 1) / kRowsTogether;
 int products = 0, rotated = 0, corrected = 0, look_ups = 0, paths = 0;
+std::FILE* kept = nullptr;
+
+void keep(const void* values, int64_t count, Dtype dtype) {
+  if (!kept) return;
+  std::vector<float> out(count);
+  read_floats(values, 0, count, dtype, out.data());
+  std::fwrite(&count, sizeof count, 1, kept);
+  std::fwrite(out.data(), sizeof(float), count, kept);
+}
 
 void use(const Matrix& m) {
   const auto bias = filled<float>(kRows, 4);
@@ -46,42 +74,38 @@ void use(const Matrix& m) {
     for (const int dtype : {0, 1, 2}) {
       for (const int mode : {0, 1, 2}) {
         if (dtype == 1 && mode != 0) continue;  // bfloat16 has products of its own there alone
-        // Bytes 0 to 255 as fp32 values, or as pairs of bytes of a 16-bit value below infinity.
-        auto x = filled<float>(dtype == 0 ? tokens * kCols : tokens * kCols / 2, 5);
-        if (dtype != 0) {
-          auto* p = reinterpret_cast<uint8_t*>(x.data());
-          for (int64_t i = 0; i < 2 * tokens * kCols; ++i) p[i] = (i * 37) % 100;
-        }
+        const auto x = numbers(tokens * kCols, dtype, 5);
         std::vector<uint8_t> out(tokens * kRows * (dtype == 0 ? 4 : 2));
+        const auto keep_it = [&] { keep(out.data(), tokens * kRows, static_cast<Dtype>(dtype)); };
         vc_linear(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode);
-        ++products;
+        ++products, keep_it();
         if (mode == 2) continue;
         const int64_t block = tokens == 1 ? 32 : tokens == 7 ? 512 : 128;
         const std::vector<float> signs(2 * block, -1.0f);
         vc_rotated(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode,
                    signs.data(), block);
-        ++rotated;
+        ++rotated, keep_it();
         const int factors = tokens == 1 ? 0 : tokens == 7 ? 1 : 2;
-        const int64_t rank = 3 + 5 * factors, size = factors == 0 ? 4 : 2;
-        const auto left = filled<uint8_t>(rank * kRows * size, 6);
-        const auto right = filled<uint8_t>(rank * kCols * size, 7);
+        const int64_t rank = 3 + 5 * factors;
+        const auto left = numbers(rank * kRows, factors, 6);
+        const auto right = numbers(rank * kCols, factors, 7);
         vc_corrected(&m, x.data(), dtype, tokens, kCols, kCols, bias.data(), out.data(), mode,
                      left.data(), right.data(), factors, rank);
-        ++corrected;
+        ++corrected, keep_it();
       }
     }
   }
   const std::vector<int64_t> ids = {0, 18, 7};
   std::vector<float> out(ids.size() * kCols);
   vc_embed(&m, ids.data(), ids.size(), kCols, out.data());
-  ++look_ups;
+  ++look_ups, keep(out.data(), ids.size() * kCols, Dtype::kFloat32);
 }
 
 void use_dense(int bits, int group) {
   const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
   const int64_t bytes = 16 * bits * kRowsTogether;
   const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
-  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const auto scales = small(kBlocks * kRowsTogether * groups, 2);
   const auto zeros = filled<uint8_t>(kBlocks * kRowsTogether * groups, 3);
   for (const int mid : {0, 1}) {
     for (const uint8_t* zero : {zeros.data(), static_cast<const uint8_t*>(nullptr)}) {
@@ -97,7 +121,7 @@ void use_tables(int bits, int group, int64_t table_rows) {
   const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
   const int64_t bytes = 16 * bits * kRowsTogether;
   const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
-  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const auto scales = small(kBlocks * kRowsTogether * groups, 2);
   const int64_t own = kBlocks * kRowsTogether, shared = (kRows + kTableRows - 1) / kTableRows;
   const auto tables = filled<uint8_t>((table_rows == 1 ? own : shared) * kTable, 6);
   use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
@@ -110,7 +134,7 @@ void use_trellis(int bits, int group, int window) {
   const int64_t bytes = 16 * bits * kRowsTogether;
   const int64_t stored = (kRows + kTileRows - 1) / kTileRows * kTileRows;
   const auto weights = filled<uint8_t>(stored / kRowsTogether * kLines * bytes, bits);
-  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const auto scales = small(kBlocks * kRowsTogether * groups, 2);
   use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
        Dtype::kFloat32, nullptr, 1, window});
 }
@@ -125,7 +149,8 @@ void find_paths() {
       std::vector<uint8_t> out(kSequences * kPlaces);
       vc_encode(targets.data(), weights.data(), values.data(), kSequences, kPlaces, bits, window,
                 out.data());
-      ++paths;
+      const std::vector<float> found(out.begin(), out.end());
+      ++paths, keep(found.data(), found.size(), Dtype::kFloat32);
     }
   }
 }
@@ -136,8 +161,11 @@ void use_floats(int bits, int group, Dtype dtype, int64_t scale_rows) {
   const int64_t bytes = 16 * bits * kRowsTogether, padded = kBlocks * kRowsTogether;
   const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, bits);
   const int64_t count = (scale_rows == 1 ? padded : 1) * groups;
-  const auto scales = filled<uint8_t>(count * (dtype == Dtype::kFloat32 ? 4 : 1), 2);
-  const auto row_scales = filled<float>(padded, 3);
+  auto scales = dtype == Dtype::kFloat32 ? numbers(count, 0, 2) : filled<uint8_t>(count, 2);
+  if (dtype == Dtype::kE8m0) {
+    for (auto& scale : scales) scale = 124 + scale % 8;  // powers of two around 1
+  }
+  const auto row_scales = small(padded, 3);
   const float* of_rows = dtype == Dtype::kE4m3 ? row_scales.data() : nullptr;
   use({weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, bits, group, 0, 0,
        dtype, bits == 4 ? kTwiceE2m1 : nullptr, kRows, 0, 1, of_rows, scale_rows});
@@ -159,12 +187,13 @@ void use_sparse(int bits, int group, int kept) {
       p[stored + place / 8] |= 1 << place % 8;
     }
   }
-  const auto scales = filled<float>(kBlocks * kRowsTogether * groups, 2);
+  const auto scales = small(kBlocks * kRowsTogether * groups, 2);
   use({weights.data(), bits == 16 ? nullptr : scales.data(), nullptr, kRows, kLines, bytes, groups,
        bits, group, 1, 0, bits == 16 ? Dtype::kBfloat16 : Dtype::kFloat32});
 }
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 1) kept = std::fopen(arguments[1], "wb");
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const int group : {0, 16, 32, 64, 128}) use_dense(bits, group);
   }
@@ -189,6 +218,7 @@ int main() {
       if (bits < 16) use_sparse(bits, 64, kept), use_sparse(bits, 256, kept);
     }
   }
+  if (kept) std::fclose(kept);
   std::printf("products %d rotated %d corrected %d look-ups %d paths %d\n", products, rotated, corrected,
               look_ups, paths);
 }

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "vector/places.h"
+
 namespace vec {
 
 // Tests put an emulation here, to run this path on processors without VNNI.
@@ -222,28 +224,6 @@ inline Floats widen_e4m3(const uint8_t* p) {
   const __m128i sign_and_rest = _mm_set1_epi16(static_cast<short>(0xbf80));
   return {_mm256_cvtph_ps(_mm_and_si128(shifted, sign_and_rest))};
 }
-
-// Shuffles that move the first bytes (or pairs of bytes) of a vector to where a bit of a byte is
-// set, the others becoming zero; `high` for the upper eight of sixteen bytes.
-struct Places {
-  uint8_t low[256][8], high[256][8], pairs[256][16];
-};
-constexpr Places places() {
-  Places out = {};
-  for (int mask = 0; mask < 256; ++mask) {
-    int count = 0;
-    for (int i = 0; i < 8; ++i) {
-      const bool set = mask >> i & 1;
-      out.low[mask][i] = set ? count : 0x80;
-      out.high[mask][i] = set ? 8 + count : 0x80;
-      out.pairs[mask][2 * i] = set ? 2 * count : 0x80;
-      out.pairs[mask][2 * i + 1] = set ? 2 * count + 1 : 0x80;
-      count += set;
-    }
-  }
-  return out;
-}
-alignas(64) inline constexpr Places kPlaces = places();
 
 inline __m128i two_halves(const uint8_t* low, const uint8_t* high) {
   const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(low));

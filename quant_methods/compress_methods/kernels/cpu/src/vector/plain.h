@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vector/float16.h"
+
 namespace vec {
 
 struct Bytes {
@@ -167,7 +169,7 @@ VC_INLINE Bytes expand(const uint8_t*& from, const uint8_t* mask) {
   return out;
 }
 inline float half_to_float(uint16_t bits) {
-  _Float16 value;
+  Float16 value;
   std::memcpy(&value, &bits, sizeof value);
   return static_cast<float>(value);
 }

@@ -11,6 +11,8 @@
 #define VC_BLOCKS 1
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "vector/avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "vector/neon.h"
 #else
 #include "vector/plain.h"
 #endif
