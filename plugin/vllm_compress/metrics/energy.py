@@ -2,8 +2,9 @@
 
 GPUs: NVML's total since the driver was loaded (Volta and later). CPU hosts: RAPL's `package` and
 `dram` zones under /sys/class/powercap, which wrap around at a range the kernel states. Both meter
-whole devices: what else runs there is in it. Where there is nothing to read (most virtual machines,
-RAPL without the right to) there is no meter, and nobody is told off.
+whole devices: what else runs there is in it. Where there is nothing to read (most virtual machines)
+there is no meter. What is there and cannot be read (since Linux 5.10 RAPL is root's alone) is said
+once, and the server goes on.
 
 One thread reads once a second, outside steps and scrapes: a scrape runs in the server's event loop,
 and with several API servers it sees only what they wrote to prometheus' files. A file lock lets one
@@ -49,17 +50,35 @@ def used(before: float, now: float, wraps_at: float | None) -> float:
 
 def rapl_meters(root: Path = POWERCAP) -> list[Meter]:
     """Meter every socket whose zones can be read. `intel-rapl-mmio` shows the same again."""
-    meters = []
+    meters, problems = [], []
     for zone in sorted(root.glob("intel-rapl:*")):
-        with contextlib.suppress(OSError, ValueError):
-            name = _text(zone / "name")
-            if not name.startswith(ZONES):
-                continue
-            package = zone.name.split(":")[1]
-            device = name if name.startswith("package") else f"package-{package}-{name}"
-            wraps_at = int(_text(zone / "max_energy_range_uj")) / 1e6
-            meters.append(_readable(Meter(device, _microjoules(zone / "energy_uj"), wraps_at)))
+        try:
+            meter = _zone_meter(zone)
+        except (OSError, ValueError) as problem:
+            problems.append(f"{zone}: {_why(problem)}")
+            continue
+        if meter is not None:
+            meters.append(meter)
+    if problems:
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        logger.warning("energy is not counted of %s%s", problems[0], others)
     return meters
+
+
+def _zone_meter(zone: Path) -> Meter | None:
+    """The meter of a zone, None for those that are a part of another one."""
+    name = _text(zone / "name")
+    if not name.startswith(ZONES):
+        return None
+    package = zone.name.split(":")[1]
+    device = name if name.startswith("package") else f"package-{package}-{name}"
+    wraps_at = int(_text(zone / "max_energy_range_uj")) / 1e6
+    return _readable(Meter(device, _microjoules(zone / "energy_uj"), wraps_at))
+
+
+def _why(problem: Exception) -> str:
+    """Say what failed, without the path that a message has already."""
+    return getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
 
 
 def _microjoules(path: Path) -> Callable[[], float]:
@@ -80,7 +99,7 @@ def nvml_meters(gpus: Sequence[int]) -> list[Meter]:
         nvml.nvmlInit()
         return [_readable(_nvml_meter(nvml, gpu)) for gpu in gpus]
     except Exception as problem:  # pynvml's errors are not ours to import
-        logger.debug("no energy of GPUs: %s", problem)
+        logger.warning("energy of GPUs is not counted: %s", _why(problem))
         return []
 
 
@@ -110,7 +129,9 @@ def _follow(meters: list[Meter], add: Callable[[str, float], None], end: threadi
                 try:
                     now = meter.read()
                 except Exception as problem:
-                    logger.debug("no more energy of %s: %s", meter.device, problem)
+                    logger.warning(
+                        "energy is no longer counted of %s: %s", meter.device, _why(problem)
+                    )
                     meters.remove(meter)
                     continue
                 add(meter.device, used(before[meter.device], now, meter.wraps_at))

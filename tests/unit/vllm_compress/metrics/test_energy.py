@@ -1,4 +1,4 @@
-"""Joules add up over wrap-around, sockets and API servers, and what cannot be read stays silent."""
+"""Joules add up over wrap-around, sockets and API servers; what cannot be read is said once."""
 
 from __future__ import annotations
 
@@ -53,18 +53,33 @@ def test_packages_and_memory_are_metered_once(tmp_path: Path) -> None:
     assert found == {"package-0": 2.0, "package-0-dram": 0.5, "package-1": 3.0}
 
 
-def test_unreadable_zones_are_absent_without_a_word(
+def test_nothing_to_read_is_nothing_to_say(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert energy.rapl_meters(tmp_path / "absent") == []
-    zone(tmp_path, "intel-rapl:0", "package-0", 1).unlink()  # as without the right to read it
-    zone(tmp_path, "intel-rapl:1", "package-1", 1).write_text("?")
-    assert energy.rapl_meters(tmp_path) == []
     assert energy.nvml_meters([]) == []
     before = threading.active_count()
     energy.count([], lambda device, joules: None)
     assert threading.active_count() == before
     assert not caplog.records
+
+
+def test_zones_that_cannot_be_read_are_said_once_and_the_others_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0", 1).unlink()
+    zone(tmp_path, "intel-rapl:1", "package-1", 1).write_text("?")
+    zone(tmp_path, "intel-rapl:2", "package-2", 3_000_000)
+    zone(tmp_path, "intel-rapl:2:0", "core", 1).unlink()  # a part of package-2, never asked
+    caplog.set_level("INFO", energy.logger.name)
+    energy.logger.addHandler(caplog.handler)  # vLLM's loggers do not propagate
+    try:
+        found = [meter.device for meter in energy.rapl_meters(tmp_path)]
+    finally:
+        energy.logger.removeHandler(caplog.handler)
+    assert found == ["package-2"]
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert "intel-rapl:0: No such file or directory (and 1 more)" in message
 
 
 def test_a_meter_that_fails_stands_still_and_the_others_go_on(
