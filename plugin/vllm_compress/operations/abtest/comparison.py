@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vllm_compress.operations.abtest.harness import (
 )
 from vllm_compress.operations.abtest.metrics import read_limits
 from vllm_compress.operations.abtest.replay.client import Server, open_server
+from vllm_compress.operations.abtest.replay.energy import EnergyLog, measure_energy
 from vllm_compress.operations.abtest.replay.measure import measure_metrics, read_pairs
 from vllm_compress.operations.abtest.replay.prompts import Prompt, digest_prompts, read_prompts
 from vllm_compress.operations.abtest.replay.replay import (
@@ -86,6 +88,7 @@ def compare(settings: ComparisonSettings) -> dict[str, Any]:
         look = _look(prompts, journal)
         confidence = spent_confidence(settings.confidence, look)
         measured = measure_metrics(pairs, pair, settings.options, confidence)
+        measured += measure_energy(pair, journal.records, confidence)
         measured += measure_tasks(tasks, journal.records, confidence)
         comparison = document.Comparison(
             servers=pair,
@@ -183,7 +186,9 @@ def _measure_missing(
         return Progress(total, label, sys.stderr, quiet=settings.quiet)
 
     try:
-        with progress(len(prompts), "replaying") as line:
+        unanswered = len(journal.records.get(ANSWERS, {})) < len(prompts)
+        energy = EnergyLog(pair, journal) if unanswered else nullcontext()
+        with progress(len(prompts), "replaying") as line, energy:
             replay(pair, prompts, settings.options, journal, line)
         if settings.options.logprobs:
             with progress(len(prompts), "scoring") as line:

@@ -60,6 +60,7 @@ METRICS = {
             "throughput", "output tokens per busy second", "speed", "ratio", "below", "tokens/s"
         ),
         Metric("cost", "per million output tokens", "cost", "ratio", "above"),
+        Metric("joules", "of all devices, per generated token", "cost", "ratio", "above", "J"),
     )
 }
 NONE = "none"

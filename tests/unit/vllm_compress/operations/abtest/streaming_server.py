@@ -26,7 +26,7 @@ VOCABULARY = 64
 class Server(ThreadingHTTPServer):
     """`dies_after` that many completions every connection is cut; `breaks` streams are cut in the
     middle first, those of `breaks_once` prompts once. `seen` has the body of every completion
-    request, `most` those at once."""
+    request, `most` those at once. With `joules_per_token` its /metrics count energy of `device`."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -39,6 +39,9 @@ class Server(ThreadingHTTPServer):
         table = table + noise * np.random.default_rng(1).normal(size=table.shape)
         self.log_probabilities = table - np.log(np.exp(table).sum(1, keepdims=True))
         self.metrics = ""
+        self.joules_per_token = 0.0
+        self.device = "gpu-0"
+        self.generated = 0
         self.seen: list[dict[str, Any]] = []
         self.dies_after = -1
         self.breaks = 0
@@ -51,6 +54,16 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         pass  # clients that went away
+
+    def exposition(self) -> str:
+        if not self.joules_per_token:
+            return self.metrics
+        joules = 1000 + self.generated * self.joules_per_token
+        return (
+            f"{self.metrics}"
+            f'vllm_compress_energy_joules_total{{deployment="d",device="{self.device}"}} {joules}\n'
+            f'vllm_compress_generation_tokens_total{{deployment="d"}} {self.generated}\n'
+        )
 
     def tokenize(self, text: str) -> list[int]:
         return [self.vocabulary_offset + 1 + byte % (VOCABULARY - 2) for byte in text.encode()]
@@ -66,7 +79,7 @@ class Handler(MortalHandler):
         if self.is_dead(self.server):
             return
         if self.path == "/metrics":
-            self._send(200, self.server.metrics.encode())
+            self._send(200, self.server.exposition().encode())
         else:
             root = self.server.root or f"/models/{self.server.model}"
             cards = [{"id": self.server.model, "root": root}]
@@ -124,6 +137,8 @@ class Handler(MortalHandler):
                 server.breaks_once.remove(body["prompt"])
                 return
             last = int(server.log_probabilities[last].argmax())
+            with server.lock:
+                server.generated += 1
             end = last == 0 or step == body["max_tokens"] - 1
             text = f" {last}"
             choice: dict[str, Any] = {"token_ids": [last], "finish_reason": "stop" if end else None}

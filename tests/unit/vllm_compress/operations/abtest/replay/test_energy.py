@@ -1,0 +1,118 @@
+"""Joules per token of both servers, from what their /metrics count while they answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vllm_compress.operations.abtest.conftest import Compare
+from tests.unit.vllm_compress.operations.abtest.streaming_server import Server, running
+from vllm_compress.operations.abtest.replay import energy
+from vllm_compress.operations.abtest.replay.client import Server as Served
+from vllm_compress.operations.abtest.replay.energy import Reading, measure_energy, read_energy
+
+PAIR = tuple(Served(side, f"http://{side}:8000", "m", "m", {}, None) for side in "ab")
+
+
+def test_joules_per_token_are_those_of_the_blocks(
+    compare: Compare, servers: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "PERIOD_SECONDS", 0.02)
+    a, b = servers
+    a.joules_per_token, b.joules_per_token, b.device = 4.0, 1.0, "gpu-1"
+    a.delay = b.delay = 0.005
+    assert compare(a, b, "--logprobs", 0, "--margin", "joules=0.5", "--margin", "errors=0.2") == 0
+    row = compare.metric("joules")
+    assert (row["a"], row["b"], row["unit"]) == (4.0, 1.0, "J")
+    assert row["value"] == pytest.approx(0.25)
+    assert row["low"] == pytest.approx(0.25)  # every block says the same
+    assert row["high"] == pytest.approx(0.25)
+    assert row["n"] >= energy.LEAST_BLOCKS
+    assert row["verdict"] == "non-inferior"
+    asked = len(a.seen)
+    before = (compare.out / "journal.jsonl").read_text()
+    compare(a, b, "--logprobs", 0, "--margin", "errors=0.2")  # judges again, asks nobody
+    assert len(a.seen) == asked
+    assert (compare.out / "journal.jsonl").read_text() == before
+
+
+def test_a_short_run_has_values_and_no_interval(
+    compare: Compare, servers: tuple[Server, Server]
+) -> None:
+    a, b = servers
+    a.joules_per_token, b.joules_per_token, b.device = 2.0, 3.0, "gpu-1"
+    compare(a, b, "--logprobs", 0)
+    row = compare.metric("joules")
+    assert (row["a"], row["b"], row["value"]) == (2.0, 3.0, None)
+    assert row["note"] == "needs 60 s of answers"
+
+
+def test_a_device_that_both_use_says_nothing_of_either(
+    compare: Compare, servers: tuple[Server, Server]
+) -> None:
+    a, b = servers
+    a.joules_per_token = b.joules_per_token = 2.0
+    compare(a, b, "--logprobs", 0)
+    row = compare.metric("joules")
+    assert (row["a"], row["value"], row["note"]) == (None, None, energy.SHARED)
+
+
+def test_without_counters_on_both_sides_there_is_no_row(
+    compare: Compare, servers: tuple[Server, Server]
+) -> None:
+    a, b = servers
+    a.joules_per_token = 2.0
+    compare(a, b, "--logprobs", 0)
+    assert "joules" not in {row["metric"] for row in compare.report["metrics"]}
+    assert '"energy"' not in (compare.out / "journal.jsonl").read_text()
+
+
+def test_a_run_that_no_prompt_of_was_answered_leaves_nothing(
+    compare: Compare, servers: tuple[Server, Server], prompts: Path
+) -> None:
+    a, b = servers
+    a.joules_per_token, b.joules_per_token, b.device = 2.0, 3.0, "gpu-1"
+    prompts.write_text(json.dumps({"prompt": "x" * 501}) + "\n")
+    assert "answers no prompt" in compare.fails(a, b)
+    assert not compare.out.exists()
+
+
+def test_energy_of_all_devices_adds_up_and_other_series_do_not_count() -> None:
+    with running(Server()) as server:
+        served = Served("a", server.url, "m", "m", {}, None)
+        assert read_energy(served) is None
+        server.metrics = "".join(
+            f'vllm_compress_energy_joules_total{{deployment="d",device="{device}"}} {joules}\n'
+            for device, joules in (("gpu-0", 5.0), ("gpu-1", 7.0))
+        )
+        server.metrics += 'vllm_compress_generation_tokens_total{deployment="d"} 3.0\n'
+        assert read_energy(served) == Reading({"gpu-0": 5.0, "gpu-1": 7.0}, 3.0)
+    assert read_energy(served) is None  # gone
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "used"),
+    [
+        (Reading({"x": 5.0}, 3), Reading({"x": 9.0}, 4), {"joules": {"x": 4.0}, "tokens": 1}),
+        (Reading({"x": 5.0}, 3), Reading({"x": 2.0}, 1), None),  # started again
+        (Reading({"x": 5.0}, 3), None, None),
+        (Reading({"x": 5.0, "y": 1.0}, 3), Reading({"x": 6.0}, 4), None),
+        (
+            Reading({"x": 5.0}, 3),
+            Reading({"x": 6.0, "y": 2.0}, 4),
+            {"joules": {"x": 1.0, "y": 2.0}, "tokens": 1},
+        ),
+    ],
+)
+def test_what_lies_between_two_readings(
+    before: Reading | None, now: Reading | None, used: object
+) -> None:
+    assert energy._used(before, now) == used
+
+
+def test_blocks_of_no_tokens_at_all_are_no_rate() -> None:
+    block = {"joules": {"gpu-0": 5.0}, "tokens": 0.0}
+    lines = {str(i): {"a": block, "b": block} for i in range(8)}
+    assert measure_energy(PAIR, {energy.ENERGY: lines}, 0.95) == []  # type: ignore[arg-type]
