@@ -29,6 +29,7 @@ from vllm_compress.operations.capacity.footprint.storage import (
 )
 from vllm_compress.operations.capacity.hardware import Hardware, find_hardware, with_prices
 from vllm_compress.operations.capacity.plan import Planner
+from vllm_compress.operations.capacity.power import read_power
 from vllm_compress.operations.capacity.report import render, to_dict
 from vllm_compress.operations.capacity.throughput.demand import (
     Demand,
@@ -96,6 +97,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--price", action="append", default=[], metavar="NAME=PRICE", help="of a device-hour"
     )
+    parser.add_argument("--grid", metavar="GRAMS|FILE", help="CO2 per kWh, or all of energy; below")
     parser.add_argument("--calibrate", metavar="URL|FILE", help="server, Prometheus or file")
     parser.add_argument("--deployment", metavar="NAME", help="whose history to take of Prometheus")
     parser.add_argument("--save-calibration", metavar="FILE", help="keep what was measured")
@@ -117,8 +119,11 @@ def run(args: argparse.Namespace) -> int:
     schemes, notes = _schemes(args, shape)
     calibration, reference = _calibration(args, schemes, machines)
     value_bytes = 1 if args.kv_cache == "fp8" else 2
-    planner = Planner(demand, value_bytes, calibration, reference, args.seed)
+    power = read_power(args.grid)
+    planner = Planner(demand, value_bytes, calibration, reference, args.seed, power)
     options = planner.plan(schemes, machines)
+    if any(option.watts is not None for option in options):
+        notes.append(power.said)
     if args.json:
         print(json.dumps(to_dict(shape, demand, options, value_bytes, notes), indent=2))
     else:

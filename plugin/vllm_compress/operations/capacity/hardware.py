@@ -38,7 +38,7 @@ class Hardware:
     """One device of a kind, or one CPU host. `teraops` by dtype, dense.
 
     `link_bytes_per_s` is what one device sends to the others of its host; `per_host` how many share
-    it, so the largest tensor-parallel size.
+    it, so the largest tensor-parallel size. `watts` is the rated power.
     """
 
     key: str
@@ -47,6 +47,7 @@ class Hardware:
     memory_bytes: int
     bandwidth_bytes_per_s: float
     teraops: Mapping[str, float]
+    watts: float | None = None
     price_per_hour: float | None = None
     link_bytes_per_s: float = 32e9
     per_host: int = 8
@@ -56,6 +57,8 @@ class Hardware:
             raise HardwareError(f"kind is {self.kind!r}, expected {' or '.join(KINDS)}")
         for name in ("memory_bytes", "bandwidth_bytes_per_s", "link_bytes_per_s", "per_host"):
             _require_amount(getattr(self, name), name)
+        if self.watts is not None:
+            _require_amount(self.watts, "watts")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise HardwareError(f"price_per_hour is {self.price_per_hour}, expected a price")
         if not isinstance(self.teraops, Mapping):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -18,6 +18,7 @@ from vllm_compress.operations.capacity.calibration.fit import Calibration, step_
 from vllm_compress.operations.capacity.footprint.memory import Fit, Layout, fit
 from vllm_compress.operations.capacity.footprint.storage import Scheme
 from vllm_compress.operations.capacity.hardware import Hardware
+from vllm_compress.operations.capacity.power import Power
 from vllm_compress.operations.capacity.search import (
     Candidate,
     Latencies,
@@ -38,7 +39,8 @@ class Option:
     """A scheme on a machine. Without `layout` nothing fits; `meets` says whether it is an answer.
 
     `capacity` is the output tokens per second of all replicas when always busy, `misses` the worst
-    ratio of a percentile to its bound, prices are in the currency of the table's.
+    ratio of a percentile to its bound, prices are in the currency of the table's. `watts` are of
+    all devices on average; a million is of output tokens.
     """
 
     scheme: str
@@ -59,6 +61,9 @@ class Option:
     capacity: float = 0.0
     price_per_hour: float | None = None
     price_per_million: float | None = None
+    watts: float | None = None
+    kwh_per_million: float | None = None
+    co2_kg_per_million: float | None = None
     misses: float = float("inf")
     closest: str = ""
     rejected: tuple[Rejected, ...] = ()
@@ -73,6 +78,7 @@ class Planner:
     calibration: Calibration | None = None
     reference: Scheme | None = None
     seed: int = 0
+    power: Power = field(default_factory=Power)
 
     def plan(self, schemes: Sequence[Scheme], machines: Sequence[Hardware]) -> list[Option]:
         """Every scheme on every machine, best first."""
@@ -164,7 +170,22 @@ class Planner:
             price_per_hour=hourly,
             price_per_million=None if hourly is None else hourly / (tokens * 3600) * 1e6,
             misses=trial.miss,
+            **self._energy(machine, trial, tokens),
         )
+
+    def _energy(
+        self, machine: Hardware, trial: Trial, tokens_per_second: float
+    ) -> dict[str, float | None]:
+        """What the chosen trial draws; nothing where the rated watts are not known."""
+        if machine.watts is None:
+            return {}
+        watts = self.power.watts(machine.watts, trial.devices, trial.latencies.busy)
+        kwh = self.power.kwh_per_million(watts, tokens_per_second)
+        return {
+            "watts": watts,
+            "kwh_per_million": kwh,
+            "co2_kg_per_million": self.power.co2_kg_per_million(kwh),
+        }
 
 
 def layouts(machine: Hardware) -> list[Layout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,11 +13,12 @@ from vllm_compress.operations.capacity.footprint.shapes import ModelShape
 from vllm_compress.operations.capacity.plan import Option
 from vllm_compress.operations.capacity.search import Rejected
 from vllm_compress.operations.capacity.throughput.demand import Demand, duration
-from vllm_compress.operations.text_table import align
+from vllm_compress.operations.text_table import WIDTH, fold
 
 HEADER = (
     *("scheme", "hardware", "weights", "by weights", "fits on", "replica", "replicas", "devices"),
     *("ttft p50 / p95", "tpot p50 / p95", "tokens/s", "at most", "per hour", "per M tokens"),
+    *("watts", "kWh per M", "kg CO2 per M"),
 )
 LEFT = (0, 1)
 REASONS = 5
@@ -62,11 +64,19 @@ def render(
 ) -> str:
     """Tables and reasons for a terminal."""
     lines = [_model(shape, kv_value_bytes), _demand(demand), ""]
-    lines += align([HEADER, *map(_row, options)], LEFT)
+    lines += fold([HEADER, *map(_row, options)], LEFT)
     lines += ["", *(line for option in options for line in _reasons(option))]
     bases = {option.basis for option in options if option.basis}
     lines += [f"latencies: {BASIS[basis]}" for basis in BASIS if basis in bases]
-    return "\n".join([*lines, *notes])
+    return "\n".join(wrapped for line in [*lines, *notes] for wrapped in _wrap(line))
+
+
+def _wrap(line: str) -> list[str]:
+    """A line that keeps to the width of a table, what continues it further in."""
+    if len(line) <= WIDTH:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _model(shape: ModelShape, kv_value_bytes: int) -> str:
@@ -109,9 +119,16 @@ def _row(option: Option) -> tuple[str, ...]:
         pair(option.latency.tpot),
         f"{option.tokens_per_second:,.0f}",
         f"{option.capacity:,.0f}",
-        "-" if option.price_per_hour is None else f"{option.price_per_hour:.2f}",
-        "-" if option.price_per_million is None else f"{option.price_per_million:.2f}",
+        _figure(option.price_per_hour, ".2f"),
+        _figure(option.price_per_million, ".2f"),
+        _figure(option.watts, ",.0f"),
+        _figure(option.kwh_per_million, ".3g"),
+        _figure(option.co2_kg_per_million, ".3g"),
     )
+
+
+def _figure(value: float | None, digits: str) -> str:
+    return "-" if value is None else f"{value:{digits}}"
 
 
 def _reasons(option: Option) -> list[str]:

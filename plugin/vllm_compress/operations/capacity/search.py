@@ -50,12 +50,13 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Latencies:
-    """Seconds by percentile."""
+    """Seconds by percentile; `busy` is the share of the time in which a step ran."""
 
     ttft: dict[str, float]
     tpot: dict[str, float]
     preemptions: int
     running: float
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,11 @@ class Search:
             return {f"p{100 * s:g}": percentile(values, s) for s in shares}
 
         latencies = Latencies(
-            spread(out.ttft), spread(out.tpot), out.preemptions, out.mean_running * engines
+            spread(out.ttft),
+            spread(out.tpot),
+            out.preemptions,
+            out.mean_running * engines,
+            out.busy,
         )
         miss, reason = self._worst(latencies)
         return Trial(candidate, replicas, latencies, miss, reason), out.queue_grows

@@ -83,7 +83,8 @@ class Request:
 class Outcome:
     """Seconds by request, in the order they finished, the first tenth left out as warm-up.
 
-    `queue_grows` where requests came faster than they were answered, to the end.
+    `queue_grows` where requests came faster than they were answered, to the end; `busy` is the
+    share of the time in which a step ran.
     """
 
     ttft: list[float]
@@ -94,6 +95,7 @@ class Outcome:
     preemptions: int
     mean_running: float
     queue_grows: bool = False
+    busy: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -142,6 +144,7 @@ class _Run:
     sent: int = 0
     preemptions: int = 0
     area: float = 0.0
+    worked: float = 0.0
     longest: int = 0
     arrivals: deque[tuple[float, float]] = field(default_factory=deque)
     waiting: deque[Request] = field(default_factory=deque)
@@ -206,6 +209,7 @@ class _Run:
 
     def _elapse(self, seconds: float, ticks: int) -> None:
         self.area += seconds * self.running
+        self.worked += seconds
         self.now += seconds
         self.ticks += ticks
         self.total += ticks * len(self.decoding)
@@ -323,6 +327,7 @@ class _Run:
             preemptions=self.preemptions,
             mean_running=self.area / self.now if self.now else 0.0,
             queue_grows=self._queue_grows(),
+            busy=self.worked / self.now if self.now else 0.0,
         )
 
     def _queue_grows(self) -> bool:
