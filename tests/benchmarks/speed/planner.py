@@ -69,9 +69,9 @@ def compare(directory: Path, server: Any) -> dict[str, Any]:
 
 
 def predict(step: Any, cache: Any, blocks: int, clients: int) -> dict[str, float]:
+    from vllm_compress.operations.capacity.throughput.load import Load
     from vllm_compress.operations.capacity.throughput.simulation import (
         Engine,
-        Load,
         percentile,
         simulate,
     )

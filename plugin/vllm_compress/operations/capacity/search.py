@@ -22,10 +22,11 @@ from math import ceil
 from vllm_compress.operations.capacity.footprint.memory import Fit
 from vllm_compress.operations.capacity.hardware import Hardware
 from vllm_compress.operations.capacity.throughput.demand import Demand, Objective, duration
+from vllm_compress.operations.capacity.throughput.load import Load, cached_tokens, load_of
 from vllm_compress.operations.capacity.throughput.performance import Step
 from vllm_compress.operations.capacity.throughput.simulation import (
     Engine,
-    Load,
+    merge,
     percentile,
     simulate,
 )
@@ -108,11 +109,12 @@ class Trial:
 def steady_seconds(step: Step, demand: Demand, machine: Hardware, batch: int) -> float:
     """Seconds between two tokens where `batch` requests always decode.
 
-    Of b requests, b / output end in each step, and as many prompts begin.
+    Of b requests, b / output end in each step, and as many prompts begin, less what is cached.
     """
-    prompts = batch / demand.output * demand.prompt
+    cached = demand.cached * demand.prompt
+    prompts = batch / demand.output * (demand.prompt - cached)
     context = batch * step.effective(demand.prompt + demand.output / 2)
-    pairs = prompts * step.effective(demand.prompt / 2)
+    pairs = prompts * step.effective((cached + demand.prompt) / 2)
     steps = max(1.0, prompts / max(1, machine.max_tokens - batch))
     tokens = round((batch + prompts) / steps)
     return steps * step.seconds(tokens, batch, context / steps, pairs / steps)
@@ -155,27 +157,31 @@ class Search:
             self._reject(self.best.candidate, *self.below)
 
     def _alone(self, candidate: Candidate) -> bool:
-        """Tell whether one request that has a replica to itself meets the objectives."""
-        d = self.demand
-        ttft, tpot = self._alone_seconds(candidate.step)
-        ratio, metric = max((tpot / d.limit("tpot"), "tpot"), (ttft / d.limit("ttft"), "ttft"))
+        """Tell whether one request that has a replica to itself meets the objectives: of a trace,
+        one as long as the percentile's."""
+        ratio, text = 0.0, ""
+        for objective in self.demand.objectives:
+            prompt = self.demand.prompt_at(objective.share)
+            ttft, tpot = self._alone_seconds(candidate.step, prompt)
+            said = {
+                "ttft": f"one request alone waits {duration(ttft)} for its first token",
+                "tpot": f"one request alone takes {duration(tpot)} per token",
+            }[objective.metric]
+            seconds = ttft if objective.metric == "ttft" else tpot
+            ratio, text = max((ratio, text), (seconds / objective.seconds, said))
         if ratio <= 1:
             return True
-        text = f"one request alone waits {duration(ttft)} for its first token"
-        if metric == "tpot":
-            text = f"one request alone takes {duration(tpot)} per token"
         layout = candidate.found.layout
         self.rejected.append(Rejected(str(layout), layout.devices, text))
         self.closest = min(self.closest, (ratio, f"{layout}: {text}"))
         return False
 
-    def _alone_seconds(self, step: Step) -> tuple[float, float]:
+    def _alone_seconds(self, step: Step, prompt: int) -> tuple[float, float]:
         """Seconds to the first token, and for each other one, of a request without company."""
-        d = self.demand
-        tpot = step.seconds(1, 1, step.effective(d.prompt + d.output / 2), 0.0)
-        ttft, done = step.request_seconds, 0
-        while done < d.prompt:
-            n = min(self.machine.max_tokens, d.prompt - done)
+        tpot = step.seconds(1, 1, step.effective(prompt + self.demand.output / 2), 0.0)
+        ttft, done = step.request_seconds, cached_tokens(prompt, self.demand.cached)
+        while done < prompt:
+            n = min(self.machine.max_tokens, prompt - done)
             ttft += step.seconds(n, 1, 0.0, n * step.effective(done + n / 2))
             done += n
         return ttft, tpot
@@ -232,20 +238,22 @@ class Search:
         """Tell whether each engine has so little to do that more of them change nothing."""
         if not replicas:
             return False
-        ttft, tpot = self._alone_seconds(candidate.step)
+        ttft, tpot = self._alone_seconds(candidate.step, self.demand.prompt)
         share = self.demand.rate / (replicas * candidate.engines)
         return share * (ttft + self.demand.output * tpot) < IDLE
 
     def _try(self, candidate: Candidate, replicas: int) -> Trial:
         """Simulate one engine that gets its share of the requests: a few, and as many as it takes
         to see a steady state unless those few are hopeless."""
-        rate = self.demand.rate / (replicas * candidate.engines)
-        requests = TURNS * round(self._at_once(candidate.step, rate))
-        if requests > LEAST_REQUESTS:
-            few, _ = self._simulate(candidate, replicas, LEAST_REQUESTS)
-            if few.miss > HOPELESS:
-                return few
-        requests = min(MOST_REQUESTS, max(LEAST_REQUESTS, requests))
+        requests = MOST_REQUESTS
+        if self.demand.trace is None:  # a trace's busiest few say nothing of the others
+            rate = self.demand.rate / (replicas * candidate.engines)
+            requests = TURNS * round(self._at_once(candidate.step, rate))
+            if requests > LEAST_REQUESTS:
+                few, _ = self._simulate(candidate, replicas, LEAST_REQUESTS)
+                if few.miss > HOPELESS:
+                    return few
+            requests = min(MOST_REQUESTS, max(LEAST_REQUESTS, requests))
         trial, queue_grows = self._simulate(candidate, replicas, requests)
         if queue_grows and trial.meets:
             text = "its queue grows for as long as requests come"
@@ -260,9 +268,10 @@ class Search:
         engine = Engine(
             machine.max_tokens, machine.max_sequences, found.pool // engines, found.cache
         )
-        rate = d.rate / (replicas * engines)
-        load = Load(d.prompt, d.output, requests, rate=rate, seed=self.seed)
-        out = simulate(candidate.step, engine, load)
+        out = merge(
+            simulate(candidate.step, engine, load)
+            for load in self._loads(replicas * engines, requests)
+        )
 
         def spread(values: list[float]) -> dict[str, float]:
             shares = sorted({*SHARES, *(o.share for o in d.objectives)})
@@ -277,6 +286,20 @@ class Search:
         )
         miss, reason = self._worst(latencies)
         return Trial(candidate, replicas, latencies, miss, reason), out.queue_grows
+
+    def _loads(self, engines: int, requests: int) -> list[Load]:
+        """So many requests of one of the engines; of a trace of fewer, those of several."""
+        d = self.demand
+        if d.trace is None:
+            rate = d.rate / engines
+            return [Load(d.prompt, d.output, requests, rate, seed=self.seed, cached=d.cached)]
+        loads: list[Load] = []
+        for first in range(engines):
+            arrivals = d.trace.turns(engines, first, requests)
+            if not arrivals or sum(load.requests for load in loads) >= LEAST_REQUESTS:
+                break
+            loads.append(load_of(arrivals, d.cached))
+        return loads
 
     def _at_once(self, step: Step, rate: float) -> float:
         """Estimate how many requests run at once, where all that come are answered."""

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from compress_methods.errors import CompressError
+from vllm_compress.operations.capacity.throughput.trace import Trace
 
 PER_SECOND = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -30,18 +31,28 @@ class Objective:
 
 @dataclass(frozen=True)
 class Demand:
-    """Requests of `prompt` + `output` tokens at `rate` per second; `context` must be possible."""
+    """Requests of `prompt` + `output` tokens at `rate` per second; `context` must be possible.
+
+    `cached` is the share of a prompt's tokens that a prefix cache has. With a `trace` it is asked
+    for those requests, and rate and lengths are its means.
+    """
 
     rate: float
     prompt: int
     output: int
     context: int
     objectives: tuple[Objective, ...]
+    cached: float = 0.0
+    trace: Trace | None = None
 
     def limit(self, metric: str) -> float:
         """The strictest bound on a metric, infinity without one."""
         bounds = [o.seconds for o in self.objectives if o.metric == metric]
         return min(bounds, default=float("inf"))
+
+    def prompt_at(self, share: float) -> int:
+        """The length that a share (0 to 1) of prompts does not exceed."""
+        return self.prompt if self.trace is None else self.trace.prompt_at(share)
 
 
 def parse_rate(text: str) -> float:
@@ -50,6 +61,15 @@ def parse_rate(text: str) -> float:
     if match and (match[2] or "s") in PER_SECOND and float(match[1]) > 0:
         return float(match[1]) / PER_SECOND[match[2] or "s"]
     raise DemandError(f"--rate is {text!r}, expected requests per time such as 20/s or 300/min")
+
+
+def parse_share(text: str) -> float:
+    """Parse `40%` or `0.4` of the prompts' tokens; raises `DemandError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if 0 <= share < 1:
+        return share
+    raise DemandError(f"--prefix-cached is {text!r}, expected a share below 1 such as 40% or 0.4")
 
 
 def parse_objective(metric: str, text: str) -> Objective:

@@ -6,13 +6,16 @@ a prompt that does not fit is cut (chunked prefill). When a decoding request fin
 youngest running one is preempted: it gives its blocks back, waits in front and is computed again.
 A request's first token comes with the step that ends its prompt, each other one with one step.
 
-Arrivals are Poisson with a seed, or a fixed number of clients who each send the next request when
-they have the last answer, those of one step a millisecond apart, so that the first of them does not
-wait for the others. All requests are equally long. Steps in which nothing can change but the
-lengths are taken together, which is what makes a run of hundreds of requests take milliseconds.
+Arrivals are those of a trace, each with its lengths; or Poisson with a seed; or a fixed number of
+clients who each send the next request when they have the last answer, those of one step a
+millisecond apart, so that the first of them does not wait for the others. All requests but a
+trace's are equally long, and percentiles come out too good for that. A share of every prompt may be
+found in the prefix cache: it is read, and holds blocks, but is not computed. Steps in which nothing
+can change but the lengths are taken together, which is what makes a run of hundreds of requests
+take milliseconds.
 
-Fails to see: prefix-cache hits, speculative decoding, lengths that vary (percentiles come out too
-good), and time that the scheduler itself takes beyond what the step model holds.
+Fails to see: blocks that requests share, speculative decoding, and time that the scheduler itself
+takes beyond what the step model holds.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ import heapq
 import math
 import random
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
+from vllm_compress.operations.capacity.throughput.load import Arrival, Load, cached_tokens
 from vllm_compress.operations.capacity.throughput.performance import Step
 
 WARM_UP = 10
@@ -50,28 +55,20 @@ class Engine:
     pages: Pages
 
 
-@dataclass(frozen=True)
-class Load:
-    """Requests of `prompt` + `output` tokens: `rate` per second, or `clients` who wait."""
-
-    prompt: int
-    output: int
-    requests: int
-    rate: float | None = None
-    clients: int | None = None
-    seed: int = 0
-
-
 @dataclass(eq=False)
 class Request:
-    """One request. Of a prompt that is begun, `context` of `target` tokens are computed.
+    """One request. Of a prompt that is begun, `context` of `target` tokens are computed, those
+    `cached` from the start.
 
     Of a decoding one, `context` and `generated` are what they were at the tick it `joined` at: all
     decoding requests grow by one token a tick.
     """
 
     sent: float
+    prompt: int
+    output: int
     target: int
+    cached: int = 0
     context: int = 0
     generated: int = 0
     joined: int = 0
@@ -104,9 +101,32 @@ class Outcome:
 
 def simulate(step: Step, engine: Engine, load: Load) -> Outcome:
     """Run a load to its end. Raises `ValueError` where one request alone does not fit."""
-    if engine.pages.blocks(load.prompt + load.output) > engine.pool:
+    if engine.pages.blocks(load.longest) > engine.pool:
         raise ValueError(f"a request does not fit {engine.pool} blocks")
     return _Run(step, engine, load).run()
+
+
+def merge(outcomes: Iterable[Outcome]) -> Outcome:
+    """What several engines with their own requests met, as if it were one."""
+    every = list(outcomes)
+    if len(every) == 1:
+        return every[0]
+    seconds = sum(out.seconds for out in every) or 1.0
+
+    def mean(name: str) -> float:
+        return sum(getattr(out, name) * out.seconds for out in every) / seconds
+
+    return Outcome(
+        ttft=[value for out in every for value in out.ttft],
+        tpot=[value for out in every for value in out.tpot],
+        latency=[value for out in every for value in out.latency],
+        seconds=max(out.seconds for out in every),
+        tokens=sum(out.tokens for out in every),
+        preemptions=sum(out.preemptions for out in every),
+        mean_running=mean("mean_running"),
+        queue_grows=any(out.queue_grows for out in every),
+        busy=mean("busy"),
+    )
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -121,14 +141,14 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _poisson(load: Load) -> list[float]:
+def _poisson(load: Load) -> list[Arrival]:
     assert load.rate is not None
     draw = random.Random(load.seed)
-    times, now = [], 0.0
+    arrivals, now = [], 0.0
     for _ in range(load.requests):
         now += draw.expovariate(load.rate)
-        times.append(now)
-    return times
+        arrivals.append(Arrival(now, load.prompt, load.output))
+    return arrivals
 
 
 @dataclass
@@ -146,7 +166,7 @@ class _Run:
     area: float = 0.0
     worked: float = 0.0
     longest: int = 0
-    arrivals: deque[tuple[float, float]] = field(default_factory=deque)
+    arrivals: deque[tuple[float, Arrival]] = field(default_factory=deque)
     waiting: deque[Request] = field(default_factory=deque)
     begun: list[Request] = field(default_factory=list)
     decoding: dict[Request, None] = field(default_factory=dict)
@@ -160,16 +180,16 @@ class _Run:
         at_once = load.requests if load.clients is None else min(load.clients, load.requests)
         if load.clients is None:
             extra = self.step.request_seconds
-            self.arrivals.extend((sent + extra, sent) for sent in _poisson(load))
+            self.arrivals.extend((a.sent + extra, a) for a in load.trace or _poisson(load))
             self.sent = load.requests
         else:
             self._send(at_once)
-        self.longest = self.engine.pages.blocks(load.prompt + load.output)
+        self.longest = self.engine.pages.blocks(load.longest)
         for _ in range(MAX_EVENTS):
             if len(self.done) >= load.requests:
                 break
             while self.arrivals and self.arrivals[0][0] <= self.now:
-                self.waiting.append(Request(self.arrivals.popleft()[1], load.prompt))
+                self._receive(self.arrivals.popleft()[1])
             if self.running or self.waiting:
                 self._advance()
             else:
@@ -180,8 +200,15 @@ class _Run:
         """Let so many clients send a request; it reaches the engine a little later."""
         for i in range(min(clients, self.load.requests - self.sent)):
             ready = self.now + self.step.request_seconds + i * APART
-            bisect.insort(self.arrivals, (ready, self.now))
+            arrival = Arrival(self.now, self.load.prompt, self.load.output)
+            bisect.insort(self.arrivals, (ready, arrival))
             self.sent += 1
+
+    def _receive(self, arrival: Arrival) -> None:
+        """Let a request wait, those of its tokens computed that a prefix cache has."""
+        sent, prompt, output = arrival
+        cached = cached_tokens(prompt, self.load.cached)
+        self.waiting.append(Request(sent, prompt, output, prompt, cached, context=cached))
 
     @property
     def running(self) -> int:
@@ -222,7 +249,7 @@ class _Run:
         request.joined = self.ticks
         self.total += request.context
         self.decoding[request] = None
-        end = self.ticks + self.load.output - request.generated
+        end = self.ticks + request.output - request.generated
         heapq.heappush(self.ends, (end, next(self.order), request))
 
     def _length(self, request: Request) -> int:
@@ -252,7 +279,7 @@ class _Run:
             if not self._roomy() and engine.pages.blocks(request.target) > self._free(1):
                 break
             self.begun.append(self.waiting.popleft())
-            n = min(budget, request.target)
+            n = min(budget, request.target - request.context)
             chosen.append((request, n))
             budget -= n
         return [(request, n) for request, n in chosen if n > 0]
@@ -269,8 +296,8 @@ class _Run:
                 victim.generated += self.ticks - victim.joined
                 self.ends = [end for end in self.ends if end[2] is not victim]
                 heapq.heapify(self.ends)
-            victim.target = self.load.prompt + victim.generated
-            victim.context = 0
+            victim.target = victim.prompt + victim.generated
+            victim.context = victim.cached
             self.preemptions += 1
             self.waiting.appendleft(victim)
         return self.preemptions > before
@@ -316,14 +343,13 @@ class _Run:
             self._send(len(self.done) - before)
 
     def _outcome(self) -> Outcome:
-        output = self.load.output
         kept = self.done[len(self.done) // WARM_UP :]
         return Outcome(
             ttft=[r.first - r.sent for r in kept],
-            tpot=[(r.last - r.first) / (output - 1) for r in kept] if output > 1 else [],
+            tpot=[(r.last - r.first) / (r.output - 1) for r in kept if r.output > 1],
             latency=[r.last - r.sent for r in kept],
             seconds=self.now,
-            tokens=len(self.done) * output,
+            tokens=sum(r.output for r in self.done),
             preemptions=self.preemptions,
             mean_running=self.area / self.now if self.now else 0.0,
             queue_grows=self._queue_grows(),
@@ -339,6 +365,8 @@ class _Run:
             return False
         if len(self.done) < self.load.requests:
             return True
+        if self.load.trace:  # it is as uneven as it is, and ends
+            return False
         came = sorted(self.done, key=lambda request: request.sent)
         quarter = len(came) // 4
         if not quarter:

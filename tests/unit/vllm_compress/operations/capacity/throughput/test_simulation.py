@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_compress.operations.capacity.throughput.load import Arrival, Load, cached_tokens, load_of
 from vllm_compress.operations.capacity.throughput.simulation import (
     Engine,
-    Load,
     Outcome,
+    _poisson,
+    merge,
     percentile,
     simulate,
 )
@@ -105,6 +107,60 @@ def test_steps_taken_together_give_what_single_steps_do(
         assert sorted(ours) == pytest.approx(sorted(theirs), rel=1e-6, abs=1e-9)
 
 
+ARRIVAL = st.builds(Arrival, st.floats(0, 20), st.integers(1, 400), st.integers(1, 40))
+
+
+@given(
+    arrivals=st.lists(ARRIVAL, min_size=12, max_size=40),
+    cached=st.sampled_from([0.0, 0.3, 0.99]),
+    sequences=st.integers(1, 20),
+    pool=st.integers(30, 200),
+    tokens=st.integers(40, 600),
+)
+def test_a_trace_and_a_prefix_cache_are_taken_as_single_steps_would(
+    arrivals: list[Arrival], cached: float, sequences: int, pool: int, tokens: int
+) -> None:
+    load = load_of(tuple(sorted(arrivals)), cached)
+    limits = engine(sequences, pool, tokens)
+    step = Linear(0.01, 1e-4, 0.0)
+    quick, plain = simulate(step, limits, load), every_step(step, limits, load)
+    assert quick.seconds == pytest.approx(plain.seconds, rel=1e-6)
+    assert quick.preemptions == plain.preemptions
+    assert sorted(quick.ttft) == pytest.approx(sorted(plain.ttft), rel=1e-6, abs=1e-9)
+    assert quick.tokens == sum(a.output for a in arrivals)
+
+
+def test_a_trace_of_requests_alike_is_the_load_of_them() -> None:
+    load = Load(100, 50, 400, rate=3.0, seed=3)
+    same = load_of(tuple(_poisson(load)))
+    alike, traced = (simulate(Linear(per_token=1e-4), engine(), each) for each in (load, same))
+    assert (alike.ttft, alike.tpot, alike.seconds) == (traced.ttft, traced.tpot, traced.seconds)
+
+
+def test_what_is_cached_is_not_computed() -> None:
+    def first(cached: float) -> float:
+        load = Load(1000, 2, 1, rate=1.0, cached=cached)
+        return simulate(Linear(0.0, 1e-3), engine(), load).ttft[0]
+
+    assert first(0.0) == pytest.approx(1.0)
+    assert first(0.75) == pytest.approx(0.25)
+    assert first(0.9999) == pytest.approx(1e-3)  # the last token is always computed
+
+
+def test_busy_is_the_share_of_time_in_which_a_step_runs() -> None:
+    out = simulate(Linear(0.01), engine(), load_of((Arrival(0.0, 1, 10), Arrival(0.9, 1, 10))))
+    assert out.seconds == pytest.approx(1.0)
+    assert out.busy == pytest.approx(0.2)
+
+
+def test_engines_together_have_the_requests_of_each() -> None:
+    outs = [simulate(Linear(), engine(), Load(10, n, n, rate=1.0)) for n in (5, 9)]
+    both = merge(outs)
+    assert both.ttft == outs[0].ttft + outs[1].ttft
+    assert both.tokens == 25 + 81
+    assert min(o.busy for o in outs) < both.busy < max(o.busy for o in outs)
+
+
 @given(pool=st.integers(20, 60), clients=st.integers(1, 30))
 def test_every_request_ends_however_little_cache_there_is(pool: int, clients: int) -> None:
     load = Load(100, 150, 2 * clients, clients=clients)
@@ -153,20 +209,23 @@ def every_step(step: Linear, limits: Engine, load: Load) -> Outcome:
     """The same scheduler, one step at a time over plain lists: slow, and easy to believe."""
     import random
 
-    draw, now, arrivals = random.Random(load.seed), 0.0, []
-    for _ in range(load.requests):
+    draw, now, arrivals = random.Random(load.seed), 0.0, list(load.trace)
+    for _ in range(0 if load.trace else load.requests):
         now += draw.expovariate(load.rate or 1.0)
-        arrivals.append(now)
+        arrivals.append(Arrival(now, load.prompt, load.output))
     now, preemptions = 0.0, 0
     waiting: list[dict] = []
     running: list[dict] = []
     done: list[dict] = []
     blocks = limits.pages.blocks
     while len(done) < load.requests:
-        while arrivals and arrivals[0] <= now:
-            waiting.append({"sent": arrivals.pop(0), "target": load.prompt, "have": 0, "out": 0})
+        while arrivals and arrivals[0].sent <= now:
+            sent, prompt, wanted = arrivals.pop(0)
+            known = {"sent": sent, "prompt": prompt, "wanted": wanted}
+            known["cached"] = cached_tokens(prompt, load.cached)
+            waiting.append({**known, "target": prompt, "have": known["cached"], "out": 0})
         if not running and not waiting:
-            now = arrivals[0]
+            now = arrivals[0].sent
             continue
 
         def held(later: int = 0) -> int:
@@ -180,7 +239,7 @@ def every_step(step: Linear, limits: Engine, load: Load) -> Outcome:
             begun = [r for r in running if r["have"] < r["target"]]
             victim = begun[-1] if begun else max(running, key=lambda r: r["joined"])
             running.remove(victim)
-            victim.update(target=load.prompt + victim["out"], have=0)
+            victim.update(target=victim["prompt"] + victim["out"], have=victim["cached"])
             waiting.insert(0, victim)
             preemptions, evicted = preemptions + 1, True
         decoding = [r for r in running if r["have"] >= r["target"]]
@@ -196,7 +255,7 @@ def every_step(step: Linear, limits: Engine, load: Load) -> Outcome:
             r = waiting.pop(0)
             free -= blocks(r["target"])
             running.append(r)
-            chunks.append((r, min(budget, r["target"])))
+            chunks.append((r, min(budget, r["target"] - r["have"])))
             budget -= chunks[-1][1]
         tokens = len(decoding) + sum(n for _, n in chunks)
         now += step.seconds(tokens, 0, 0.0, 0.0)
@@ -209,10 +268,10 @@ def every_step(step: Linear, limits: Engine, load: Load) -> Outcome:
                 r["joined"] = (now, len(done), running.index(r))
                 r.setdefault("first", now)
                 r["out"] += 1
-        for r in [r for r in running if r["out"] >= load.output]:
+        for r in [r for r in running if r["out"] >= r["wanted"]]:
             running.remove(r)
             done.append({**r, "last": now})
     kept = done[len(done) // 10 :]
     ttft = [r["first"] - r["sent"] for r in kept]
-    tpot = [(r["last"] - r["first"]) / (load.output - 1) for r in kept] if load.output > 1 else []
+    tpot = [(r["last"] - r["first"]) / (r["wanted"] - 1) for r in kept if r["wanted"] > 1]
     return Outcome(ttft, tpot, [], now, 0, preemptions, 0.0)
