@@ -132,19 +132,40 @@ def find_hardware(name: str, option: str = "--hardware") -> Hardware:
     return machines[names[name]]
 
 
-def with_prices(machines: list[Hardware], prices: list[str]) -> list[Hardware]:
-    """Set prices per device-hour from `NAME=2.5`; raises `HardwareError`."""
-    found: dict[str, float] = {}
+def with_prices(
+    machines: list[Hardware], prices: list[str], file: Path | None = None
+) -> list[Hardware]:
+    """Set prices per device-hour from a file of them and, over it, from `NAME=2.5`; raises
+    `HardwareError`."""
+    found = {} if file is None else read_prices(file)
     for text in prices:
         name, _, value = text.partition("=")
         try:
             price = float(value)
         except ValueError:
             price = -1.0
-        if price < 0:
+        if not 0 <= price < math.inf:
             raise HardwareError(f"--price {text!r}: expected NAME=PRICE per device-hour")
         found[find_hardware(name, "--price").key] = price
     return [replace(m, price_per_hour=found.get(m.key, m.price_per_hour)) for m in machines]
+
+
+def read_prices(path: Path) -> dict[str, float]:
+    """Prices per device-hour by machine, of a YAML file with `NAME: PRICE` in each line: one for
+    every market, such as spot; raises `HardwareError`."""
+    block = read_yaml(path, HardwareError)
+    if not isinstance(block, dict):
+        raise HardwareError(f"{path}: expected lines of NAME: PRICE, found {block!r:.80}")
+    found: dict[str, float] = {}
+    for name, price in block.items():
+        number = isinstance(price, int | float) and not isinstance(price, bool)
+        if not number or not 0 <= price < math.inf:
+            raise HardwareError(f"{path}: {name} is {price!r:.80}, expected a price")
+        key = find_hardware(str(name), str(path)).key
+        if key in found:
+            raise HardwareError(f"{path}: {name} and another name of {key} both have a price")
+        found[key] = float(price)
+    return found
 
 
 @lru_cache

@@ -87,8 +87,7 @@ class Planner:
 
     def option(self, scheme: Scheme, machine: Hardware) -> Option:
         """Find the smallest deployment of a scheme on a machine, or why there is none."""
-        if self.calibration is not None:
-            machine = self.calibration.adapt(machine)
+        machine = self.adapted(machine)
         bare = Option(
             scheme.name,
             scheme.label,
@@ -103,36 +102,45 @@ class Planner:
             return dataclasses.replace(
                 bare, rejected=(Rejected("any", 1, refused),), closest=refused
             )
-        rejected: list[Rejected] = []
-        fits = []
+        fits, rejected = self._fits(scheme, machine)
+        if not fits:
+            last = rejected[-1].reason if rejected else ""
+            return dataclasses.replace(bare, rejected=tuple(rejected), closest=last)
+        bare = dataclasses.replace(bare, smallest=min(f.layout.devices for f in fits))
+        return self._choose(bare, scheme, machine, rejected)
+
+    def adapted(self, machine: Hardware) -> Hardware:
+        """The machine as it was measured, where it was."""
+        return machine if self.calibration is None else self.calibration.adapt(machine)
+
+    def candidates(self, scheme: Scheme, machine: Hardware) -> list[Candidate]:
+        """Every split of a replica that fits, and what it keeps up with."""
+        machine = self.adapted(machine)
+        candidates = []
+        for found in self._fits(scheme, machine)[0]:
+            step, basis = step_model(
+                scheme, machine, found.layout, self.kv_value_bytes, self.calibration, self.reference
+            )
+            capacity = capacity_of(step, self.demand, machine, found)
+            candidates.append(Candidate(found, step, basis, capacity))
+        return candidates
+
+    def _fits(self, scheme: Scheme, machine: Hardware) -> tuple[list[Fit], list[Rejected]]:
+        """Splits that hold a request of the longest context, and why others do not."""
+        fits, rejected = [], []
         for layout in layouts(machine):
             found = fit(scheme, machine, layout, self.demand.context, self.kv_value_bytes)
             if found.reason is None:
                 fits.append(found)
             else:
                 rejected.append(Rejected(str(layout), layout.devices, found.reason))
-        if not fits:
-            last = rejected[-1].reason if rejected else ""
-            return dataclasses.replace(bare, rejected=tuple(rejected), closest=last)
-        bare = dataclasses.replace(bare, smallest=min(f.layout.devices for f in fits))
-        return self._choose(bare, scheme, machine, fits, rejected)
+        return fits, rejected
 
     def _choose(
-        self,
-        bare: Option,
-        scheme: Scheme,
-        machine: Hardware,
-        fits: list[Fit],
-        rejected: list[Rejected],
+        self, bare: Option, scheme: Scheme, machine: Hardware, rejected: list[Rejected]
     ) -> Option:
         """Choose the split and the replicas that meet the demand with fewest devices."""
-        candidates = []
-        for found in fits:
-            step, basis = step_model(
-                scheme, machine, found.layout, self.kv_value_bytes, self.calibration, self.reference
-            )
-            capacity = capacity_of(step, self.demand, machine, found)
-            candidates.append(Candidate(found, step, basis, capacity))
+        candidates = self.candidates(scheme, machine)
         search = Search(self.demand, machine, self.seed)
         search.run(candidates)
         rejected = sorted([*rejected, *search.rejected], key=lambda r: r.devices)
@@ -168,7 +176,7 @@ class Planner:
             tokens_per_second=tokens,
             capacity=trial.replicas * candidate.capacity * d.output,
             price_per_hour=hourly,
-            price_per_million=None if hourly is None else hourly / (tokens * 3600) * 1e6,
+            price_per_million=None if hourly is None else per_million(hourly, tokens),
             misses=trial.miss,
             **self._energy(machine, trial, tokens),
         )
@@ -186,6 +194,11 @@ class Planner:
             "kwh_per_million": kwh,
             "co2_kg_per_million": self.power.co2_kg_per_million(kwh),
         }
+
+
+def per_million(price_per_hour: float, tokens_per_second: float) -> float:
+    """The price of a million tokens."""
+    return price_per_hour / (tokens_per_second * 3600) * 1e6
 
 
 def layouts(machine: Hardware) -> list[Layout]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import groupby
 from typing import Any
 
 from vllm_compress.operations.capacity.footprint.memory import gb, rank_kv_values
 from vllm_compress.operations.capacity.footprint.shapes import ModelShape
 from vllm_compress.operations.capacity.plan import Option
+from vllm_compress.operations.capacity.schedule import Schedule
 from vllm_compress.operations.capacity.search import Rejected
 from vllm_compress.operations.capacity.throughput.demand import Demand, duration
-from vllm_compress.operations.text_table import WIDTH, fold
+from vllm_compress.operations.text_table import WIDTH, align, fold
 
 HEADER = (
     *("scheme", "hardware", "weights", "by weights", "fits on", "replica", "replicas", "devices"),
@@ -37,11 +39,19 @@ def to_dict(
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """The object of --json; numbers that are not known are null."""
+    trace = demand.trace
+    asked = asdict(replace(demand, trace=None))
+    if trace is not None:
+        asked["trace"] = {
+            "name": trace.name,
+            "requests": len(trace.arrivals),
+            "shared": trace.shared,
+        }
     return {
         "model": shape.name,
         "weights": shape.parameters,
         "kv_bytes_per_token": shape.kv_layers * rank_kv_values(shape, 1) * kv_value_bytes,
-        "demand": asdict(demand),
+        "demand": asked,
         "options": [_finite(asdict(option)) for option in options],
         "notes": list(notes),
     }
@@ -90,10 +100,44 @@ def _model(shape: ModelShape, kv_value_bytes: int) -> str:
 
 
 def _demand(demand: Demand) -> str:
-    rate = f"{demand.rate:g}/s" if demand.rate >= 1 else f"{60 * demand.rate:g}/min"
+    rate = f"{demand.rate:.4g}/s" if demand.rate >= 1 else f"{60 * demand.rate:.4g}/min"
     bounds = ", ".join(str(objective) for objective in demand.objectives)
-    lengths = f"{demand.prompt:,} + {demand.output:,} tokens, contexts up to {demand.context:,}"
-    return f"requests: {rate} of {lengths}; {bounds}"
+    lengths = f"{demand.prompt:,} + {demand.output:,} tokens"
+    if demand.trace is not None:
+        lengths += f" on average ({len(demand.trace.arrivals):,} of {demand.trace.name})"
+    if demand.cached:
+        lengths += f", {100 * demand.cached:.3g}% of prompts cached"
+    return f"requests: {rate} of {lengths}, contexts up to {demand.context:,}; {bounds}"
+
+
+def render_day(day: Schedule) -> str:
+    """The timetable of a day, hours alike in one line, and its sums."""
+    rows = [("hours", "requests/s", "replicas", "devices", "watts")]
+    numbered = list(enumerate(day.hours))
+    for replicas, group in groupby(numbered, key=lambda each: each[1].replicas):
+        alike = list(group)
+        rates = [hour.rate for _, hour in alike]
+        watts = [hour.watts for _, hour in alike if hour.watts is not None]
+        low, high = f"{min(rates):.3g}", f"{max(rates):.3g}"
+        rows.append(
+            (
+                f"{alike[0][0]:02d}-{alike[-1][0] + 1:02d}",
+                low if low == high else f"{low} to {high}",
+                str(replicas),
+                str(alike[0][1].devices),
+                f"{sum(watts) / len(watts):,.0f}" if watts else "-",
+            )
+        )
+    known = day.to_dict()
+    always = known["device_hours_at_peak"]
+    total = f"a day: {day.device_hours} device-hours, not {always} as at the peak"
+    if day.price is not None:
+        cost, most = known["price_per_day"], known["price_per_day_at_peak"]
+        total += f"; {cost:,.2f}, not {most:,.2f} ({100 * day.device_hours / always:.0f}%)"
+    if day.kwh is not None:
+        total += f"; {day.kwh:,.3g} kWh"
+    title = f"replicas by the hour, {day.scheme} on {day.hardware}:"
+    return "\n".join(["", title, *align(rows, (0,)), total])
 
 
 def _row(option: Option) -> tuple[str, ...]:

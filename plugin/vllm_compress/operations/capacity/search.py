@@ -196,7 +196,7 @@ class Search:
             if self._beaten(candidate, low + 1) or self._idle(candidate, low):
                 break
             between = low + further if found is None else (low + found.replicas) // 2
-            trial = self._try(candidate, between)
+            trial = self.trial(candidate, between)
             if trial.meets:
                 found = trial
                 continue
@@ -242,7 +242,7 @@ class Search:
         share = self.demand.rate / (replicas * candidate.engines)
         return share * (ttft + self.demand.output * tpot) < IDLE
 
-    def _try(self, candidate: Candidate, replicas: int) -> Trial:
+    def trial(self, candidate: Candidate, replicas: int) -> Trial:
         """Simulate one engine that gets its share of the requests: a few, and as many as it takes
         to see a steady state unless those few are hopeless."""
         requests = MOST_REQUESTS

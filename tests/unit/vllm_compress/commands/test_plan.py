@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -84,6 +85,100 @@ def test_an_fp8_cache_is_half_as_large(capsys: pytest.CaptureFixture[str]) -> No
     assert auto["kv_bytes_per_token"] == 2 * fp8["kv_bytes_per_token"] == 131072
 
 
+def trace(path: Path, rate: float = 2.0, count: int = 600) -> Path:
+    """Poisson arrivals, one prompt in ten long."""
+    draw, now, rows = random.Random(0), 0.0, []
+    for i in range(count):
+        now += draw.expovariate(rate)
+        length = 6000 if i % 10 == 0 else 500
+        row = {"timestamp": 1e3 * now, "input_length": length, "output_length": 100 + i % 50}
+        rows.append(json.dumps({**row, "hash_ids": [0, i + 1]}))
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_a_trace_has_its_own_rate_and_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = trace(tmp_path / "t.jsonl")
+    common = ["llama-3.1-8b", "--recipe", "int4-gptq", "--hardware", "l4"]
+    found = plan(capsys, *common, "--trace", str(path))
+    demand = found["demand"]
+    assert demand["rate"] == pytest.approx(2.0, rel=0.1)
+    assert (demand["prompt"], demand["context"]) == (1050, 8192)
+    assert demand["trace"]["requests"] == 600
+    assert any("at most 50% of prompts could be cached" in note for note in found["notes"])
+    # Lengths that vary are slower at the 95th percentile than requests all of the mean.
+    alike = plan(capsys, *common, "--input", "1050", "--output", "124", "--rate", "2/s")
+    long = next(o for o in found["options"] if o["scheme"] == "int4-gptq")
+    mean = next(o for o in alike["options"] if o["scheme"] == "int4-gptq")
+    assert long["devices"] >= mean["devices"]
+    assert long["latency"]["ttft"]["p95"] > 1.5 * mean["latency"]["ttft"]["p95"]
+    faster = plan(capsys, *common, "--trace", str(path), "--rate", "20/s")
+    assert faster["demand"]["rate"] == pytest.approx(20)
+    assert faster["options"][0]["devices"] > found["options"][0]["devices"]
+
+
+def test_a_prefix_cache_takes_no_more_devices_and_answers_sooner(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ["llama-3.1-8b", "--recipe", "int4-gptq", "--hardware", "l4", "--rate", "9/s"]
+    common += ["--input", "3000"]
+    none, most = (plan(capsys, *common, *more) for more in ([], ["--prefix-cached", "80%"]))
+    assert most["demand"]["cached"] == 0.8
+    assert most["options"][0]["devices"] < none["options"][0]["devices"]
+
+
+def test_a_day_costs_what_its_hours_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "day.yaml"
+    path.write_text(json.dumps([1] * 12 + [8] * 12))
+    common = ["llama-3.1-8b", "--hardware", "l4", "--profile", str(path), "--price", "l4=0.5"]
+    found = plan(capsys, *common)
+    day, best = found["schedule"], found["options"][0]
+    assert (day["scheme"], day["hardware"]) == (best["scheme"], best["hardware"])
+    assert found["demand"]["rate"] == 8
+    assert day["device_hours_at_peak"] == 24 * best["devices"]
+    assert day["device_hours"] == sum(hour["devices"] for hour in day["hours"])
+    assert day["price_per_day"] == 0.5 * day["device_hours"] < day["price_per_day_at_peak"]
+    assert main(["plan", *common, "--rate", "16/s"]) == 0
+    printed = capsys.readouterr().out
+    assert "16/s" in printed
+    assert "12-24" in printed
+
+
+def test_energy_and_co2_follow_from_what_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["llama-3.1-8b", "--hardware", "l4", "--rate", "3/s"]
+    plain = plan(capsys, *common)
+    for option in plain["options"]:
+        assert 0.12 * 72 <= option["watts"] / option["devices"] <= 0.75 * 72
+        joules = option["watts"] / option["tokens_per_second"]
+        assert option["kwh_per_million"] == pytest.approx(joules / 3.6)
+        assert option["co2_kg_per_million"] is None
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("overhead: 2.0\ngrams_per_kwh: 500\n")
+    found = plan(capsys, *common, "--grid", str(grid))
+    assert any("x 2 for the host and cooling; CO2: 500 g" in note for note in found["notes"])
+    for before, option in zip(plain["options"], found["options"], strict=True):
+        assert option["watts"] == pytest.approx(2 * before["watts"])
+        assert option["co2_kg_per_million"] == pytest.approx(0.5 * option["kwh_per_million"])
+
+
+def test_tables_keep_to_a_hundred_columns_and_a_picture_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = tmp_path / "cost.png"
+    arguments = ["llama-3.1-8b", "--hardware", "h100,l4", "--rate", "5/s", "--grid", "56"]
+    arguments += ["--price", "h100=2.5", "--price", "l4=0.7", "--plot", str(drawn)]
+    assert main(["plan", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if str(drawn) not in line) <= 100
+    assert drawn.read_bytes()[:4] == b"\x89PNG"
+    found = plan(capsys, *arguments)
+    assert {p["hardware"] for p in found["points"]} == {"h100-sxm", "l4"}
+
+
 @pytest.mark.parametrize(
     ("use", "recipes"),
     [("chat", {"int4-gptq", "int8"}), ("batch", {"int8-dynamic", "int8"})],
@@ -139,6 +234,15 @@ def test_what_nothing_meets_is_one_line_with_the_closest(
         (["llama-3.1-8b", "--recipe", "int4-gtpq"], ["did you mean 'int4-gptq'"]),
         (["llama-3.1-8b", "--price", "h100"], ["NAME=PRICE"]),
         (["llama-3.1-8b", "--calibrate", "none.json"], ["none.json", "no such file"]),
+        (["llama-3.1-8b", "--rate", ""], ["--rate is missing", "--trace or --profile"]),
+        (["llama-3.1-8b", "--trace", "none.csv"], ["none.csv", "no such file"]),
+        (["llama-3.1-8b", "--profile", "none.csv"], ["none.csv", "no such file"]),
+        (["llama-3.1-8b", "--prices", "none.yaml"], ["none.yaml", "no such file"]),
+        (["llama-3.1-8b", "--grid", "none.yaml"], ["none.yaml", "no such file"]),
+        (["llama-3.1-8b", "--grid", "-5"], ["--grid", "'-5'"]),
+        (["llama-3.1-8b", "--prefix-cached", "100%"], ["--prefix-cached", "40% or 0.4"]),
+        (["llama-3.1-8b", "--plot", "cost.svg"], ["--plot", "cost.svg", ".png"]),
+        (["llama-3.1-8b", "--plot", "none/cost.png"], ["none/cost.png"]),
         (
             ["llama-3.1-8b", "--calibrate", "http://127.0.0.1:9"],
             ["http://127.0.0.1:9", "no answer"],
@@ -159,3 +263,17 @@ def test_bad_input_is_one_line(
     assert code == 2
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+def test_a_trace_does_not_go_with_lengths_or_a_shorter_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["llama-3.1-8b", "--hardware", "l4", "--trace", str(trace(tmp_path / "t.jsonl"))]
+    for more, words in (
+        (["--input", "5"], "do not go with --trace"),
+        (["--context", "4096"], "t.jsonl is 6,140 tokens together, more than the context of 4,096"),
+    ):
+        assert main(["plan", *arguments, *more]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error

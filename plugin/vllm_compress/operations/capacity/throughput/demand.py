@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress_methods.errors import CompressError
 from vllm_compress.operations.capacity.throughput.trace import Trace
@@ -49,6 +49,11 @@ class Demand:
         """The strictest bound on a metric, infinity without one."""
         bounds = [o.seconds for o in self.objectives if o.metric == metric]
         return min(bounds, default=float("inf"))
+
+    def at_rate(self, rate: float) -> Demand:
+        """The same requests, more or fewer of them a second."""
+        trace = None if self.trace is None else self.trace.at_rate(rate)
+        return replace(self, rate=rate, trace=trace)
 
     def prompt_at(self, share: float) -> int:
         """The length that a share (0 to 1) of prompts does not exceed."""

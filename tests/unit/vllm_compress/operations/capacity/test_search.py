@@ -74,7 +74,7 @@ def test_no_split_does_with_fewer_devices(
     for candidate in candidates(scheme(model, recipe), hardware, asked):
         fewest = candidate.fewest(asked.rate)
         for replicas in range(fewest, -(-chosen.devices // candidate.devices)):
-            assert not search._try(candidate, replicas).meets, (candidate.found.layout, replicas)
+            assert not search.trial(candidate, replicas).meets, (candidate.found.layout, replicas)
 
 
 RATES = st.sampled_from([0.2, 2.0, 9.0, 40.0])
@@ -145,12 +145,12 @@ def test_replicas_never_fall_short_of_the_demand() -> None:
 def test_a_queue_that_grows_meets_nothing() -> None:
     """The bound of ten minutes holds for all that are simulated, and not for those after them."""
     search, candidate = fixed(15.0)
-    trial = search._try(candidate, 1)
+    trial = search.trial(candidate, 1)
     assert trial.latencies.ttft["p95"] < 600
     assert not trial.meets
     assert "queue grows" in trial.reason
     search, candidate = fixed(11.0)
-    assert search._try(candidate, 1).meets
+    assert search.trial(candidate, 1).meets
 
 
 def test_reasons_do_not_contradict_the_answer() -> None:
