@@ -20,6 +20,7 @@ from vllm_compress.metrics.checkpoint_summary import quantization_method
 from vllm_compress.operations.capacity.calibration.fit import read_calibration
 from vllm_compress.operations.capacity.footprint.shapes import load_shape
 from vllm_compress.operations.capacity.hardware import read_hardware
+from vllm_compress.operations.capacity.throughput.trace import read_trace
 from vllm_compress.operations.deployment_file import load_deployment
 from vllm_compress.operations.teaching.overlap import read_held_out
 from vllm_compress.operations.teaching.seeds import read_seeds
@@ -105,6 +106,10 @@ SEEDS: list[dict[str, Any]] = [
     {"instruction": "Add.", "input": "2 and 2", "output": "4"},
     {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]},
 ]
+ANSWERED = [
+    {"request_start_time": 1.5 * i, "prompt_tokens": 9, "output_tokens": 2} for i in range(20)
+]
+GUIDELLM = {"benchmarks": [{"requests": {"successful": ANSWERED}}]}
 READERS: dict[str, tuple[str, Read, list[bytes]]] = {
     "recipe": ("recipe.yaml", recipe, []),
     "deployment": ("deployment.yaml", load_deployment, []),
@@ -114,6 +119,7 @@ READERS: dict[str, tuple[str, Read, list[bytes]]] = {
     "index": ("model.safetensors.index.json", index, []),
     "report": ("report.json", report, []),
     "calibration": ("calibration.json", read_calibration, encoded(MEASURED)),
+    "trace": ("trace.json", read_trace, encoded(GUIDELLM)),
     "seeds": ("seeds.jsonl", read_seeds, encoded(*SEEDS)),
     "held-out": ("held.jsonl", held_out, encoded(*SEEDS)),
 }

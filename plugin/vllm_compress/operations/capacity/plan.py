@@ -181,9 +181,7 @@ class Planner:
             **self._energy(machine, trial, tokens),
         )
 
-    def _energy(
-        self, machine: Hardware, trial: Trial, tokens_per_second: float
-    ) -> dict[str, float | None]:
+    def _energy(self, machine: Hardware, trial: Trial, tokens_per_second: float) -> dict[str, Any]:
         """What the chosen trial draws; nothing where the rated watts are not known."""
         if machine.watts is None:
             return {}

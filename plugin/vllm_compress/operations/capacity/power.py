@@ -79,7 +79,8 @@ def read_power(given: str | None) -> Power:
         grams = float(given)
     except ValueError:
         path = Path(given)
-        return build_dataclass(Power, read_yaml(path, PowerError), str(path), PowerError)  # type: ignore[no-any-return]
+        found: Power = build_dataclass(Power, read_yaml(path, PowerError), given, PowerError)
+        return found
     if not 0 <= grams < math.inf:
         raise PowerError(f"--grid is {given!r}, expected grams of CO2 per kWh, or a file")
     return Power(grams_per_kwh=grams)

@@ -8,11 +8,13 @@ generated tokens: compare deployments by it under the load they are for (`--rate
 each server waits half of the time, and that is in it too.
 
 Fails where: servers export no energy (not ours, or nothing to read there), or share a device, whose
-energy is then of both. There is no row then, or one that says so.
+energy is then of both. There is no row then, or one that says so. Two containers on a host that go
+by addresses of their own look like two hosts: both then have the energy of all.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -151,5 +153,14 @@ def _sums(blocks: list[Reading]) -> tuple[Array, Array]:
 
 
 def _share_devices(pair: Pair, a: Reading, b: Reading) -> bool:
-    one, other = (httpx.URL(server.url).host for server in pair)
-    return one == other and not a.joules.keys().isdisjoint(b.joules)
+    one, other = (_addresses(httpx.URL(server.url).host) for server in pair)
+    return not (one.isdisjoint(other) or a.joules.keys().isdisjoint(b.joules))
+
+
+def _addresses(host: str) -> set[str]:
+    """What a host's name stands for, and the name."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    return {host, *(str(address[0]) for *_, address in found)}

@@ -32,6 +32,7 @@ MOONCAKE = ("timestamp", "input_length", "output_length")
 GUIDELLM = ("request_start_time", "prompt_tokens", "output_tokens")
 LEAST, MOST = 20, 1_000_000
 MOST_TOKENS = 10_000_000
+FAR = 1e18
 HASHES = "hash_ids"
 
 
@@ -178,15 +179,14 @@ def _arrival(
 ) -> Arrival:
     """The request of a row, whose times are in `unit` seconds. An answer has a token at least."""
     sent, prompt, output = (row.get(name) for name in names)
-    number = isinstance(sent, int | float) and not isinstance(sent, bool)
-    if not number or not abs(sent) < 1e18:
+    if isinstance(sent, bool) or not isinstance(sent, int | float) or not abs(sent) < FAR:
         raise TraceError(f"{where}: {names[0]} is {sent!r:.80}, expected a time as a number")
+    tokens = []
     for name, value, least in ((names[1], prompt, 1), (names[2], output, 0)):
         if type(value) is not int or not least <= value <= MOST_TOKENS:
             raise TraceError(f"{where}: {name} is {value!r:.80}, expected tokens from {least}")
-    assert isinstance(prompt, int)
-    assert isinstance(output, int)
-    return Arrival(sent * unit, prompt, max(1, output))
+        tokens.append(max(1, value))
+    return Arrival(sent * unit, *tokens)
 
 
 def _shared(rows: list[tuple[str, Arrival, Any]]) -> float | None:

@@ -59,6 +59,16 @@ def test_a_device_that_both_use_says_nothing_of_either(
     assert (row["a"], row["value"], row["note"]) == (None, None, energy.SHARED)
 
 
+def test_names_of_one_host_are_one_host() -> None:
+    both = Reading({"package-0": 5.0}, 3)
+    for url, shared in (("http://127.0.0.1:2", True), ("http://10.9.8.7:2", False)):
+        pair = (Served("a", "http://localhost:1", "m", "m", {}, None),)
+        pair += (Served("b", url, "m", "m", {}, None),)
+        assert energy._share_devices(pair, both, both) is shared
+    other = Reading({"gpu-1": 5.0}, 3)
+    assert not energy._share_devices((pair[0], pair[0]), both, other)
+
+
 def test_without_counters_on_both_sides_there_is_no_row(
     compare: Compare, servers: tuple[Server, Server]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,26 @@ def test_one_bad_row_is_named(tmp_path: Path, write: Any, words: str) -> None:
     with pytest.raises(CompressError) as found:
         read_trace(path)
     assert words in str(found.value)
+
+
+@pytest.mark.parametrize("write", [mooncake, azure])
+def test_a_mutated_trace_is_a_value_or_one_line(tmp_path: Path, write: Any) -> None:
+    """JSON as a whole is mutated with the other files that users write."""
+    path = write(tmp_path / {mooncake: "t.jsonl", azure: "t.csv"}[write])
+    original, draw, said = path.read_bytes(), random.Random(0), []
+    for _ in range(400):
+        at = draw.randrange(len(original))
+        change = draw.choice([b"", b"-", b"9" * 30, b"\xff", b"\0", b'"', b"\n", b",", b"1e400"])
+        path.write_bytes(original[:at] + change + original[at + draw.randrange(3) :])
+        try:
+            read_trace(path)
+        except CompressError as problem:
+            said.append(str(problem))
+    assert len(said) > 100
+    for line in said:
+        assert str(path) in line
+        assert "\n" not in line
+        assert len(line) < 400
 
 
 def test_requests_of_one_moment_have_no_rate(tmp_path: Path) -> None:
