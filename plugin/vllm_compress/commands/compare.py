@@ -28,7 +28,7 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
   errors=0.05        share of prompts without an answer at the first try, at most so much higher
   ttft, ttft_p95, tpot, tpot_p95, cost, throughput   B / A, at most (throughput: at least)
   joules             per generated token, B / A at most: what both servers' /metrics say their
-                     devices used, idle time included; not where they share a device
+                     devices used in 100 s or more, idle time included; not of a shared device
   top1, agreement, exact   share of the same likeliest prompt tokens, of the same output tokens
                      before the first other one, of equal outputs: at least
   length             output tokens B / A: at most, and at least 1 / VALUE

@@ -18,27 +18,27 @@ import socket
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import httpx
 import numpy as np
 
-from compress_methods.evaluation.statistics import Array, ratio_of_rates
+from compress_methods.evaluation.statistics import Array, Estimate, ratio_of_rates
 from compress_methods.system.http import HttpError, headers
 from vllm_compress.metrics.series import NAMES
 from vllm_compress.operations.abtest.replay.client import Server
 from vllm_compress.operations.abtest.replay.measure import Measurement
 from vllm_compress.operations.abtest.replay.replay import ANSWERS, Pair
+from vllm_compress.operations.abtest.scoring.judge import LEAST_PAIRS
 from vllm_compress.operations.journal import Journal
 from vllm_compress.operations.prometheus import scrape
 
 ENERGY = "energy"
 METRIC = "joules"
 SHARED = "both use the same devices"
-PERIOD_SECONDS = 10.0
-LEAST_BLOCKS = 6
+PERIOD_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,20 @@ def measure_energy(
     if any(tokens.sum() <= 0 or joules.sum() <= 0 for joules, tokens in sums):
         return []
     values = tuple(float(joules.sum() / tokens.sum()) for joules, tokens in sums)
-    if len(lines) < LEAST_BLOCKS:
-        note = f"needs {LEAST_BLOCKS * PERIOD_SECONDS:.0f} s of answers"
+    if len(lines) < LEAST_PAIRS:  # blocks are what varies, however many prompts are in them
+        note = f"needs {LEAST_PAIRS * PERIOD_SECONDS:.0f} s of answers"
         return [Measurement(METRIC, (values[0], values[1]), None, note)]
     change = ratio_of_rates(sums[0], sums[1], confidence, serial=True)
-    return [Measurement(METRIC, (values[0], values[1]), change)]
+    prompts = len(records.get(ANSWERS, {}))
+    return [Measurement(METRIC, (values[0], values[1]), _by_prompts(change, prompts))]
+
+
+def _by_prompts(change: Estimate, prompts: int) -> Estimate:
+    """An estimate of blocks as one of the prompts in them, which is what more can be had of."""
+    blocks = change.n / prompts
+    return replace(
+        change, n=prompts, standard_error=lambda pairs: change.standard_error(pairs * blocks)
+    )
 
 
 def _sums(blocks: list[Reading]) -> tuple[Array, Array]:

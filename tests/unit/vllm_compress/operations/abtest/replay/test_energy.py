@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.vllm_compress.operations.abtest.conftest import Compare
+from compress_methods.evaluation.statistics import ratio_of_rates
+from tests.unit.vllm_compress.operations.abtest.conftest import COUNT, Compare
 from tests.unit.vllm_compress.operations.abtest.streaming_server import Server, running
 from vllm_compress.operations.abtest.replay import energy
 from vllm_compress.operations.abtest.replay.client import Server as Served
 from vllm_compress.operations.abtest.replay.energy import Reading, measure_energy, read_energy
+from vllm_compress.operations.abtest.replay.replay import ANSWERS
+from vllm_compress.operations.abtest.scoring.judge import LEAST_PAIRS
 
 PAIR = tuple(Served(side, f"http://{side}:8000", "m", "m", {}, None) for side in "ab")
 
@@ -22,14 +25,14 @@ def test_joules_per_token_are_those_of_the_blocks(
     monkeypatch.setattr(energy, "PERIOD_SECONDS", 0.02)
     a, b = servers
     a.joules_per_token, b.joules_per_token, b.device = 4.0, 1.0, "gpu-1"
-    a.delay = b.delay = 0.005
+    a.delay = b.delay = 0.02
     assert compare(a, b, "--logprobs", 0, "--margin", "joules=0.5", "--margin", "errors=0.2") == 0
     row = compare.metric("joules")
     assert (row["a"], row["b"], row["unit"]) == (4.0, 1.0, "J")
     assert row["value"] == pytest.approx(0.25)
     assert row["low"] == pytest.approx(0.25)  # every block says the same
     assert row["high"] == pytest.approx(0.25)
-    assert row["n"] >= energy.LEAST_BLOCKS
+    assert row["n"] == COUNT
     assert row["verdict"] == "non-inferior"
     asked = len(a.seen)
     before = (compare.out / "journal.jsonl").read_text()
@@ -46,7 +49,7 @@ def test_a_short_run_has_values_and_no_interval(
     compare(a, b, "--logprobs", 0)
     row = compare.metric("joules")
     assert (row["a"], row["b"], row["value"]) == (2.0, 3.0, None)
-    assert row["note"] == "needs 60 s of answers"
+    assert row["note"] == f"needs {LEAST_PAIRS * energy.PERIOD_SECONDS:.0f} s of answers"
 
 
 def test_a_device_that_both_use_says_nothing_of_either(
@@ -120,6 +123,24 @@ def test_what_lies_between_two_readings(
     before: Reading | None, now: Reading | None, used: object
 ) -> None:
     assert energy._used(before, now) == used
+
+
+def test_what_is_needed_is_said_in_prompts() -> None:
+    """Blocks of forty prompts each: a standard error of n prompts is that of n / 40 blocks."""
+    lines: dict[str, dict[str, dict[str, object]]] = {}
+    for i in range(LEAST_PAIRS):
+        side = {"joules": {"gpu-0": 100.0 + 10 * (i % 3)}, "tokens": 50.0}
+        lines[str(i)] = {"a": side, "b": {"joules": {"gpu-0": 90.0 + 20 * (i % 2)}, "tokens": 50.0}}
+    answers: dict[str, dict[str, object]] = {str(i): {} for i in range(40 * LEAST_PAIRS)}
+    records = {energy.ENERGY: lines, ANSWERS: answers}
+    (row,) = measure_energy(PAIR, records, 0.95)  # type: ignore[arg-type]
+    blocks = [[line[side] for line in lines.values()] for side in "ab"]
+    sums = [energy._sums([Reading(**b) for b in side]) for side in blocks]  # type: ignore[arg-type]
+    plain = ratio_of_rates(sums[0], sums[1], 0.95, serial=True)
+    assert row.estimate is not None
+    assert row.estimate.n == 40 * LEAST_PAIRS
+    assert (row.estimate.low, row.estimate.high) == (plain.low, plain.high)
+    assert row.estimate.standard_error(800) == plain.standard_error(20)
 
 
 def test_blocks_of_no_tokens_at_all_are_no_rate() -> None:
