@@ -4,11 +4,14 @@
     Azure      .csv: TIMESTAMP, ContextTokens, GeneratedTokens (Splitwise 2023, DynamoLLM 2024)
     guidellm   .json: the report of one benchmark, with its requests
 
-Requests go to replicas in turn, as a balancer that sees all alike hands them out. A trace longer
-than a simulation is judged by its busiest stretch, so that a plan holds at the peak it has seen.
+Requests go to replicas in turn, as a balancer that sees all alike hands them out. Those of one
+moment are spread evenly up to the next one: Mooncake's clock ticks every three seconds, and users
+do not. A trace longer than a simulation is judged by its busiest stretch, so that a plan holds at
+the peak it has seen.
 
-Fails where: a trace is shorter than what it should say of the day (an hour knows no night), or
-answers were slow when it was recorded by clients who waited for them.
+Fails where: a trace is shorter than what it should say of the day (an hour knows no night), answers
+were slow when it was recorded by clients who waited for them, or the file has a sample of the
+requests, as guidellm's may: its rate is too low then.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +117,18 @@ def read_trace(path: Path) -> Trace:
     start = rows[0][1].sent
     if rows[-1][1].sent <= start:
         raise TraceError(f"{path}: all requests are of one moment, expected their times")
-    arrivals = tuple(a._replace(sent=a.sent - start) for _, a, _ in rows)
-    return Trace(path.name, arrivals, _shared(rows))
+    arrivals = [a._replace(sent=a.sent - start) for _, a, _ in rows]
+    return Trace(path.name, tuple(_spread(arrivals)), _shared(rows))
+
+
+def _spread(arrivals: list[Arrival]) -> Iterator[Arrival]:
+    """Requests of one moment, evenly up to the next one; the last as far apart as those before."""
+    moments = [(sent, list(group)) for sent, group in groupby(arrivals, key=lambda a: a.sent)]
+    ends = [sent for sent, _ in moments[1:]]
+    ends.append(2 * moments[-1][0] - moments[-2][0])
+    for (sent, group), end in zip(moments, ends, strict=True):
+        for i, arrival in enumerate(group):
+            yield arrival._replace(sent=sent + (end - sent) * i / len(group))
 
 
 def _mooncake(path: Path) -> Iterator[tuple[str, Arrival, Any]]:

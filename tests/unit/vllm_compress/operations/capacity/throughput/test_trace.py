@@ -59,6 +59,14 @@ def test_mooncake_has_milliseconds_and_blocks_that_prompts_share(tmp_path: Path)
     assert trace.shared == pytest.approx(expected)
 
 
+def test_a_clock_that_ticks_slowly_makes_no_bursts(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    row = '{{"timestamp": {}, "input_length": 5, "output_length": 5}}\n'
+    path.write_text("".join(row.format(3000 * (i // 6)) for i in range(COUNT)))
+    sent = [a.sent for a in read_trace(path).arrivals]
+    assert sent == pytest.approx([i / 2 for i in range(COUNT)])
+
+
 def test_azure_has_moments_of_seven_digits(tmp_path: Path) -> None:
     trace = read_trace(azure(tmp_path / "t.csv", "2023-11-16 18:17:59.97996+00:00,7,7"))
     assert trace.arrivals[1] == Arrival(1.0, 101, 2)
