@@ -207,12 +207,7 @@ def test_percentiles_are_those_of_the_statistics_module(values: list[float], sha
 
 def every_step(step: Linear, limits: Engine, load: Load) -> Outcome:
     """The same scheduler, one step at a time over plain lists: slow, and easy to believe."""
-    import random
-
-    draw, now, arrivals = random.Random(load.seed), 0.0, list(load.trace)
-    for _ in range(0 if load.trace else load.requests):
-        now += draw.expovariate(load.rate or 1.0)
-        arrivals.append(Arrival(now, load.prompt, load.output))
+    arrivals = list(load.trace or _poisson(load))
     now, preemptions = 0.0, 0
     waiting: list[dict] = []
     running: list[dict] = []
