@@ -52,8 +52,9 @@ _X86: dict[str, tuple[str, ...]] = {
     "avx_vnni": (*_AVX2, "-mavxvnni"),
     "avx2": _AVX2,
 }
-ARM = {"neon_dot": ("-march=armv8.2-a+dotprod",)}
-INSTRUCTION_SETS = {**{"x86_64": _X86, "aarch64": ARM}.get(platform.machine(), {}), "plain": ()}
+ARM: dict[str, tuple[str, ...]] = {"neon_dot": ("-march=armv8.2-a+dotprod",)}
+_OURS = {"x86_64": _X86, "aarch64": ARM}
+INSTRUCTION_SETS = {**_OURS.get(platform.machine(), {}), "plain": ()}
 # As /proc/cpuinfo calls them.
 _NARROW = {"avx2", "fma", "f16c"}
 _WIDE = {
