@@ -17,10 +17,11 @@ from compress_methods.checkpoint.interchange.gguf.entries import METHOD as GGUF
 from compress_methods.checkpoint.interchange.gguf.equals import equal_of
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.source import at_revision, resolve_model
-from compress_methods.conversion.driver import Running
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.exchange.exporting import require_writable, write_gguf
 from compress_methods.conversion.exchange.importing import REFUSE, UNPACK, import_recipe
 from compress_methods.conversion.job import Text, carry_out, check_calibration, statement
+from compress_methods.conversion.passes.divisible import require_divisible_recipe
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import OutputError, RecipeError
@@ -30,6 +31,7 @@ from compress_methods.recipe.stages import StagedRecipe, load_staged
 from compress_methods.recipe.training import Training
 from compress_methods.search.gate import Gate
 from compress_methods.search.prune_to import Opening, Search
+from compress_methods.system.processes import count_of
 from compress_methods.system.user_file import require_path
 from compress_methods.training.recover import recover as train_towards
 from compress_methods.training.staged import Trained
@@ -56,13 +58,16 @@ def convert(
     it get text sampled from the model itself. `device`: `auto`, `cpu` or `cuda:N`; `dtype`: of
     forward passes, float32 unless given. `layout`: of another tool, for a result in its form;
     `gguf` is one more file in a result of ours.
+    Called in each of several processes that torchrun started, they share the work; all get the
+    report.
     Raises a `CompressError` subclass for anything the user can fix; `out` then holds nothing, or
     finished units that the same call will continue from. `NotAccepted`, one of them, says that the
     result lost more than the recipe's `accept` allows; `out` is as it was.
     """
     require_path(out, OutputError)
     staged = load_staged(recipe)
-    running = Running(resolve_device(device), dtype, quiet)
+    require_divisible_recipe(staged, count_of())
+    running = Running(resolve_device(device), dtype, quiet).joined()
     model = at_revision(model, revision)
     opening = (model, allow_pickle, tensor_parallel_size)
     beside = layout == GGUF
@@ -72,7 +77,7 @@ def convert(
         require_writable(directory, read_json(directory / "config.json"))
     report = _convert(staged, Path(out), calibration, opening, written, running, beside)
     if beside:
-        write_gguf(Path(out))
+        running.processes.first(lambda: write_gguf(Path(out)))
     return report
 
 

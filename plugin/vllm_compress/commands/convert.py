@@ -118,10 +118,18 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from compress_methods.errors import NotAccepted
     from compress_methods.system.memory import return_large_blocks
+    from compress_methods.system.processes import one_voice
 
     return_large_blocks()
+    with one_voice():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from compress_methods.errors import NotAccepted
+    from compress_methods.system.processes import is_first
+
     out, draft = Path(args.output), None
     try:
         report = _convert(args, args.recipe, out, args.export)
@@ -132,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"gate": {"tries": problem.tries}}, indent=2))
         raise
-    print(json.dumps(report, indent=2) if args.json else _summary(report, out, draft))
+    if is_first():
+        print(json.dumps(report, indent=2) if args.json else _summary(report, out, draft))
     return 0
 
 

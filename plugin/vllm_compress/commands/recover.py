@@ -104,9 +104,16 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from compress_methods.system.processes import one_voice
+
+    with one_voice():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from compress_methods import recover
     from compress_methods.recipe.training import parse_training
-    from compress_methods.training.processes import is_first
+    from compress_methods.system.processes import is_first
 
     keys = [
         *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),

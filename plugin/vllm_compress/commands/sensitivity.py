@@ -70,7 +70,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from compress_methods.checkpoint.source import at_revision
-    from compress_methods.conversion.driver import Running
+    from compress_methods.conversion.running import Running
     from compress_methods.errors import OutputError
     from compress_methods.evaluation.heatmap import draw_sensitivity
     from compress_methods.model.device import resolve_device

@@ -28,6 +28,9 @@ class Statistic(ABC):
 
     correlates: ClassVar[bool] = False
     """Whether `moved` knows how columns go together."""
+    sums: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are sums over tokens, tensors or None, until `result` is first called: what
+    several processes add up. Without any, one process has to see all the text."""
 
     def __init__(self, cols: int, device: torch.device) -> None:
         self.tokens = 0
@@ -88,6 +91,8 @@ Seen = Mapping[type[Statistic], Statistic]
 class InputNorms(Statistic):
     """Sum of squares of each input column over all tokens: `squares` [cols] float32."""
 
+    sums: ClassVar[tuple[str, ...]] = ("squares",)
+
     def __init__(self, cols: int, device: torch.device) -> None:
         super().__init__(cols, device)
         self.squares = torch.zeros(cols, device=device)
@@ -108,6 +113,7 @@ class Hessian(Statistic):
     output error by any row of its weight."""
 
     correlates: ClassVar[bool] = True
+    sums: ClassVar[tuple[str, ...]] = ("_sum",)
 
     def __init__(self, cols: int, device: torch.device) -> None:
         super().__init__(cols, device)
@@ -147,6 +153,8 @@ class Drift(Comparison):
     """How far the result's inputs x~ have come from the original's x: mean of (x - x~) x~^T
     [cols, cols] and, of layers that add to the residual stream r, mean of (r - r~) x~^T
     [rows, cols], both float32."""
+
+    sums: ClassVar[tuple[str, ...]] = ("_inputs", "_stream")
 
     def __init__(self, cols: int, device: torch.device) -> None:
         super().__init__(cols, device)

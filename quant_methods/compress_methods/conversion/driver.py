@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from compress_methods.conversion.passes import carried
 from compress_methods.conversion.passes.weighing import asked_of, weigh
 from compress_methods.conversion.planning.plan import HEAD_BLOCK, Shard
 from compress_methods.conversion.recovery import forget_damaged
+from compress_methods.conversion.running import Running
 from compress_methods.errors import RecipeError
 from compress_methods.evaluation.outputs.judge import Judge
 from compress_methods.formats import TensorSpec, torch_dtype
@@ -45,17 +45,6 @@ CALIBRATION, TEACHER = "calibration", "teacher"
 HELD_BASE, HELD_COMPRESSED = "held_base", "held_compressed"
 SURVEY = "survey.safetensors"
 FLOAT = 4
-
-
-@dataclass(frozen=True)
-class Running:
-    """How a sweep is computed: on which device, forward passes in which dtype, and whether it tells
-    of its progress. `survey`: a file for what passes survey, where sweeps share it."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    quiet: bool = False
-    survey: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +96,9 @@ class Sweep:
         self.journal = journal
         self._survey()
         shards, finished = self.planned.plan.shards, journal.finished
-        forget_damaged(journal, shards, self.tokens is not None, self.running.quiet)
+        if self.running.processes.leads:
+            forget_damaged(journal, shards, self.tokens is not None, self.running.quiet)
+        journal.tell()
         self._weigh([shard for shard in shards if shard.name not in finished])
         sizes = {shard.name: self._size(shard) for shard in shards}
         done = sum(size for name, size in sizes.items() if name in finished)
@@ -136,7 +127,8 @@ class Sweep:
         part = self._open(shard)
         for visitor in self.passes:
             visitor.visit(part)
-        self._write(shard, part)
+        if self.running.processes.leads:
+            self._write(shard, part)
         if isinstance(part, BlockPart) and part.index != HEAD_BLOCK:
             self._advance(part)
             self.runner_.unload(part.prefix)
@@ -156,7 +148,7 @@ class Sweep:
         if index is not None and index >= 0:
             index = self.target.layers[index]
         if self.runner is None or index is None:
-            return StreamedPart(self.planned, shard, index, self.running.device, self.progress)
+            return StreamedPart(*self._streamed(shard, index))
         part = self._block(shard, index)
         self.planned.load(self.runner_, part.prefix)
         if index != HEAD_BLOCK:
@@ -167,16 +159,19 @@ class Sweep:
         return part
 
     def _block(self, shard: Shard, index: int) -> BlockPart:
-        streamed = (self.planned, shard, index, self.running.device, self.progress)
         assert self.runner is not None
         return BlockPart(
-            *streamed,
+            *self._streamed(shard, index),
             runner=self.runner,
             states=self.states,
             calibration=CALIBRATION,
             teacher=TEACHER,
             work=self.journal.work,
         )
+
+    def _streamed(self, shard: Shard, index: int | None) -> tuple[Any, ...]:
+        running = self.running
+        return self.planned, shard, index, running.device, self.progress, running.processes
 
     def _share(self, part: BlockPart) -> None:
         """Matrices that are stored as another layer's get that one's values."""
@@ -274,7 +269,9 @@ class Sweep:
         device, dtype = self.running.device, self.running.dtype
         # About a dozen tensors of the width of the states are alive inside a block.
         sequence = 12 * settings.length * width * dtype.itemsize
-        batch = batch_size(device, sequence, settings.samples, settings.held_out)
+        processes = self.running.processes
+        counts = settings.samples, settings.held_out
+        batch = min(processes.gathered(batch_size(device, sequence, *counts, ways=processes.count)))
         runner = BlockRunner(skeleton, batch, device, dtype, settings.experts == ALL)
         tables = {f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"}
         for name in skeleton.parameter_names():
@@ -300,12 +297,17 @@ class Sweep:
             HELD_BASE: (held, "base"),
             HELD_COMPRESSED: (held, "result"),
         }
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in names:
-            tokens, table = which[name]
-            states = runner.embed(tokens, tables[table], rows)
-            found[name] = pinned(states, runner.device)
+            tokens, table = self._mine(which[name][0], runner.batch), tables[which[name][1]]
+            # A process has calibration text in any case, but maybe none that is held out.
+            some = runner.embed(tokens, table, rows) if len(tokens) else found[CALIBRATION][:0]
+            found[name] = pinned(some, runner.device)
         return found
+
+    def _mine(self, sequences: Tensor, batch: int) -> Tensor:
+        """Those that run through the model in this process."""
+        return sequences[self.running.processes.share(len(sequences), batch)]
 
     def _compare(self) -> None:
         """Perplexity and KL on the held-out sequences."""
@@ -315,10 +317,11 @@ class Sweep:
             self.base = self.states[HELD_BASE]
         if settings.held_out:
             states = {"base": self.base, "result": self.states[HELD_COMPRESSED]}
-            held = self.tokens[settings.samples :]
-            planned = self.planned
+            held = self._mine(self.tokens[settings.samples :], self.runner_.batch)
+            planned, processes = self.planned, self.running.processes
             judge = Judge.of(planned.skeleton.architecture, planned.source.directory)
-            sums = compare_held_out(self.runner_, self._written(), states, held, judge)
+            mine = compare_held_out(self.runner_, self._written(), states, held, judge)
+            sums = [one for each in processes.gathered(mine) for one in each]
             self.held_out = judge.result(sums).to_dict()
             # A search that chooses by one half can only be believed on the other.
             halves = (sums[i::2] for i in (0, 1) if sums[i::2])

@@ -32,16 +32,18 @@ from compress_methods.calibration.settings import CalibrationSettings
 from compress_methods.calibration.tokenizer import load_tokenizer
 from compress_methods.calibration.tokens import text_name
 from compress_methods.checkpoint.source import fingerprint
-from compress_methods.conversion.driver import Running, Sweep
+from compress_methods.conversion.driver import Sweep
 from compress_methods.conversion.journal import Journal, sha256
 from compress_methods.conversion.part import Planned
+from compress_methods.conversion.passes.divisible import require_divisible
 from compress_methods.conversion.planning.calibration import calibration_advice, settings_of
 from compress_methods.conversion.planning.plan import Shard
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.resources import require_room, stages_disk
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.stages import Stage, open_stages, run_stages
 from compress_methods.errors import CalibrationError, CompressError, OutputError, RecipeError, named
-from compress_methods.model.device import peak_device_bytes, signature
+from compress_methods.model.device import peak_device_bytes
 from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import StagedRecipe, load_staged
@@ -159,28 +161,37 @@ def carry_out(
     began = time.monotonic()
     recipe = recipe.calibrated(settings_of(stages))
     calibrated = text.asked or needs_calibration(stages)
-    require_room(stages_disk([stage.planned for stage in stages], calibrated), out)
+    processes = running.processes
+    require_divisible(stages[-1].planned, calibrated, processes.count)
+    if processes.leads:
+        require_room(stages_disk([stage.planned for stage in stages], calibrated), out)
+    identity = job_fingerprint(recipe, stages, text, running)
+    _require_same(processes.gathered(identity))
     try:
-        journal = Journal(out, job_fingerprint(recipe, stages, text, running))
+        journal = Journal(out, identity, processes)
     except OSError as problem:
         raise OutputError(named(problem, out)) from problem
     try:
         if journal.complete:
-            found = verified(
-                journal,
-                stages[0].planned.source.directory,
-                _single(stages, calibrated),
-                running.quiet,
+            whole = processes.first(
+                lambda: verified(
+                    journal,
+                    stages[0].planned.source.directory,
+                    _single(stages, calibrated),
+                    running.quiet,
+                )
             )
-            if found is not None:
-                return found
+            if whole is not None:
+                return whole
+            journal.tell()
         advice = calibration_advice(stages)
         for line in (text.note, advice):
             if line and not running.quiet:
                 print(line, file=sys.stderr, flush=True)
         tokens = text.tokens
         if tokens is None and calibrated:
-            tokens = sample_tokens(stages, journal.work / TOKENS, running, text.preset)
+            kept = journal.work / TOKENS
+            tokens = processes.first(lambda: sample_tokens(stages, kept, running, text.preset))
 
         def facts(sweep: Sweep) -> dict[str, Any]:
             return {
@@ -190,7 +201,7 @@ def carry_out(
                 "passes": [found for visitor in sweep.passes if (found := visitor.facts())],
                 "seconds": time.monotonic() - began,
                 "peak_memory_bytes": peak_bytes(),
-                "device": signature(running.device),
+                "device": running.signature,
                 "peak_device_bytes": peak_device_bytes(running.device),
             }
 
@@ -205,6 +216,16 @@ def carry_out(
         raise
     finally:
         journal.close()
+
+
+def _require_same(identities: Sequence[str]) -> None:
+    """`OutputError` where processes are about to work on different things."""
+    for rank, identity in enumerate(identities):
+        if identity != identities[0]:
+            raise OutputError(
+                f"process {rank} has another model, recipe, calibration text, device or version "
+                "than process 0; all have to be given the same"
+            )
 
 
 def _single(stages: list[Stage], calibrated: bool) -> Sequence[Shard] | None:
@@ -226,11 +247,11 @@ def sample_tokens(stages: list[Stage], kept: Path, running: Running, preset: str
 
 
 def job_fingerprint(recipe: StagedRecipe, stages: list[Stage], text: Text, running: Running) -> str:
-    """Of everything the result depends on, the kind of device and the threads among it."""
+    """Of everything the result depends on, the kind of device, threads and processes among it."""
     used = text.identity or ("model" if needs_calibration(stages) else "none")
     plan = stages[-1].planned.plan
     parts = [fingerprint(stages[0].planned.source), recipe.sha256, used, __version__]
-    parts += [signature(running.device), str(running.dtype), plan.layout.name]
+    parts += [running.signature, str(running.dtype), plan.layout.name]
     choices = [list(job.variants) for job in plan.jobs if job.choices]
     parts += [str(choices)] if choices else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

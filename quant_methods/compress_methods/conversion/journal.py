@@ -27,20 +27,34 @@ from compress_methods.errors import OutputError
 from compress_methods.system.files import fsync_directory
 from compress_methods.system.journal_file import JournalFile
 from compress_methods.system.lock import LOCK_FILE, DirectoryLock
+from compress_methods.system.processes import Processes
 
 WORK = ".work"
 JOURNAL = "journal.jsonl"
 
 
 class Journal:
-    """An output directory, locked for this process. `finished` maps shard names to their lines."""
+    """An output directory, locked for this process. `finished` maps shard names to their lines.
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
+    Of several `processes` the first alone has the directory; the others know what it tells them,
+    and hand it their shares of the activations.
+    """
+
+    def __init__(
+        self, directory: Path, fingerprint: str, processes: Processes | None = None
+    ) -> None:
         self.directory = directory
         self.work = directory / WORK
         self.fingerprint = fingerprint
         self.finished: dict[str, dict[str, Any]] = {}
         self.complete = False
+        self.processes = processes or Processes()
+        if self.processes.leads:
+            self._open()
+        self.tell()
+
+    def _open(self) -> None:
+        directory = self.directory
         self._file = JournalFile(self.work / JOURNAL)
         self._created = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
@@ -98,11 +112,19 @@ class Journal:
                 "choose another output directory or delete this one"
             )
 
+    def tell(self) -> None:
+        """Have all processes know what is finished."""
+        self.complete, self.finished = self.processes.agree((self.complete, self.finished))
+
     def record(self, shard: str, file: str, facts: Mapping[str, Any]) -> None:
         """Journal a shard whose file is in place."""
-        line = {"shard": shard, "file": file, "sha256": sha256(self.directory / file), **facts}
-        self._file.append(line)
-        self.finished[shard] = line
+
+        def append() -> dict[str, Any]:
+            line = {"shard": shard, "file": file, "sha256": sha256(self.directory / file), **facts}
+            self._file.append(line)
+            return line
+
+        self.finished[shard] = self.processes.first(append)
 
     def holds(self, shard: str) -> bool:
         """Whether the file of a finished shard is as it was written."""
@@ -128,25 +150,33 @@ class Journal:
 
     def save_states(self, index: int, states: Mapping[str, Tensor]) -> None:
         """Keep the activations at the input of block `index`."""
-        write_checked(self._states(index), states)
+        for rank, mine in self.processes.collected(states):
+            write_checked(self._states(index, rank), mine)
 
     def load_states(self, index: int) -> dict[str, Tensor] | None:
-        """The activations at the input of block `index`; None where damaged or not there."""
-        return read_checked(self._states(index))
+        """This process's activations at the input of block `index`; None where damaged or not
+        there."""
+        return read_checked(self._states(index, self.processes.rank))
+
+    def keeps_states(self, index: int) -> bool:
+        """Whether those of all processes are as they were written."""
+        paths = [self._states(index, rank) for rank in range(self.processes.count)]
+        return all(read_checked(path) is not None for path in paths)
 
     def saved_index(self) -> int | None:
         """The furthest block that activations are kept for."""
         found = self.work.glob("activations-*.safetensors")
-        return max((int(path.stem.partition("-")[2]) for path in found), default=None)
+        return max(map(_index, found), default=None)
 
     def drop_states(self, below: int) -> None:
         """Delete the activations of earlier blocks."""
-        for path in self.work.glob("activations-*.safetensors"):
-            if int(path.stem.partition("-")[2]) < below:
+        for path in self.work.glob("activations-*.safetensors") if self.processes.leads else ():
+            if _index(path) < below:
                 path.unlink()
 
-    def _states(self, index: int) -> Path:
-        return self.work / f"activations-{index:05d}.safetensors"
+    def _states(self, index: int, rank: int) -> Path:
+        own = f"-{rank}" if self.processes.count > 1 else ""
+        return self.work / f"activations-{index:05d}{own}.safetensors"
 
     def finish(self) -> None:
         """Everything is written and verified: remove the traces of the work."""
@@ -157,7 +187,7 @@ class Journal:
 
     def abandon(self) -> None:
         """If no shard was finished yet, leave the place as it was found."""
-        if not self.finished and not self.complete:
+        if self.processes.leads and not self.finished and not self.complete:
             self.discard()
 
     def discard(self) -> None:
@@ -172,5 +202,11 @@ class Journal:
 
     def close(self) -> None:
         """Release the lock."""
-        self._file.close()
-        self._lock.close()
+        if self.processes.leads:
+            self._file.close()
+            self._lock.close()
+
+
+def _index(states: Path) -> int:
+    """The block that a file of activations is for."""
+    return int(states.stem.split("-")[1])

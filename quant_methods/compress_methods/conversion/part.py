@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress_methods.algorithms import Seen, Statistic
 from compress_methods.algorithms.statistics import Gatherer
+from compress_methods.algorithms.summing import summed
 from compress_methods.checkpoint.source import Source
 from compress_methods.conversion.planning.plan import HEAD_BLOCK, Job, Plan, Shard
 from compress_methods.errors import RecipeError
@@ -25,6 +26,7 @@ from compress_methods.formats import Format, Stored, torch_dtype
 from compress_methods.model.block_runner import BlockRunner
 from compress_methods.model.skeleton import Skeleton
 from compress_methods.model.slot import Slot
+from compress_methods.system.processes import Processes
 from compress_methods.system.progress import Progress
 
 Facts = dict[str, Any]
@@ -56,9 +58,11 @@ class StreamedPart:
         index: int | None,
         device: torch.device,
         progress: Progress,
+        processes: Processes | None = None,
     ) -> None:
         self.planned, self.shard, self.index = planned, shard, index
         self.device, self.progress = device, progress
+        self.processes = processes or Processes()
         self.jobs = {job.slot.module: job for job in shard.jobs}
         self.edited: dict[str, Tensor] = {}
         self.stored: dict[str, Tensor] = {}
@@ -166,7 +170,10 @@ class StreamedPart:
         yield self.inputs(), self.inputs()
 
     def store(self, job: Job, tensors: Mapping[str, Tensor], facts: Facts) -> None:
-        """Keep a packed matrix, by the names its format gives the tensors, until it is written."""
+        """Keep a packed matrix, by the names its format gives the tensors, until it is written: by
+        the first of several processes."""
+        if not self.processes.leads:
+            return
         shape = (job.slot.rows, job.slot.cols)
         stored = Stored.whole(job.format, {n: t.cpu() for n, t in tensors.items()}, shape)
         self.stored |= self.planned.plan.layout.write(job.slot.module, stored)
@@ -227,7 +234,7 @@ class BlockPart(StreamedPart):
         weights: Mapping[str, Tensor] | None = None,
     ) -> Mapping[str, Seen]:
         """Those of one model: nothing of what compares it with the original. `weights` of tokens
-        as `Gatherer` takes them."""
+        as `Gatherer` takes them. Of several processes each has the sums over all."""
         mine = {name: asked for name, asked in needs.items() if self.runs(name)}
         gatherer = Gatherer(mine, weights)
         if not gatherer.needs:
@@ -238,7 +245,7 @@ class BlockPart(StreamedPart):
         else:
             assert self.index is not None
             self.runner.watch(self.index, states, gatherer.needs, gatherer.hook)
-        return gatherer.seen
+        return summed(gatherer.seen, gatherer.needs, self.device, self.processes)
 
     def runs(self, module: str) -> bool:
         """Whether it has inputs to see: it is a layer that runs, or an expert's matrix."""

@@ -41,7 +41,7 @@ def forget_damaged(
     moved = {shard.name for shard in finished if shard.block is not None}
     again = set(lost)
     if runs_text and blocks:
-        gone = journal.load_states(len(blocks)) is None
+        gone = not journal.keeps_states(len(blocks))
         if gone or any(shard.name in lost for shard in blocks):
             again |= moved
     if again:

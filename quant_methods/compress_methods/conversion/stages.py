@@ -26,7 +26,7 @@ from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.loading.tied import open_skeleton, untie, untied
 from compress_methods.checkpoint.sharding import shares_heads
 from compress_methods.checkpoint.source import Source, name_of, open_source, resolve_model
-from compress_methods.conversion.driver import Running, Sweep, Target
+from compress_methods.conversion.driver import Sweep, Target
 from compress_methods.conversion.finalize import StageSummary, finalize
 from compress_methods.conversion.history import History
 from compress_methods.conversion.journal import REPORT, WORK, Journal
@@ -38,6 +38,7 @@ from compress_methods.conversion.planning.calibration import with_samples
 from compress_methods.conversion.planning.plan import Plan
 from compress_methods.conversion.planning.preview import preview, preview_plan
 from compress_methods.conversion.planning.sharing import plan_shared, share_again
+from compress_methods.conversion.running import Running
 from compress_methods.errors import RecipeError
 from compress_methods.evaluation.outputs.judge import require_tokens
 from compress_methods.model.relayout import relaid
@@ -262,7 +263,10 @@ def run_stages(
             sweep = _sweep(stage, tokens, base, label, running)
             if number == len(stages):
                 sweep.execute(journal)
-                return _finalize(sweep, stage, history, run_facts)
+                last = stage
+                return running.processes.first(
+                    lambda: _finalize(sweep, last, history, run_facts)
+                )
             with closing(Journal(place, journal.fingerprint)) as inner:
                 lost = tokens is not None and base is None
                 if inner.complete and (lost or find_damaged(place)):

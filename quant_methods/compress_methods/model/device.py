@@ -62,8 +62,9 @@ def pinned(states: Tensor, device: torch.device) -> Tensor:
     return states.pin_memory() if device.type == "cuda" else states
 
 
-def batch_size(device: torch.device, sequence_bytes: int, *counts: int) -> int:
-    """Sequences that go through a block together: the largest batch that divides every count.
+def batch_size(device: torch.device, sequence_bytes: int, *counts: int, ways: int = 1) -> int:
+    """Sequences that go through a block together: the largest batch that divides every count, and
+    of the first count leaves one for each of so many `ways` it is split.
 
     On CPUs up to 8; on GPUs as many as a quarter of the free memory holds the activations of,
     `sequence_bytes` each.
@@ -73,4 +74,5 @@ def batch_size(device: torch.device, sequence_bytes: int, *counts: int) -> int:
         free = torch.cuda.mem_get_info(device)[0]
         most = max(1, int(SHARE * free) // max(1, sequence_bytes))
     common = gcd(*counts)
-    return next(b for b in range(min(most, common), 0, -1) if common % b == 0)
+    most = max(1, min(most, common, counts[0] // ways))
+    return next(b for b in range(most, 0, -1) if common % b == 0)

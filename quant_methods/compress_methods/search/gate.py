@@ -30,7 +30,7 @@ from typing import Any
 from compress_methods.calibration.text import describe_file
 from compress_methods.checkpoint.compressed import read_json
 from compress_methods.checkpoint.interchange import Layout
-from compress_methods.conversion.driver import Running
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     Text,

@@ -33,7 +33,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress_methods.conversion.driver import SURVEY, Running
+from compress_methods.conversion.driver import SURVEY
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     carry_out,

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from compress_methods.conversion.driver import Running, Sweep
+from compress_methods.conversion.driver import Sweep
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     check_calibration,

@@ -52,7 +52,7 @@ from compress_methods.checkpoint.source import (
     open_source,
     resolve_model,
 )
-from compress_methods.conversion.driver import Running
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import TOKENS
 from compress_methods.conversion.journal import WORK, Journal
 from compress_methods.conversion.recovery import verified
@@ -67,13 +67,14 @@ from compress_methods.recipe.training import Training
 from compress_methods.search.publish import CARD, opened, publish
 from compress_methods.system.files import copy_file, write_text
 from compress_methods.system.memory import peak_bytes
+from compress_methods.system.processes import Processes
 from compress_methods.system.progress import Progress
 from compress_methods.training.cost import Planned, require_memory
 from compress_methods.training.lessons import COUNTED, Row
 from compress_methods.training.lessons import TOKENS as INPUT
 from compress_methods.training.material import Material, plain_rows, read_material
 from compress_methods.training.noted import note_all
-from compress_methods.training.processes import Processes, join
+from compress_methods.training.processes import join
 from compress_methods.training.student import Student, check_adapters
 
 TRAINING, RESULT, CHECKPOINTS, NOTED = "training", "result", "checkpoints", "noted"
@@ -107,7 +108,8 @@ def recover(
 ) -> dict[str, Any]:
     """Train `model` towards `teacher` into `out`, or go on; returns the report."""
     require_trainer()
-    processes, running = join(settings, running)
+    running = join(settings, running)
+    processes = running.processes
     pair = open_pair(model, teacher, settings, running)
     if not processes.leads:
         if processes.agree(False):

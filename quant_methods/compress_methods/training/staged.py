@@ -25,7 +25,7 @@ from compress_methods.checkpoint.integrity import find_damaged
 from compress_methods.checkpoint.interchange import Layout
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.loading.model import load_model
-from compress_methods.conversion.driver import Running
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     Text,
@@ -46,7 +46,6 @@ from compress_methods.recipe.training import Training
 from compress_methods.search.prune_to import Opening
 from compress_methods.search.publish import Report, opened, publish
 from compress_methods.training.material import plain_rows, read_material
-from compress_methods.training.processes import count_of
 from compress_methods.training.recover import TRAINING, measure, recover, require_trainer
 
 SEGMENTS, STAGES = "segments", "stages"
@@ -68,11 +67,6 @@ class Trained:
         running: Running,
     ) -> None:
         require_trainer()
-        if count_of() > 1:
-            raise RecipeError(
-                f"recipe {recipe.name!r}: is carried out by one process; what it prunes or packs "
-                "can be trained by several with `recover`"
-            )
         if layout is not OWN:
             raise RecipeError(f"recipe {recipe.name!r}: cannot train the layout {layout.name!r}")
         self.out, self.opening, self.running = out, opening, running

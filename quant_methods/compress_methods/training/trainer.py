@@ -26,7 +26,7 @@ from compress_methods.system.progress import Progress
 from compress_methods.training.lessons import Row
 from compress_methods.training.material import Batch, collate
 from compress_methods.training.objectives.objective import Objective
-from compress_methods.training.processes import Processes
+from compress_methods.system.processes import Processes
 from compress_methods.training.student import Student
 
 CHECKS = 10

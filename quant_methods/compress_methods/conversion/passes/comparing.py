@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compress_methods.algorithms import Seen, Statistic
 from compress_methods.algorithms.statistics import Comparison, RowGroups
+from compress_methods.algorithms.summing import summed
 from compress_methods.conversion.part import BlockPart
 from compress_methods.conversion.planning.plan import HEAD_BLOCK
 from compress_methods.model.stream import Watched, find_places, watch
@@ -58,8 +59,21 @@ class Comparer:
             missing -= seen.inputs.keys()
             if not missing:  # an expert may have to wait for its first token
                 break
+        groups = self._agreed(groups)
         found = [[f"{self.part.prefix}.{name}" for name in names] for names in groups]
         return [names for group in found for names in self._shared(group)]
+
+    def _agreed(self, groups: Sequence[Sequence[str]]) -> list[list[str]]:
+        """What each of several processes has found, those of the first one first."""
+        told = self.part.processes.gathered((groups, self.places))
+        self.places = {n: place for _, places in reversed(told) for n, place in places.items()}
+        found: list[list[str]] = []
+        known: set[str] = set()
+        for each, _ in told:
+            new = [[name for name in names if name not in known] for names in each]
+            found += [names for names in new if names]
+            known = {name for names in found for name in names}
+        return found
 
     def _shared(self, modules: Sequence[str]) -> list[list[str]]:
         """Those that read one input, apart where each weights it in its own way."""
@@ -95,7 +109,8 @@ class Comparer:
                     statistic.add_batch(x)
                     statistic.tokens += len(x)
         made = {cls: s for cls, s in made.items() if s.tokens}
-        return {n: {cls: made[cls] for cls in asked if cls in made} for n, asked in needs.items()}
+        seen = {n: {cls: made[cls] for cls in asked if cls in made} for n, asked in needs.items()}
+        return summed(seen, needs, self.part.device, self.part.processes)
 
     def _make(self, cls: type[Statistic], module: str, x: Tensor) -> Statistic:
         if module in self.weights:

@@ -25,6 +25,7 @@ from compress_methods.algorithms.statistics import (
 from compress_methods.checkpoint.loading.model import quantize_expert_inputs, quantize_inputs
 from compress_methods.conversion.part import BlockPart, Facts, StreamedPart
 from compress_methods.conversion.passes.comparing import Comparer, Needs
+from compress_methods.conversion.passes.dealing import Solution, solutions
 from compress_methods.conversion.passes.experts import EXPERTS, fed, rounds
 from compress_methods.conversion.passes.refining import SAVED, Solved, refine_block
 from compress_methods.conversion.passes.repacking import repack
@@ -48,8 +49,10 @@ class Packing(Pass):
         if isinstance(part, BlockPart):
             pack_loaded(part)
         else:
-            for job in part.shard.jobs:
-                (repack if job.algorithm.copies else pack_streamed)(part, job)
+            copied = [job for job in part.shard.jobs if job.algorithm.copies]
+            for job in copied:
+                repack(part, job)
+            pack_streamed(part, [job for job in part.shard.jobs if job not in copied])
 
 
 def pack_loaded(part: BlockPart) -> None:
@@ -118,21 +121,24 @@ def _pack_seen(
     """Solve some matrices from the statistics of their inputs; returns those to be refined, whose
     values are not final. `tokens`: how many came to matrices that not all come to."""
     shared: dict[tuple[Any, ...], Any] = {}
+
+    def solve(job: Job) -> Solution:
+        module = job.slot.module
+        if job.algorithm.needs(job.format) and module not in seen:
+            raise CalibrationError(f"{module}: never ran during calibration; leave it out")
+        return _solve_seen(part, job, part.weight(job.slot).float(), seen.get(module, {}), shared)
+
     solved: list[Solved] = []
-    for job in jobs:
-        slot = job.slot
-        mine = seen.get(slot.module, {})
-        if job.algorithm.needs(job.format) and slot.module not in seen:
-            raise CalibrationError(f"{slot.module}: never ran during calibration; leave it out")
-        weight = part.weight(slot)
-        tensors, aim, facts = _solve_seen(part, job, weight.float(), mine, shared)
+    for job, found in solutions(jobs, seen, solve, part.device, part.processes):
+        slot, tensors = job.slot, found.tensors
         if job.algorithm.refinement is not None:
-            relaxed = job.format.relax(job.format.solution(tensors), aim)
+            assert found.aim is not None
+            relaxed = job.format.relax(job.format.solution(tensors), found.aim)
             solved.append(Solved(job, tensors, relaxed))
         else:
             came = {} if not tokens else {"tokens": tokens[slot.module]}
-            part.store(job, tensors, {**facts, **came})
-        weight.copy_(job.format.unpack(tensors))
+            part.store(job, tensors, {**found.facts, **came})
+        part.weight(slot).copy_(job.format.unpack(tensors))
         if slot.module != part.planned.skeleton.head and not slot.index:
             quantize_inputs(part.planned.skeleton.module(slot.module), job.format)
     return solved
@@ -140,9 +146,8 @@ def _pack_seen(
 
 def _solve_seen(
     part: BlockPart, job: Job, weight: Tensor, seen: Seen, shared: dict[tuple[Any, ...], Any]
-) -> tuple[dict[str, Tensor], Tensor, Facts]:
-    """Packed tensors of a matrix, and what they were to come close to. What is prepared of the last
-    statistics stays in `shared`."""
+) -> Solution:
+    """What becomes of a matrix. What is prepared of the last statistics stays in `shared`."""
     algorithm, fmt = job.algorithm, job.format
     groups = by_rows(seen)
     let_go_of_comparisons(seen)
@@ -165,7 +170,7 @@ def _solve_seen(
     values = fmt.unpack(tensors)
     output = relative_error(aim, values, seen) if seen else None
     facts = _facts(part, job, relative_error(weight, values), output, count_zeros(values))
-    return tensors, aim, facts
+    return Solution(tensors, facts, aim)
 
 
 def _refine(part: BlockPart, solved: Sequence[Solved]) -> None:
@@ -183,8 +188,18 @@ def _refine(part: BlockPart, solved: Sequence[Solved]) -> None:
         part.refined[name] = facts
 
 
-def pack_streamed(part: StreamedPart, job: Job) -> None:
-    """Solve a matrix without calibration, a slab of rows at a time where that is possible."""
+def pack_streamed(part: StreamedPart, jobs: Sequence[Job]) -> None:
+    """Solve matrices without calibration."""
+
+    def solve(job: Job) -> Solution:
+        return _solve_streamed(part, job)
+
+    for job, found in solutions(jobs, {}, solve, part.device, part.processes):
+        part.store(job, found.tensors, found.facts)
+
+
+def _solve_streamed(part: StreamedPart, job: Job) -> Solution:
+    """What becomes of a matrix, a slab of rows at a time where that is possible."""
     slot, fmt = job.slot, job.format
     prepared = job.algorithm.ready({}, fmt)
     specs = fmt.tensors(slot.rows, slot.cols)
@@ -194,8 +209,7 @@ def pack_streamed(part: StreamedPart, job: Job) -> None:
         tensors = solve_in_slabs(job.algorithm, fmt, weight.shape, [(weight, prepared)])
         values = fmt.unpack(tensors)
         error = relative_error(weight, values)
-        part.store(job, tensors, _facts(part, job, error, None, count_zeros(values)))
-        return
+        return Solution(tensors, _facts(part, job, error, None, count_zeros(values)))
     stored = {name: spec.empty() for name, spec in specs.items()}
     error, energy, zeros = 0.0, 0.0, [0, 0]
     for first, slab in part.slabs(slot, fmt.alignment(slot.rows, slot.cols)[0]):
@@ -207,7 +221,7 @@ def pack_streamed(part: StreamedPart, job: Job) -> None:
         error += relative_error(weight, values) * here
         energy += here
         zeros = [a + b for a, b in zip(zeros, count_zeros(values), strict=True)]
-    part.store(job, stored, _facts(part, job, error / max(energy, 1e-30), None, zeros))
+    return Solution(stored, _facts(part, job, error / max(energy, 1e-30), None, zeros))
 
 
 def solve_in_slabs(

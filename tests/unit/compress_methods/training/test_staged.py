@@ -14,7 +14,7 @@ from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed, read_entries
 from compress_methods.checkpoint.integrity import find_damaged
 from compress_methods.checkpoint.interchange import Layout
-from compress_methods.conversion.driver import Running
+from compress_methods.conversion.running import Running
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.stages import load_staged
 from compress_methods.recipe.training import Training, parse_training

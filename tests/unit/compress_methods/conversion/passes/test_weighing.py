@@ -18,7 +18,8 @@ from compress_methods.algorithms.pruning.sparsegpt import SparseGPT
 from compress_methods.algorithms.statistics import Hessian, RowGroups, by_rows, relative_error
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.checkpoint.integrity import read_checked
-from compress_methods.conversion.driver import Running, Sweep, Target
+from compress_methods.conversion.driver import Sweep, Target
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import open_job
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.passes import packing, weighing
