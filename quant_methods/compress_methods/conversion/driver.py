@@ -37,14 +37,13 @@ from compress_methods.errors import RecipeError
 from compress_methods.evaluation.outputs.judge import Judge
 from compress_methods.formats import TensorSpec, torch_dtype
 from compress_methods.model.block_runner import BlockRunner
-from compress_methods.model.device import batch_size, exact_products, pinned
+from compress_methods.model.device import batch_size, exact_products, pinned, unit_size
 from compress_methods.system.progress import Progress
 from compress_methods.transforms import Pass
 
 CALIBRATION, TEACHER = "calibration", "teacher"
 HELD_BASE, HELD_COMPRESSED = "held_base", "held_compressed"
 SURVEY = "survey.safetensors"
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -251,9 +250,8 @@ class Sweep:
 
     def _start(self, shard: Shard | None) -> None:
         """Before the first shard that needs it: materialize what surrounds the blocks, embed."""
-        if self.tokens is None or self.runner is not None:
-            return
-        if shard is not None and shard.block is None:
+        outside = shard is not None and shard.block is None
+        if self.tokens is None or self.runner is not None or outside:
             return
         index = sum(u.block is not None and u.block >= 0 for u in self.planned.plan.shards)
         if shard is not None and shard.block is not None and shard.block >= 0:
@@ -269,9 +267,7 @@ class Sweep:
         device, dtype = self.running.device, self.running.dtype
         # About a dozen tensors of the width of the states are alive inside a block.
         sequence = 12 * settings.length * width * dtype.itemsize
-        processes = self.running.processes
-        counts = settings.samples, settings.held_out
-        batch = min(processes.gathered(batch_size(device, sequence, *counts, ways=processes.count)))
+        batch = batch_size(device, sequence, *map(len, self._texts()))
         runner = BlockRunner(skeleton, batch, device, dtype, settings.experts == ALL)
         tables = {f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"}
         for name in skeleton.parameter_names():
@@ -284,13 +280,13 @@ class Sweep:
     ) -> dict[str, Tensor]:
         """The activations at the input of block `index`, as saved, else embedded."""
         assert self.tokens is not None
-        rows, samples = self.tokens.unique(), self.planned.plan.recipe.calibration.samples
+        rows = self.tokens.unique()
         tables = embedding_rows(self._written(), rows)
         saved = self.journal.load_states(index)
         if saved is not None:
             runner.embed(self.tokens[: runner.batch], tables["base"], rows)
             return {name: pinned(tensor, runner.device) for name, tensor in saved.items()}
-        calibration, held = self.tokens[:samples], self.tokens[samples:]
+        calibration, held = self._texts()
         which = {
             CALIBRATION: (calibration, "result"),
             TEACHER: (calibration, "base"),
@@ -299,29 +295,31 @@ class Sweep:
         }
         found: dict[str, Tensor] = {}
         for name in names:
-            tokens, table = self._mine(which[name][0], runner.batch), tables[which[name][1]]
-            # A process has calibration text in any case, but maybe none that is held out.
-            some = runner.embed(tokens, table, rows) if len(tokens) else found[CALIBRATION][:0]
-            found[name] = pinned(some, runner.device)
+            tokens, table = which[name][0], tables[which[name][1]]
+            # One of several processes may have no text that is held out.
+            none = not len(tokens) and CALIBRATION in found
+            states = found[CALIBRATION][:0] if none else runner.embed(tokens, table, rows)
+            found[name] = pinned(states, runner.device)
         return found
 
-    def _mine(self, sequences: Tensor, batch: int) -> Tensor:
-        """Those that run through the model in this process."""
-        return sequences[self.running.processes.share(len(sequences), batch)]
+    def _texts(self) -> list[Tensor]:
+        """Calibration and held-out tokens that run through the model in this process."""
+        settings, processes = self.planned.plan.recipe.calibration, self.running.processes
+        assert self.tokens is not None
+        unit = unit_size(processes.count, settings.samples, settings.held_out)
+        both = self.tokens[: settings.samples], self.tokens[settings.samples :]
+        return [tokens[processes.share(len(tokens), unit)] for tokens in both]
 
     def _compare(self) -> None:
         """Perplexity and KL on the held-out sequences."""
-        settings = self.planned.plan.recipe.calibration
-        assert self.tokens is not None
         if self.base is None:
             self.base = self.states[HELD_BASE]
-        if settings.held_out:
+        if self.planned.plan.recipe.calibration.held_out:
             states = {"base": self.base, "result": self.states[HELD_COMPRESSED]}
-            held = self._mine(self.tokens[settings.samples :], self.runner_.batch)
-            planned, processes = self.planned, self.running.processes
+            planned, written = self.planned, self._written()
             judge = Judge.of(planned.skeleton.architecture, planned.source.directory)
-            mine = compare_held_out(self.runner_, self._written(), states, held, judge)
-            sums = [one for each in processes.gathered(mine) for one in each]
+            mine = compare_held_out(self.runner_, written, states, self._texts()[1], judge)
+            sums = [one for each in self.running.processes.gathered(mine) for one in each]
             self.held_out = judge.result(sums).to_dict()
             # A search that chooses by one half can only be believed on the other.
             halves = (sums[i::2] for i in (0, 1) if sums[i::2])

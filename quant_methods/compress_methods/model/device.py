@@ -62,9 +62,8 @@ def pinned(states: Tensor, device: torch.device) -> Tensor:
     return states.pin_memory() if device.type == "cuda" else states
 
 
-def batch_size(device: torch.device, sequence_bytes: int, *counts: int, ways: int = 1) -> int:
-    """Sequences that go through a block together: the largest batch that divides every count, and
-    of the first count leaves one for each of so many `ways` it is split.
+def batch_size(device: torch.device, sequence_bytes: int, *counts: int) -> int:
+    """Sequences that go through a block together: the largest batch that divides every count.
 
     On CPUs up to 8; on GPUs as many as a quarter of the free memory holds the activations of,
     `sequence_bytes` each.
@@ -73,6 +72,16 @@ def batch_size(device: torch.device, sequence_bytes: int, *counts: int, ways: in
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         most = max(1, int(SHARE * free) // max(1, sequence_bytes))
-    common = gcd(*counts)
-    most = max(1, min(most, common, counts[0] // ways))
-    return next(b for b in range(most, 0, -1) if common % b == 0)
+    return _divisor(gcd(*counts), most)
+
+
+def unit_size(ways: int, *counts: int) -> int:
+    """Sequences that stay together where so many processes share them, so that each can run
+    batches: at most 8, and of the first count something for each. By the counts alone: what is
+    whose stays the same."""
+    return _divisor(gcd(*counts), min(MOST_SEQUENCES, max(1, counts[0] // ways)))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return next(b for b in range(min(most, number), 0, -1) if number % b == 0)

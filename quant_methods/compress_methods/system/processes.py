@@ -108,12 +108,14 @@ class Processes:
         for rank in range(1, self.count):
             if self.leads:
                 found = {n: torch.empty(s, dtype=dtype) for n, (s, dtype) in shapes[rank].items()}
-                for tensor in found.values():
-                    _carry(tensor, lambda piece, rank=rank: torch.distributed.recv(piece, rank))
+                for piece in _pieces(found):
+                    with _meeting():
+                        torch.distributed.recv(piece, rank)
                 yield rank, found
             elif self.rank == rank:
-                for tensor in tensors.values():
-                    _carry(tensor.contiguous(), lambda piece: torch.distributed.send(piece, 0))
+                for piece in _pieces({n: t.contiguous() for n, t in tensors.items()}):
+                    with _meeting():
+                        torch.distributed.send(piece, 0)
 
     def share(self, count: int, unit: int = 1) -> slice:
         """Which of `count` things in a row are this process's, in whole units of `unit`."""
@@ -127,10 +129,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _carry(tensor: Tensor, over: Callable[[Tensor], Any]) -> None:
-    for piece in _bytes(tensor).split(CHUNK) if tensor.numel() else ():
-        with _meeting():
-            over(piece)
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors.values():
+        yield from _bytes(tensor).split(CHUNK) if tensor.numel() else ()
 
 
 @contextmanager
@@ -184,7 +185,9 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 @cache
 def _store() -> Any:
     """Where the processes meet; torchrun's own, which outlives each of them."""
-    return next(torch.distributed.rendezvous("env://", timeout=MEET))[0]
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=MEET))[0]
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from compress_methods.conversion.part import Planned
 from compress_methods.conversion.passes.allocation import find_groups
-from compress_methods.conversion.passes.weighing import groups_of
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.stages import StagedRecipe
 
@@ -19,11 +18,14 @@ from compress_methods.recipe.stages import StagedRecipe
 def require_divisible_recipe(recipe: StagedRecipe, count: int) -> None:
     """`RecipeError` where a recipe cannot be carried out by so many processes, as far as it tells
     without a model."""
+    rules = recipe.packing.modules if recipe.packing is not None else ()
     asked = {
         "accept": recipe.accept is not None,
         "train": bool(recipe.training),
         "search": recipe.search is not None or recipe.level is not None,
+        "loss_groups": any(rule.algorithm.loss_groups for rule in rules),
         **{visitor.name: True for visitor in recipe.transforms},
+        **{rule.algorithm.name: True for rule in rules if rule.algorithm.refinement is not None},
     }
     _require_none(recipe.name, [name for name, is_asked in asked.items() if is_asked], count)
 
@@ -44,10 +46,6 @@ def _undivided(planned: Planned) -> Iterator[str]:
     if find_groups(plan, planned.skeleton.architecture):
         yield "choosing among formats (budget, allocate)"
     for job in plan.jobs:
-        if groups_of(job):
-            yield "loss_groups"
-        if job.algorithm.refinement is not None:
-            yield job.algorithm.name
         yield from (cls.__name__ for cls in job.algorithm.needs(job.format) if not cls.sums)
 
 
