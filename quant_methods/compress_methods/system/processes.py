@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MEET = timedelta(minutes=10)
 WORK = timedelta(days=14)
 """How long one process may wait for another: it is told when one has ended, and a model may need
 hours to write its calibration text."""
+PARTING = 0.3
 CHUNK = 2**28
 FAILED = "vllm_compress/failed"
 CONTINUES = "what is finished is kept, the same command continues from there"
@@ -173,13 +175,20 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
             torch.distributed.init_process_group(
                 BACKENDS[device.type], store=_store(), rank=rank, world_size=count, timeout=WORK
             )
-            atexit.register(torch.distributed.destroy_process_group)
+            atexit.register(_leave)
     except (KeyError, RuntimeError, ValueError) as problem:
         raise CompressError(
             f"WORLD_SIZE is {count}, but the processes do not meet ({problem}); start them with "
             "torchrun, or unset it"
         ) from problem
     return Processes(count, rank), device
+
+
+def _leave() -> None:
+    """Threads of gloo's let go of the last tensors a moment after those were sent, and need the
+    interpreter for it: one that is about to end would abort the process."""
+    torch.distributed.destroy_process_group()
+    time.sleep(PARTING)
 
 
 @cache
