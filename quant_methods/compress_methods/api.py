@@ -17,12 +17,12 @@ from compress_methods.checkpoint.interchange.gguf.entries import METHOD as GGUF
 from compress_methods.checkpoint.interchange.gguf.equals import equal_of
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.source import at_revision, resolve_model
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.exchange.exporting import require_writable, write_gguf
 from compress_methods.conversion.exchange.importing import REFUSE, UNPACK, import_recipe
 from compress_methods.conversion.job import Text, carry_out, check_calibration, statement
 from compress_methods.conversion.passes.divisible import require_divisible_recipe
 from compress_methods.conversion.planning.calibration import settings_of
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import OutputError, RecipeError
 from compress_methods.model.device import AUTO, resolve_device

@@ -370,8 +370,7 @@ class Sweep:
         bare = replace(self.planned, plan=replace(self.planned.plan, shards=tuple(shards)))
         target, self.target = self.target, replace(self.target, planned=bare)
         label = self.label + ", surveying blocks"
-        quiet = self.running.quiet
-        with Progress(count, label, done=first, quiet=quiet) as self.progress:
+        with Progress(count, label, done=first, quiet=self.running.quiet) as self.progress:
             self.runner = self._make_runner()
             self.states = self._load_states(self.runner, first, names)
             for index in range(first, count):

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +264,7 @@ def run_stages(
             sweep = _sweep(stage, tokens, base, label, running)
             if number == len(stages):
                 sweep.execute(journal)
-                last = stage
-                return running.processes.first(
-                    lambda: _finalize(sweep, last, history, run_facts)
-                )
+                return running.processes.first(partial(_finalize, sweep, stage, history, run_facts))
             with closing(Journal(place, journal.fingerprint)) as inner:
                 lost = tokens is not None and base is None
                 if inner.complete and (lost or find_damaged(place)):

@@ -30,7 +30,6 @@ from typing import Any
 from compress_methods.calibration.text import describe_file
 from compress_methods.checkpoint.compressed import read_json
 from compress_methods.checkpoint.interchange import Layout
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     Text,
@@ -44,6 +43,7 @@ from compress_methods.conversion.journal import REPORT, WORK, Journal, sha256
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.resources import require_room, stages_disk
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.stages import Stage, open_stages
 from compress_methods.errors import NotAccepted
 from compress_methods.evaluation import tasks

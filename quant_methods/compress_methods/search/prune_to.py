@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.conversion.driver import SURVEY
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     carry_out,
@@ -46,6 +45,7 @@ from compress_methods.conversion.journal import REPORT, WORK, Journal
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.resources import require_room, stages_disk
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.stages import Stage, open_stages
 from compress_methods.errors import CompressError, FormatError, RecipeError
 from compress_methods.recipe.stages import PruneTo, StagedRecipe

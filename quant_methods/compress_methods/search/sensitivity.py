@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from compress_methods.conversion.driver import Sweep
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     check_calibration,
@@ -30,6 +29,7 @@ from compress_methods.conversion.job import (
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.passes.allocation import AllocatedPacking, Group, find_groups
 from compress_methods.conversion.planning.plan import Job, Plan
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.stages import open_stages
 from compress_methods.errors import OutputError, RecipeError, named, nearest
 from compress_methods.recipe.stages import StagedRecipe

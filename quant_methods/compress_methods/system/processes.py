@@ -101,7 +101,9 @@ class Processes:
             with _meeting():
                 torch.distributed.broadcast(_bytes(tensor), src=rank)
 
-    def collected(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    def collected(
+        self, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """In the first process (rank, tensors on the CPU) of one process after the other, so that
         no more than one's come to its own; in the others nothing."""
         shapes = self.gathered({n: (t.shape, t.dtype) for n, t in tensors.items()})

@@ -52,11 +52,11 @@ from compress_methods.checkpoint.source import (
     open_source,
     resolve_model,
 )
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import TOKENS
 from compress_methods.conversion.journal import WORK, Journal
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.report import model_card
+from compress_methods.conversion.running import Running
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits

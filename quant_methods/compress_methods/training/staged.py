@@ -25,7 +25,6 @@ from compress_methods.checkpoint.integrity import find_damaged
 from compress_methods.checkpoint.interchange import Layout
 from compress_methods.checkpoint.interchange.own import OWN
 from compress_methods.checkpoint.loading.model import load_model
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import (
     TOKENS,
     Text,
@@ -39,6 +38,7 @@ from compress_methods.conversion.job import (
 from compress_methods.conversion.journal import REPORT, WORK, Journal
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.recovery import verified
+from compress_methods.conversion.running import Running
 from compress_methods.conversion.stages import PACKING, open_stages
 from compress_methods.errors import RecipeError
 from compress_methods.recipe.stages import StagedRecipe

@@ -22,11 +22,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from compress_methods.model.skeleton import quiet_transformers
 from compress_methods.recipe.training import QAT, Training
+from compress_methods.system.processes import Processes
 from compress_methods.system.progress import Progress
 from compress_methods.training.lessons import Row
 from compress_methods.training.material import Batch, collate
 from compress_methods.training.objectives.objective import Objective
-from compress_methods.system.processes import Processes
 from compress_methods.training.student import Student
 
 CHECKS = 10

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -163,7 +162,8 @@ def _same_tokens(one: dict[str, Any], two: dict[str, Any]) -> None:
     """Experts of the first layer see the tokens of all processes."""
     first = [name for name in one["modules"] if name.startswith("model.layers.0.mlp.experts.")]
     tokens = [[found["modules"][name]["tokens"] for name in first] for found in (one, two)]
-    assert tokens[0] == tokens[1] and any(tokens[0])
+    assert tokens[0] == tokens[1]
+    assert any(tokens[0])
 
 
 FAILING = """

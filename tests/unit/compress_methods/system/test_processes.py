@@ -20,7 +20,9 @@ def test_shares_are_all_there_is_in_order(count: int, ways: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize(("samples", "held", "ways"), [(128, 8, 3), (16, 4, 4), (9, 6, 2), (3, 0, 3)])
+@pytest.mark.parametrize(
+    ("samples", "held", "ways"), [(128, 8, 3), (16, 4, 4), (9, 6, 2), (3, 0, 3)]
+)
 def test_every_process_has_something_to_calibrate_on(samples: int, held: int, ways: int) -> None:
     unit = unit_size(ways, samples, held)
     assert samples % unit == 0
@@ -45,7 +47,9 @@ def test_processes_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(CompressError, match=r"WORLD_SIZE is 2, but the processes do not meet.*RANK"):
+    with pytest.raises(
+        CompressError, match=r"WORLD_SIZE is 2, but the processes do not meet.*RANK"
+    ):
         join(torch.device("cpu"))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(CompressError, match=r"MASTER_ADDR.*start them with torchrun, or unset it"):

@@ -64,6 +64,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     with pytest.raises(RecipeError, match="batch is 4, expected a multiple of 3 processes"):
         recover(pruned, novels_8m, tmp_path / "out", Training("distill", **SIZE), quiet=True)
     recipe = {"stages": [{"transform": "depth", "keep": [0]}, {"train": "distill", **SIZE}]}
-    with pytest.raises(RecipeError, match="train is carried out by one process, and 3 were started"):
+    with pytest.raises(
+        RecipeError, match="train is carried out by one process, and 3 were started"
+    ):
         convert(novels_8m, recipe, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()

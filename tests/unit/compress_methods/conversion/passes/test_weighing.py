@@ -19,7 +19,6 @@ from compress_methods.algorithms.statistics import Hessian, RowGroups, by_rows, 
 from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.checkpoint.integrity import read_checked
 from compress_methods.conversion.driver import Sweep, Target
-from compress_methods.conversion.running import Running
 from compress_methods.conversion.job import open_job
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.passes import packing, weighing
@@ -27,6 +26,7 @@ from compress_methods.conversion.passes.packing import Packing, solve_in_slabs
 from compress_methods.conversion.passes.weighing import asked_of, groups_of, probe
 from compress_methods.conversion.planning.plan import Job
 from compress_methods.conversion.resources import estimate, estimate_disk
+from compress_methods.conversion.running import Running
 from compress_methods.errors import CalibrationError, RecipeError
 from compress_methods.formats import Format
 from compress_methods.formats.dense import Dense
