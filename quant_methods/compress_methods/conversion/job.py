@@ -48,6 +48,7 @@ from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.recipe.schema import Recipe
 from compress_methods.recipe.stages import StagedRecipe, load_staged
 from compress_methods.system.memory import peak_bytes
+from compress_methods.system.processes import Processes
 from compress_methods.system.progress import Progress
 
 TOKENS = "tokens.safetensors"
@@ -167,10 +168,7 @@ def carry_out(
         require_room(stages_disk([stage.planned for stage in stages], calibrated), out)
     identity = job_fingerprint(recipe, stages, text, running)
     _require_same(processes.gathered(identity))
-    try:
-        journal = Journal(out, identity, processes)
-    except OSError as problem:
-        raise OutputError(named(problem, out)) from problem
+    journal = _opened(out, identity, processes)
     try:
         if journal.complete:
             whole = processes.first(
@@ -216,6 +214,13 @@ def carry_out(
         raise
     finally:
         journal.close()
+
+
+def _opened(out: Path, identity: str, processes: Processes) -> Journal:
+    try:
+        return Journal(out, identity, processes)
+    except OSError as problem:
+        raise OutputError(named(problem, out)) from problem
 
 
 def _require_same(identities: Sequence[str]) -> None:
