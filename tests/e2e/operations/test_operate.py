@@ -360,8 +360,8 @@ def test_compare_tells_a_good_variant_from_a_bad_one(
     operation: Operation, models: dict[str, Path], some_text: Path, tmp_path: Path
 ) -> None:
     text = " ".join(some_text.read_text(encoding="utf-8").split())
-    lines = [text[i : i + 120] for i in range(0, 9600, 120)]
-    # With no error at all it takes 78 prompts to show that there are few; a bad one shows sooner.
+    lines = [text[i : i + 96] for i in range(0, 9600, 96)]
+    # With no error at all it takes 96 prompts to show that there are few; a bad one shows sooner.
     prompts = {"int8": lines, "int2": lines[:24]}
     stacks = {v: Stack(tmp_path / v, models | {"int4": models[v]}) for v in prompts}
     candidates = {variant: stack.server("int4") for variant, stack in stacks.items()}

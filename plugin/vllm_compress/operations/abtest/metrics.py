@@ -6,7 +6,7 @@ which B is worse; None is reported, not judged, unless the user gives one.
 
 The defaults judge quality and reliability. Perplexity may rise by 2%: about what 3-bit GPTQ costs.
 KL may reach 0.05 nats per token. Task scores may fall by 0.02, errors rise by 0.05 (with no error
-at all that takes 62 prompts to show). Speed is not judged by default because nobody but the user
+at all that takes 96 prompts to show). Speed is not judged by default because nobody but the user
 knows whether it may be paid for memory.
 """
 

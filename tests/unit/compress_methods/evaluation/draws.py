@@ -24,13 +24,23 @@ def perplexity(n: int, ratio: float) -> Draw:
     return lambda g: statistics.exp_mean_per(*clusters(g, n, math.log(ratio)), LEVEL)
 
 
-def divergence(n: int, mean: float) -> Draw:
-    """Skewed to the right, as KL is."""
+def divergence(n: int, mean: float, sigma: float = 0.6) -> Draw:
+    """Skewed to the right, as KL is; with sigma 1.5 one prompt has ten times what most have."""
 
     def draw(g: np.random.Generator) -> Estimate:
         sizes = g.integers(20, 200, n).astype(float)
-        per_token = mean * g.lognormal(-0.18, 0.6, n)
+        per_token = mean * g.lognormal(-(sigma**2) / 2, sigma, n)
         return statistics.mean_per(sizes * per_token, sizes, LEVEL)
+
+    return draw
+
+
+def divergence_of_powers(n: int, mean: float) -> Draw:
+    """A tail that falls with the fourth power: no log-normal."""
+
+    def draw(g: np.random.Generator) -> Estimate:
+        sizes = g.integers(20, 200, n).astype(float)
+        return statistics.mean_per(sizes * mean * 2 * g.pareto(3, n), sizes, LEVEL)
 
     return draw
 
@@ -96,6 +106,20 @@ def agreement(n: int, p: float) -> Draw:
     def draw(g: np.random.Generator) -> Estimate:
         whole = g.random(n) < 2 * p - 1
         return statistics.bounded_mean(np.where(whole, 1.0, g.random(n)), LEVEL)
+
+    return draw
+
+
+def rate(n: int, p: float) -> Draw:
+    """Yes or no."""
+    return lambda g: statistics.bounded_mean((g.random(n) < p).astype(float), LEVEL)
+
+
+def losses(n: int, lost: float) -> Draw:
+    """Answers of which A has all, and B all but a few."""
+
+    def draw(g: np.random.Generator) -> Estimate:
+        return statistics.bounded_difference(np.ones(n), (g.random(n) >= lost) * 1.0, LEVEL)
 
     return draw
 

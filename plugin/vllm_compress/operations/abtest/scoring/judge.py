@@ -8,8 +8,10 @@ that error without correction (an intersection-union test: Berger, 1982).
 
 The confidence is that of one look: `comparison` divides what the user allows among all of them.
 
-How many prompts an undecided metric needs follows from the spread seen: the smallest number at
-which a true value equal to the one seen would be told from the margin with a power of 80%.
+How many prompts an undecided metric needs follows from what was seen: the smallest number at which
+the interval would keep clear of the margin with a power of 80%. The value seen is itself unsure, as
+the pairs seen are few, so it is taken to be as bad as it is in one of five cases, up to three times
+the number that would do if it were the true one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 from compress_methods.evaluation.statistics import Estimate
@@ -26,6 +28,8 @@ NON_INFERIOR, INFERIOR, UNDECIDED = "non-inferior", "inferior", "undecided"
 LEAST_PAIRS = 20
 MOST_PAIRS = 10_000_000
 POWER = 0.8
+MOST_CAUTION = 3
+LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,21 @@ class Judgement:
 
 def judge(estimate: Estimate | None, limit: Limit, confidence: float) -> Judgement:
     """Judge one metric; an estimate that is None could not be made."""
-    if estimate is None:
-        return Judgement(UNDECIDED)
+    verdict = UNDECIDED if estimate is None else decide(estimate, limit)
+    if estimate is None or verdict != UNDECIDED:
+        return Judgement(verdict)
+    return Judgement(UNDECIDED, needed_pairs(estimate, limit, confidence))
+
+
+def decide(estimate: Estimate, limit: Limit) -> str:
+    """The verdict on one metric."""
     low, high = limit.bounds()
     if estimate.n >= LEAST_PAIRS:
         if low <= estimate.low and estimate.high <= high:
-            return Judgement(NON_INFERIOR)
+            return NON_INFERIOR
         if estimate.low > high or estimate.high < low:
-            return Judgement(INFERIOR)
-    return Judgement(UNDECIDED, needed_pairs(estimate, limit, confidence))
+            return INFERIOR
+    return UNDECIDED
 
 
 def overall(judgements: Iterable[Judgement]) -> Judgement:
@@ -79,37 +89,59 @@ def overall(judgements: Iterable[Judgement]) -> Judgement:
 
 
 def needed_pairs(estimate: Estimate, limit: Limit, confidence: float) -> int | None:
-    """Count the pairs with which `estimate.value` would be told from the limit at `POWER`; None
-    where no number is enough, as for a limit between the two bounds of a value."""
-    if estimate.most is not None:
-        low, high = limit.bounds()
-        if low <= estimate.value <= high < estimate.most:
-            return None
-        value = estimate.most if estimate.most <= high else estimate.value
-        return needed_pairs(replace(estimate, value=value, most=None), limit, confidence)
-    distance = _distance(estimate, limit)
-    if not distance > 0 or not math.isfinite(distance):
+    """Count the pairs with which the value would be told from the limit at `POWER`; None where no
+    number is enough, as for a limit between the two bounds of a value."""
+    good = _keeps(estimate, limit)
+    if good is None:
         return None
-    normal = NormalDist()
-    errors = normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(POWER)
-    if estimate.proportional and 0 < estimate.value < limit.value:
-        errors *= limit.value / estimate.value
-
-    def enough(pairs: int) -> bool:
-        return errors * estimate.standard_error(pairs) <= distance
-
-    if not enough(MOST_PAIRS):
+    plain = _fewest(estimate, limit, confidence, good)
+    if plain is None:
         return None
-    fewest = bisect_left(range(MOST_PAIRS), True, lo=LEAST_PAIRS, key=enough)
-    return max(fewest, estimate.n + 1)
+    careful = [plain]
+    for value in estimate.interval(estimate.n, 2 * POWER - 1):
+        if math.isfinite(value) and (value > 0 or not estimate.log):
+            assumed = estimate.assuming(value)
+            more = (
+                _fewest(assumed, limit, confidence, good)
+                if _keeps(assumed, limit) is good
+                else None
+            )
+            careful.append(MOST_PAIRS if more is None else more)
+        else:
+            careful.append(MOST_PAIRS)
+    return max(min(max(careful), MOST_CAUTION * plain), estimate.n + 1)
 
 
-def _distance(estimate: Estimate, limit: Limit) -> float:
-    """Measure from the value to the nearer end of what is good, on the scale of the errors."""
-    scale = _log if estimate.log else float
-    ends = [end for end in limit.bounds() if math.isfinite(end)]
-    return min(abs(scale(estimate.value) - scale(end)) for end in ends)
+def _keeps(estimate: Estimate, limit: Limit) -> bool | None:
+    """Whether the value lies on the good side of the limit; None for bounds on either side."""
+    low, high = limit.bounds()
+    most = estimate.value if estimate.most is None else estimate.most
+    if low <= estimate.value and most <= high:
+        return True
+    return None if low <= estimate.value <= high else False
 
 
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
+def _fewest(estimate: Estimate, limit: Limit, confidence: float, good: bool) -> int | None:
+    """The smallest number of pairs whose interval would keep clear of the limit, if chance moved it
+    there; None where not even the largest is enough."""
+    low, high = limit.bounds()
+    power = NormalDist().inv_cdf(POWER)
+
+    def clear(pairs: int) -> bool:
+        by = power * estimate.standard_error(pairs)
+        ends = estimate.interval(pairs, confidence)
+        under, over = (
+            _moved(end, by * way, estimate.log) for way, end in zip((-1, 1), ends, strict=True)
+        )
+        return low <= under and over <= high if good else under > high or over < low
+
+    if not clear(MOST_PAIRS):
+        return None
+    return bisect_left(range(MOST_PAIRS), True, lo=LEAST_PAIRS, key=clear)
+
+
+def _moved(end: float, by: float, log: bool) -> float:
+    """An end moved on the scale of its errors."""
+    if not log:
+        return end + by
+    return end * math.exp(min(by, LARGEST_EXPONENT)) if end > 0 else end

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +14,10 @@ from tests.unit.compress_methods.evaluation.draws import (
     agreement,
     divergence,
     latency,
+    losses,
     partial_scores,
     perplexity,
+    rate,
     tasks,
     throughput,
 )
@@ -28,8 +28,8 @@ from vllm_compress.operations.abtest.scoring.judge import (
     UNDECIDED,
     Judgement,
     Limit,
+    decide,
     judge,
-    needed_pairs,
     overall,
 )
 
@@ -37,7 +37,7 @@ from vllm_compress.operations.abtest.scoring.judge import (
 def verdicts(draw: Draw, limit: Limit, times: int = 1500) -> dict[str, float]:
     """Share of every verdict."""
     generator = np.random.default_rng(2)
-    found = [judge(draw(generator), limit, LEVEL).verdict for _ in range(times)]
+    found = [decide(draw(generator), limit) for _ in range(times)]
     return {name: found.count(name) / times for name in (NON_INFERIOR, INFERIOR, UNDECIDED)}
 
 
@@ -50,11 +50,17 @@ def verdicts(draw: Draw, limit: Limit, times: int = 1500) -> dict[str, float]:
         (tasks(150, -0.02), Limit(-0.02, "below")),
         (partial_scores(60, -0.0), Limit(0.0, "below")),
         (agreement(100, 0.8), Limit(0.8, "below")),
+        *((divergence(n, 0.05, 1.0), Limit(0.05, "above")) for n in (20, 40, 100)),
+        *((divergence(n, 0.05, 1.5), Limit(0.05, "above")) for n in (20, 40, 100)),
+        *((latency(n, 1.1, 0.6), Limit(1.1, "above")) for n in (20, 40, 100)),
+        *((losses(n, 0.02), Limit(-0.02, "below")) for n in (20, 150, 300)),
+        (losses(100, 0.1), Limit(-0.1, "below")),
+        *((rate(n, p), Limit(p, "below")) for n in (20, 100) for p in (0.95, 0.99)),
     ],
 )
 def test_a_server_at_its_margin_passes_and_fails_rarely(draw: Draw, limit: Limit) -> None:
-    """Either way at most (1 - 0.95) / 2, and three standard errors of this simulation."""
-    allowed = 0.025 + 3 * math.sqrt(0.025 * 0.975 / 1500)
+    """Either way at most (1 - 0.95) / 2, and two standard errors of this simulation."""
+    allowed = 0.025 + 2 * math.sqrt(0.025 * 0.975 / 1500)
     found = verdicts(draw, limit)
     assert found[NON_INFERIOR] <= allowed
     assert found[INFERIOR] <= allowed
@@ -70,25 +76,6 @@ def test_clear_cases_are_decided() -> None:
     assert verdicts(throughput(200, 1.7), both, 100)[INFERIOR] > 0.9
 
 
-@pytest.mark.parametrize(
-    ("make", "truth", "limit"),
-    [
-        (perplexity, 1.012, Limit(1.02, "above")),
-        (latency, 1.02, Limit(1.1, "above")),
-        (tasks, 0.0, Limit(-0.04, "below")),
-        (divergence, 0.045, Limit(0.05, "above")),
-    ],
-)
-def test_the_number_of_prompts_asked_for_decides_four_times_in_five(
-    make: Callable[[int, float], Draw], truth: float, limit: Limit
-) -> None:
-    pilot = make(4000, truth)(np.random.default_rng(3))
-    needed = needed_pairs(replace(pilot, value=truth, n=25), limit, LEVEL)
-    assert needed is not None
-    assert needed > LEAST_PAIRS
-    assert 0.74 <= verdicts(make(needed, truth), limit, 600)[NON_INFERIOR] <= 0.88
-
-
 def test_equal_answers_are_no_proof_that_none_differs() -> None:
     """No difference in n pairs: n has to be large enough to exclude the margin."""
     few, many = (statistics.bounded_difference([1.0] * n, [1.0] * n, LEVEL) for n in (30, 300))
@@ -97,7 +84,7 @@ def test_equal_answers_are_no_proof_that_none_differs() -> None:
     assert judge(many, limit, LEVEL).verdict == NON_INFERIOR
     needed = judge(few, limit, LEVEL).needed
     assert needed is not None
-    assert 30 < needed < 300
+    assert 189 < needed < 1000  # where one that sees no difference is sure of the margin
     assert statistics.bounded_mean([1.0] * 30, LEVEL).low < 0.9
 
 
