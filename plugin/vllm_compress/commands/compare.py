@@ -26,6 +26,9 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
                      more log-probability than the one that lost most at their position
   score=0.02         mean task score, at most so much lower; of every --lm-eval task too
   errors=0.05        share of prompts without an answer at the first try, at most so much higher
+  empty=0.05         share of answers with neither words nor a tool call, at most so much higher;
+                     reasoning is no answer, so one that is cut inside it is empty
+  cut                share of answers that max_tokens ended, at most so much higher
   ttft, ttft_p95, tpot, tpot_p95, cost, throughput   B / A, at most (throughput: at least)
   joules             per generated token, B / A at most: what both servers' /metrics say their
                      devices used in 100 s or more, idle time included; not of a shared device
@@ -36,6 +39,10 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
 Outputs are greedy. The first two requests to each server do not count, and no request finds its
 prefix in a cache. Without --rate one request runs at a time, A and B in turn, which of them first
 by chance. With --rate both get every prompt at the same moment: do not run them on one machine.
+
+Scores are of what a user reads, or of the tool calls as JSON where there is no text. A prompt on
+which both were cut before they said anything has no score; many empty or cut answers are part of
+the verdict's sentence.
 
 Undecided? Append prompts to the file and run the same command: it asks the new ones only. Each such
 look at a comparison spends half of the error that is left of 1 - --confidence, so that looking

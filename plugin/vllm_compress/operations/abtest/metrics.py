@@ -5,9 +5,9 @@ is one number of both together (a divergence, an agreement). `margin` is the def
 which B is worse; None is reported, not judged, unless the user gives one.
 
 The defaults judge quality and reliability. Perplexity may rise by 2%: about what 3-bit GPTQ costs.
-KL may reach 0.05 nats per token. Task scores may fall by 0.02, errors rise by 0.05 (with no error
-at all that takes 96 prompts to show). Speed is not judged by default because nobody but the user
-knows whether it may be paid for memory.
+KL may reach 0.05 nats per token. Task scores may fall by 0.02, errors and
+empty answers rise by 0.05 (with none at all that takes 96 prompts to show). Speed is not judged by
+default because nobody but the user knows whether it may be paid for memory.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ METRICS = {
             "above",
             margin=0.05,
         ),
+        Metric(
+            "empty",
+            "share of answers without words or calls",
+            "reliability",
+            "difference",
+            "above",
+            margin=0.05,
+        ),
+        Metric("cut", "share of answers ended by max_tokens", "reliability", "difference", "above"),
         Metric("ttft", "time to the first token", "speed", "ratio", "above", "s"),
         Metric("ttft_p95", "its 95th percentile", "speed", "ratio", "above", "s"),
         Metric("tpot", "time per output token after it", "speed", "ratio", "above", "s"),

@@ -28,6 +28,8 @@ from vllm_compress.metrics.series import NAMES
 from vllm_compress.operations.abtest.replay.prompts import Prompt
 from vllm_compress.operations.prometheus import scrape
 
+LENGTH = "length"
+SEQUENCES = {"tokens", "prompt_tokens", "tool_calls"}
 TIMEOUT = httpx.Timeout(600, connect=10)
 
 
@@ -63,9 +65,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a prompt. Times in seconds, `started` since 1970; an answer that
-    was refused has the reason in `error` and nothing else. `failed` is why the first try gave none:
-    what came later is an output to compare, but its times are nobody's."""
+    """What came back for a prompt: `text` is what a user reads, `reasoning` what came before it,
+    `tool_calls` the functions called, as {"name": ..., "arguments": "JSON"}. Times in seconds,
+    `started` since 1970; an answer that was refused has the reason in `error` and nothing else.
+    `failed` is why the first try gave none: what came later is an output to compare, but its times
+    are nobody's."""
 
     started: float = 0.0
     seconds: float = 0.0
@@ -78,6 +82,32 @@ class Answer:
     tries: int = 1
     error: str = ""
     failed: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[dict[str, str], ...] = ()
+
+    @property
+    def output(self) -> str:
+        """What is scored: the text, or the calls as JSON where there is none."""
+        if self.text.strip() or not self.tool_calls:
+            return self.text
+        return json.dumps(self.tool_calls, ensure_ascii=False)
+
+    @property
+    def shown(self) -> str:
+        """For people: all of it."""
+        calls = json.dumps(self.tool_calls, ensure_ascii=False) if self.tool_calls else ""
+        thought = f"[reasoning] {self.reasoning} [/reasoning]\n" if self.reasoning else ""
+        return f"{thought}{self.text}{calls}"
+
+    @property
+    def empty(self) -> bool:
+        """Whether a user got nothing, neither words nor a call."""
+        return not (self.error or self.text.strip() or self.tool_calls)
+
+    @property
+    def cut(self) -> bool:
+        """Whether it ended because no more tokens were allowed."""
+        return self.finish == LENGTH
 
     @property
     def problem(self) -> str:
@@ -86,7 +116,7 @@ class Answer:
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> Answer:
-        tokens = {key: tuple(value[key]) for key in ("tokens", "prompt_tokens")}
+        tokens = {key: tuple(value[key]) for key in value.keys() & SEQUENCES}
         return Answer(**{**value, **tokens})
 
 
@@ -169,6 +199,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: dict[int, dict[str, str]] = {}
         self.tokens: list[int] = []
         self.prompt_tokens: list[int] = []
         self.finish = ""
@@ -179,12 +211,24 @@ class _Reader:
         self.prompt_tokens = self.prompt_tokens or chunk.get("prompt_token_ids") or []
         for choice in chunk["choices"]:
             self.prompt_tokens = self.prompt_tokens or choice.get("prompt_token_ids") or []
-            self.text.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
+            delta = choice.get("delta") or {}
+            self.text.append(choice.get("text") or delta.get("content") or "")
+            # Older vLLM calls it reasoning_content.
+            self.reasoning.append(delta.get("reasoning") or delta.get("reasoning_content") or "")
+            for call in delta.get("tool_calls") or []:
+                self.take_call(call)
             self.finish = choice.get("finish_reason") or self.finish
             if tokens := choice.get("token_ids"):
                 self.in_first, self.first = self.in_first or len(tokens), self.first or now
                 self.tokens += tokens
                 self.last = now
+
+    def take_call(self, part: dict[str, Any]) -> None:
+        """Join what comes of a call: its name in one piece, its arguments in many."""
+        call = self.calls.setdefault(part.get("index") or 0, {"name": "", "arguments": ""})
+        function = part.get("function") or {}
+        call["name"] += function.get("name") or ""
+        call["arguments"] += function.get("arguments") or ""
 
     def answer(self, started: float, zero: float) -> Answer:
         """Return the answer. The first chunk's tokens share one moment, so tpot skips them."""
@@ -200,4 +244,6 @@ class _Reader:
             tokens=tuple(self.tokens),
             prompt_tokens=tuple(self.prompt_tokens),
             finish=self.finish,
+            reasoning="".join(self.reasoning),
+            tool_calls=tuple(call for _, call in sorted(self.calls.items())),
         )

@@ -2,6 +2,8 @@
 
 A pair counts for a metric where both sides have what it needs: answers of both, for times at the
 first try, more than one token of both for tpot. An error is a first try without an answer.
+Where both answers were cut before anything was said, as inside their reasoning, a score of 0 = 0
+would say that they are alike; such a pair has none. Where one of them was, it has failed.
 Perplexity, kl and top1 weigh prompts by their tokens, agreement counts every prompt alike.
 
 Throughput is output tokens per second in which the server had something to do. Where several
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class PairOfAnswers:
-    """One prompt and both answers to it; `scores` are those of a task, None without one."""
+    """One prompt and both answers to it; `scores` are those of a task, None without one, and say
+    nothing where `unscored`."""
 
     index: int
     prompt: Prompt
@@ -65,10 +68,16 @@ class PairOfAnswers:
     b: Answer
     logprobs: Score | None
     scores: tuple[float, float] | None
+    unscored: bool = False
 
     @property
     def answered(self) -> bool:
         return not (self.a.error or self.b.error)
+
+    @property
+    def unsaid(self) -> bool:
+        """Whether both were cut before they said anything."""
+        return all(answer.empty and answer.cut for answer in (self.a, self.b))
 
     @property
     def same_tokens(self) -> int:
@@ -93,10 +102,11 @@ def read_pairs(
         logprobs = Score(**found["score"]) if found and found["score"] else None
         scores = None
         task = scorer or (exact_match if "answer" in prompt.row else None)
-        if task is not None and not (a.error or b.error):
-            one, other = (apply_scorer(task, prompt.row, x.text, prompt.where) for x in (a, b))
+        pair = PairOfAnswers(i, prompt, a, b, logprobs, None)
+        if task is not None and pair.answered:
+            one, other = (apply_scorer(task, prompt.row, x.output, prompt.where) for x in (a, b))
             scores = one, other
-        pairs.append(PairOfAnswers(i, prompt, a, b, logprobs, scores))
+        pairs.append(replace(pair, scores=scores, unscored=scores is not None and pair.unsaid))
     return sorted(pairs, key=lambda pair: pair.a.started or pair.b.started)
 
 
@@ -111,8 +121,9 @@ def measure_metrics(
     return [
         *(_likelihood(scored, confidence, options.logprobs == -1) if options.logprobs else []),
         *_outputs(answered, confidence),
-        *_scores([pair.scores for pair in answered if pair.scores], confidence),
+        *_scores(answered, confidence),
         _errors(pairs, confidence),
+        *_endings(answered, confidence),
         *_latency("ttft", [(p.a.ttft, p.b.ttft) for p in at_once], confidence, seed),
         *_latency("tpot", [(p.a.tpot, p.b.tpot) for p in at_once], confidence, seed),
         *_throughput(at_once, servers, confidence),
@@ -155,11 +166,26 @@ def _outputs(pairs: list[PairOfAnswers], confidence: float) -> list[Measurement]
     ]
 
 
-def _scores(scores: list[tuple[float, float]], confidence: float) -> list[Measurement]:
-    if not scores:
-        return []
-    a, b = ([pair[side] for pair in scores] for side in (0, 1))
-    return [Measurement("score", (_mean(a), _mean(b)), bounded_difference(a, b, confidence))]
+def _scores(pairs: list[PairOfAnswers], confidence: float) -> list[Measurement]:
+    tasks = [pair for pair in pairs if pair.scores]
+    found = [pair.scores for pair in tasks if pair.scores and not pair.unscored]
+    left_out = len(tasks) - len(found)
+    note = f"{left_out} left out, cut before anything was said" if left_out else ""
+    if not found:
+        return [Measurement("score", None, None, note)] if tasks else []
+    a, b = ([pair[side] for pair in found] for side in (0, 1))
+    change = bounded_difference(a, b, confidence)
+    return [Measurement("score", (_mean(a), _mean(b)), change, note)]
+
+
+def _endings(pairs: list[PairOfAnswers], confidence: float) -> list[Measurement]:
+    """Answers with nothing in them, and answers that the number of tokens ended."""
+    rows = []
+    for name in ("empty", "cut") if pairs else ():
+        a, b = ([float(getattr(getattr(p, side), name)) for p in pairs] for side in "ab")
+        change = bounded_difference(a, b, confidence)
+        rows.append(Measurement(name, (_mean(a), _mean(b)), change))
+    return rows
 
 
 def _errors(pairs: list[PairOfAnswers], confidence: float) -> Measurement:

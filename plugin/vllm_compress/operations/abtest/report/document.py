@@ -19,6 +19,7 @@ VERSION = 1
 WORST = 8
 SHOWN = 2000
 REASONS = 3
+MANY = 0.1
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
         "late": comparison.late,
         "retries": {side: sum(getattr(p, side).tries - 1 for p in pairs) for side in "ab"},
         "refusals": {side: _refusals(pairs, side) for side in "ab"},
+        "warnings": _warnings(pairs),
         "a": _server(comparison.servers[0]),
         "b": _server(comparison.servers[1]),
         "metrics": rows,
@@ -111,6 +113,25 @@ def _refusals(pairs: Sequence[PairOfAnswers], side: str) -> dict[str, int]:
     return dict(reasons.most_common(REASONS))
 
 
+def _warnings(pairs: Sequence[PairOfAnswers]) -> list[str]:
+    """What makes a verdict say less than it seems to: that many answers are none."""
+    found = []
+    tasks = any(pair.scores for pair in pairs)
+    for side in "ab":
+        answers = [getattr(pair, side) for pair in pairs if not getattr(pair, side).error]
+        empty = sum(answer.empty for answer in answers)
+        thinking = sum(answer.empty and answer.cut for answer in answers)
+        if answers and empty >= MANY * len(answers):
+            why = f", {thinking} of them cut by max_tokens" if thinking else ""
+            found.append(f"{empty} of {len(answers)} answers of {side.upper()} are empty{why}")
+        cut = sum(answer.cut for answer in answers) - thinking
+        if tasks and answers and cut >= MANY * len(answers):
+            found.append(
+                f"{cut} of {len(answers)} answers of {side.upper()} were cut; raise max_tokens"
+            )
+    return found
+
+
 def _more(judgement: Judgement, n: int) -> int | None:
     return None if judgement.needed is None else max(1, judgement.needed - n)
 
@@ -134,8 +155,8 @@ def _example(pair: PairOfAnswers) -> dict[str, Any]:
     return {
         "prompt": pair.prompt.shown[-SHOWN:],
         "where": Path(pair.prompt.where).name,
-        "a": pair.a.text[:SHOWN],
-        "b": pair.b.text[:SHOWN],
+        "a": pair.a.shown[:SHOWN],
+        "b": pair.b.shown[:SHOWN],
         "same_tokens": pair.same_tokens,
         "scores": pair.scores,
         "nats_per_token": (found.nll_b - found.nll_a) / found.tokens if found else None,
@@ -171,6 +192,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         if report["retries"][side]:
             found.append(f"{report['retries'][side]} requests to {side.upper()} were tried again")
     for row in report["metrics"]:
+        if row["metric"] == "score" and row["note"]:
+            found.append(f"scores: {row['note']}")
         if row["metric"] == "kl" and row["value"] is not None and row["note"] != EXACT:
             found.append(f"kl is {row['note']}")
     if report["late"]:
@@ -225,7 +248,11 @@ def limit_text(row: Mapping[str, Any]) -> str:
 
 
 def conclusion(report: Mapping[str, Any]) -> str:
-    """The overall verdict in one sentence."""
+    """The overall verdict in one sentence, with what it must not be read without."""
+    return "; but ".join([_verdict(report), *report["warnings"]])
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
     rows = [row for row in report["metrics"] if row["verdict"]]
     decisive = [row["metric"] for row in rows if row["verdict"] == report["verdict"]]
     if not rows:

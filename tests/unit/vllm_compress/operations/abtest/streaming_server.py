@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -21,12 +21,15 @@ import numpy as np
 from tests.unit.vllm_compress.operations.mortal_server import MortalHandler
 
 VOCABULARY = 64
+Reply = tuple[list[dict[str, Any]], str]
 
 
 class Server(ThreadingHTTPServer):
     """`dies_after` that many completions every connection is cut; `breaks` streams are cut in the
     middle first, those of `breaks_once` prompts once. `seen` has the body of every completion
-    request, `most` those at once. With `joules_per_token` its /metrics count energy of `device`."""
+    request, `most` those at once. With `joules_per_token` its /metrics count energy of `device`.
+    `replies` are what it says in chats instead of the table's tokens: a function from the request
+    to the deltas of an answer and its finish reason."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -49,6 +52,7 @@ class Server(ThreadingHTTPServer):
         self.breaks_once: set[str] = set()
         self.vocabulary_offset = 0
         self.delay = 0.0
+        self.replies: Callable[[dict[str, Any]], Reply] | None = None
         self.running = self.most = 0
         self.lock = threading.Lock()
 
@@ -129,6 +133,8 @@ class Handler(MortalHandler):
         if chat:
             role = {"delta": {"role": "assistant", "content": ""}, "index": 0}
             self._event({"choices": [role], "prompt_token_ids": tokens})
+        if chat and server.replies:
+            return self._reply(*server.replies(body))
         for step in range(body["max_tokens"]):
             if step == 2 and server.breaks > 0:
                 server.breaks -= 1
@@ -148,6 +154,13 @@ class Handler(MortalHandler):
             self._event({"choices": [choice]})
             if end:
                 break
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _reply(self, deltas: list[dict[str, Any]], finish: str) -> None:
+        for i, delta in enumerate(deltas, 1):
+            end = finish if i == len(deltas) else None
+            choice = {"delta": delta, "token_ids": [i], "finish_reason": end}
+            self._event({"choices": [choice]})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, value: dict[str, Any]) -> None:

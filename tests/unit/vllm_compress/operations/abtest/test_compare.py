@@ -24,7 +24,7 @@ def test_a_model_is_as_good_as_itself(servers: tuple[Server, Server], compare: C
     assert compare(*servers) == 1  # forty prompts cannot exclude 5% errors
     assert compare.report["verdict"] == "undecided"
     assert 56 < compare.report["more_prompts"] < 600  # 96 that see no error exclude 5%
-    assert compare(*servers, "--margin", "errors=0.12") == 0
+    assert compare(*servers, "--margin", "errors=0.12", "--margin", "empty=0.12") == 0
     assert compare.report["verdict"] == "non-inferior"
     assert json.loads(compare.printed) == compare.report
     assert compare.metric("perplexity")["value"] == 1
