@@ -36,6 +36,15 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
                      before the first other one, of equal outputs: at least
   length             output tokens B / A: at most, and at least 1 / VALUE
 
+  probes=0.05        share right of all --probes together, at most so much lower
+  probes/KIND        of one kind
+  probes/decisions   nats by which the right of two choices is the likelier one, B - A
+
+--probes (configs/probes) needs a chat model. Tool calls: the function and its arguments; JSON that
+keeps a schema, unconstrained; refusals where they are right, and only there; the language of the
+question; Python that parses; lengths; a fact at five depths of a long text; facts from turns
+before; the likelier of two choices. Probes that both servers refuse are left out, and counted.
+
 Outputs are greedy. The first two requests to each server do not count, and no request finds its
 prefix in a cache. Without --rate one request runs at a time, A and B in turn, which of them first
 by chance. With --rate both get every prompt at the same moment: do not run them on one machine.
@@ -104,6 +113,12 @@ def add_parser(subparsers: Any) -> None:
         "questions); needs vllm-compress[lm-eval]",
     )
     add(
+        "--probes",
+        metavar="KINDS",
+        help="also ask questions whose answers a program checks: all, or some of tools, json, "
+        "refusals, language, code, length, needle, turns, choices",
+    )
+    add(
         "--confidence",
         type=float,
         default=0.95,
@@ -162,6 +177,7 @@ def _settings(args: argparse.Namespace) -> ComparisonSettings:
         margins=args.margin,
         scorer=args.scorer,
         lm_eval=args.lm_eval,
+        probes=args.probes,
         confidence=args.confidence,
         options=Options(args.rate, args.concurrency, args.logprobs, args.seed),
         quiet=args.quiet,

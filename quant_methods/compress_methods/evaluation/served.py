@@ -158,6 +158,17 @@ def prompt_logprobs(
     return [{int(i): e["logprob"] for i, e in position.items()} for position in positions[1:]]
 
 
+def text_log_likelihood(server: str, model: str, text: str) -> float:
+    """Log-probability, in nats, of all tokens of a text but the first."""
+    body = {"model": model, "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = _ask(f"{server}/v1/completions", body)
+    positions = answer["choices"][0].get("prompt_logprobs")
+    if not positions:
+        raise ServerError(f"{server}: answered without prompt_logprobs; expected a vLLM server")
+    # With none asked for, the only one at each position is that of the text's own token.
+    return math.fsum(entry["logprob"] for position in positions[1:] for entry in position.values())
+
+
 def _ask(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return request_json(url, body, timeout=TIMEOUT, error_class=ServerError)
 

@@ -89,7 +89,9 @@ def _lattice() -> tuple[Array, Array, Array]:
     """Normal quantiles, and shares with their normal quantiles in an order that goes with none."""
     places = np.arange(DRAWS)
     shares = (places * ((5**0.5 - 1) / 2) + 0.5) % 1
-    return ndtri((places + 0.5) / DRAWS), shares, ndtri(1 - shares)
+    z: Array = ndtri((places + 0.5) / DRAWS)
+    other: Array = ndtri(1 - shares)
+    return z, shares.astype(np.float64), other
 
 
 @functools.lru_cache(maxsize=MANY)

@@ -21,15 +21,12 @@ tokens of one prompt counting as one cluster. One estimator per kind of number:
     median of all tokens             Woodruff's interval (J. Am. Stat. Assoc. 47, 1952): where
                                      the share of tokens below, and its error, put the ends
 
-Latencies of neighbouring requests are not independent (queues, a disturbed machine). The wider of
-two errors holds: that of the few slowest waves of what was seen, a cosine transform, with as many
-degrees of freedom (Lazarus, Lewis, Stock and Watson, J. Bus. Econ. Stat. 36, 2018); and that of a
-first-order autoregression, whose memory is measured and its bias taken out (Kendall, 1954).
+Latencies of neighbouring requests are not independent (queues, a disturbed machine), see `serial`.
 
 `Estimate.interval` foretells: the ends that so many pairs like those seen would give.
 
 Fails where: fewer than some twenty prompts (the normal approximation); quantiles with less than
-five observations beyond them; times that stay disturbed for a fifth of the run or more.
+five observations beyond them.
 """
 
 from __future__ import annotations
@@ -46,12 +43,12 @@ from numpy.typing import ArrayLike
 # Not scipy.stats, which takes a second to import and asks the same function.
 from scipy.special import betaincinv, stdtrit  # type: ignore[import-untyped]
 
-from compress_methods.evaluation.skewed import Array, fit_log_normal, unskewed
+from compress_methods.evaluation.serial import memory_square, one_less, wave_square, waves
+from compress_methods.evaluation.skewed import Array as Array
+from compress_methods.evaluation.skewed import fit_log_normal, unskewed
 
 RESAMPLES = 2000
 CHUNK = 2**22
-WAVES = 0.3
-LONGEST_MEMORY = 0.95
 Ends = tuple[float, float]
 
 
@@ -98,6 +95,12 @@ def mean_log_ratio(a: ArrayLike, b: ArrayLike, confidence: float, serial: bool) 
     return _student(float(logs.mean()), (logs - logs.mean()) / len(logs), confidence, serial, True)
 
 
+def mean_of(values: ArrayLike, confidence: float) -> Estimate:
+    """The plain mean of what is neither bounded nor skewed."""
+    x = _floats(values)
+    return _student(float(x.mean()), (x - x.mean()) / len(x), confidence)
+
+
 def mean_per(total: ArrayLike, count: ArrayLike, confidence: float) -> Estimate:
     """sum(total) / sum(count), such as nats per token from those of every prompt; skewed."""
     y, x = _floats(total), _floats(count)
@@ -140,8 +143,7 @@ def mean_between(
     def assuming(value: float) -> Estimate:
         known = above.value if value > above.value else below.value
         times = value / known if known > 0 else 1.0
-        parts = (_floats(bound) * times for bound in (least, most))
-        return mean_between(*parts, count, confidence)
+        return mean_between(_floats(least) * times, _floats(most) * times, count, confidence)
 
     return replace(
         above if finite else below,
@@ -327,9 +329,9 @@ def _student(
     if n == 1:
         return _unknown(natural(centre), n, log)
     if serial:
-        squares = [(_wave_square(influence), _waves), (_memory_square(influence), _one_less)]
+        squares = [(wave_square(influence), waves), (memory_square(influence), one_less)]
     else:
-        squares = [(float(influence @ influence) / (n - 1), _one_less)]
+        squares = [(float(influence @ influence) / (n - 1), one_less)]
     spread = n * math.sqrt(max(square for square, _ in squares))
 
     def interval(pairs: float, confidence: float) -> Ends:
@@ -353,36 +355,6 @@ def _unknown(value: float, n: int, log: bool = False) -> Estimate:
     return Estimate(
         value, *ends, n, lambda _: math.inf, lambda *_: ends, lambda v: _unknown(v, n), log
     )
-
-
-def _waves(pairs: float) -> int:
-    """How many waves their variance is taken from: more would see less of slow disturbances."""
-    return min(max(2, int(WAVES * pairs ** (2 / 3))), max(1, int(pairs) - 1))
-
-
-def _wave_square(influence: Array) -> float:
-    """Mean square of n values in the order of time, were they independent with the same error of
-    their mean."""
-    n = len(influence)
-    waves = np.arange(1, _waves(n) + 1)[:, None]
-    cosines = np.cos(np.pi * waves * (np.arange(n) + 0.5) / n)
-    return float(((cosines @ influence) ** 2).mean()) * 2 / n
-
-
-def _memory_square(influence: Array) -> float:
-    """The same where each value remembers a part of the one before."""
-    n, whole = len(influence), float(influence @ influence)
-    if not whole or n < 4:
-        return whole / (n - 1)
-    seen = float(influence[1:] @ influence[:-1]) / whole
-    memory = min(max(0.0, seen + (1 + 3 * seen) / n), LONGEST_MEMORY)
-    lags = np.arange(1, n)
-    inflation = 1 + 2 * float((1 - lags / n) @ memory**lags)
-    return whole / (n - inflation) * inflation
-
-
-def _one_less(pairs: float) -> float:
-    return pairs - 1
 
 
 @functools.cache

@@ -34,6 +34,12 @@ from vllm_compress.operations.abtest.harness import (
     run_tasks,
 )
 from vllm_compress.operations.abtest.metrics import read_limits
+from vllm_compress.operations.abtest.probes.files import Probes, read_probes
+from vllm_compress.operations.abtest.probes.run import (
+    measure_probes,
+    missing_probes,
+    run_probes,
+)
 from vllm_compress.operations.abtest.replay.client import Server, open_server
 from vllm_compress.operations.abtest.replay.energy import EnergyLog, measure_energy
 from vllm_compress.operations.abtest.replay.measure import measure_metrics, read_pairs
@@ -41,6 +47,7 @@ from vllm_compress.operations.abtest.replay.prompts import Prompt, digest_prompt
 from vllm_compress.operations.abtest.replay.replay import (
     ANSWERS,
     SCORES,
+    Batch,
     Options,
     Pair,
     replay,
@@ -68,6 +75,7 @@ class ComparisonSettings:
     margins: Sequence[str] = ()
     scorer: str | None = None
     lm_eval: str | None = None
+    probes: str | None = None
     confidence: float = 0.95
     options: Options = field(default_factory=Options)
     quiet: bool = False
@@ -79,10 +87,11 @@ def compare(settings: ComparisonSettings) -> dict[str, Any]:
     prompts = read_prompts(settings.prompts, settings.max_tokens)
     scorer = load_scorer(settings.scorer) if settings.scorer else None
     tasks = read_tasks(settings.lm_eval)
+    probes = read_probes(settings.probes)
     with Journal(settings.out, digest_comparison(settings)) as journal:
         _check_prompts(prompts, journal)
-        pair = _servers(settings, prompts, tasks, journal)
-        _measure_missing(pair, prompts, tasks, settings, journal)
+        pair = _servers(settings, prompts, bool(missing(tasks, journal)), probes, journal)
+        _measure_missing(pair, prompts, tasks, probes, settings, journal)
         pairs = read_pairs(prompts, journal.records, scorer)
         lines = journal.records[ANSWERS].values()
         look = _look(prompts, journal)
@@ -90,6 +99,7 @@ def compare(settings: ComparisonSettings) -> dict[str, Any]:
         measured = measure_metrics(pairs, pair, settings.options, confidence)
         measured += measure_energy(pair, journal.records, confidence)
         measured += measure_tasks(tasks, journal.records, confidence)
+        measured += measure_probes(probes, journal.records, confidence)
         comparison = document.Comparison(
             servers=pair,
             pairs=pairs,
@@ -145,14 +155,18 @@ def digest_comparison(settings: ComparisonSettings) -> str:
 
 
 def _servers(
-    settings: ComparisonSettings, prompts: list[Prompt], tasks: list[Task], journal: Journal
+    settings: ComparisonSettings,
+    prompts: list[Prompt],
+    tasks_left: bool,
+    probes: Probes,
+    journal: Journal,
 ) -> Pair:
     """Both servers, with the user's prices: as they were when the comparison began, and checked to
     serve the same still if there is anything left to ask them."""
     phases = [ANSWERS, SCORES] if settings.options.logprobs else [ANSWERS]
     noted = {side: Server(**facts) for side, facts in journal.notes.get(SERVERS, {}).items()}
     left = any(len(journal.records.get(phase, {})) < len(prompts) for phase in phases)
-    if not noted or left or missing(tasks, journal):
+    if not noted or left or tasks_left or missing_probes(probes, journal):
         for side, url, model in zip("ab", settings.urls, settings.models, strict=True):
             found = open_server(side, url, model)
             if not found.same_model(noted.setdefault(side, found)):
@@ -177,6 +191,7 @@ def _measure_missing(
     pair: Pair,
     prompts: list[Prompt],
     tasks: list[Task],
+    probes: Probes,
     settings: ComparisonSettings,
     journal: Journal,
 ) -> None:
@@ -189,10 +204,13 @@ def _measure_missing(
         unanswered = len(journal.records.get(ANSWERS, {})) < len(prompts)
         energy = EnergyLog(pair, journal) if unanswered else nullcontext()
         with progress(len(prompts), "replaying") as line, energy:
-            replay(pair, prompts, settings.options, journal, line)
+            replay(pair, Batch(prompts), settings.options, journal, line)
         if settings.options.logprobs:
             with progress(len(prompts), "scoring") as line:
                 score(pair, prompts, settings.options, journal, line)
+        if probes.kinds:
+            with progress(len(probes.asked) + len(probes.choices), "probing") as line:
+                run_probes(pair, probes, settings.options, journal, line)
         if tasks:
             with progress(2 * len(tasks), "lm-eval") as line:
                 run_tasks(pair, tasks, journal, line)

@@ -70,6 +70,22 @@ METRICS = {
         ),
         Metric("cost", "per million output tokens", "cost", "ratio", "above"),
         Metric("joules", "of all devices, per generated token", "cost", "ratio", "above", "J"),
+        Metric("probes", "right, of all kinds", "probes", "difference", "below", margin=0.05),
+        *(
+            Metric(f"probes/{kind}", text, "probes", "difference", "below", unit)
+            for kind, text, unit in (
+                ("tools", "function and arguments right", ""),
+                ("json", "JSON keeps the schema", ""),
+                ("refusals", "refused where it should be, and only there", ""),
+                ("language", "answered in the language of the question", ""),
+                ("code", "Python that parses", ""),
+                ("length", "as many words as asked for", ""),
+                ("needle", "found in a long text", ""),
+                ("turns", "remembered from turns before", ""),
+                ("choices", "right choice likelier", ""),
+                ("decisions", "surer of the right choice", "nats"),
+            )
+        ),
     )
 }
 NONE = "none"

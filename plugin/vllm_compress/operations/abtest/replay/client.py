@@ -145,6 +145,7 @@ def body(server: Server, prompt: Prompt) -> tuple[str, dict[str, Any]]:
         "stream": True,
         "return_token_ids": True,
         "cache_salt": uuid.uuid4().hex,
+        **prompt.extra,
     }
     if prompt.messages is not None:
         return "/v1/chat/completions", {**request, "messages": prompt.messages}

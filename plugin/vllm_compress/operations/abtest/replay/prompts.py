@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ class PromptsError(CompressError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of the file; `text` or `messages` is None."""
+    """One line of the file; `text` or `messages` is None. `extra` is sent beside it."""
 
     where: str
     text: str | None
     messages: list[dict[str, Any]] | None
     max_tokens: int
     row: Mapping[str, Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:

@@ -62,14 +62,29 @@ class Options:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Prompts to send, the phase of the journal for their answers and the key of each there, its
+    number by default. `warm_up`: with two requests to each server before, that do not count."""
+
+    prompts: list[Prompt]
+    phase: str = ANSWERS
+    keys: tuple[str, ...] = ()
+    warm_up: bool = True
+
+    def key(self, i: int) -> str:
+        return self.keys[i] if self.keys else str(i)
+
+
 def replay(
-    pair: Pair, prompts: list[Prompt], options: Options, journal: Journal, progress: Progress
+    pair: Pair, batch: Batch, options: Options, journal: Journal, progress: Progress
 ) -> None:
     """Answer all prompts that have no answer in the journal; raises `ServerError`."""
-    left = [i for i in range(len(prompts)) if not journal.done(ANSWERS, i)]
-    progress.skip(len(prompts) - len(left))
+    every = range(len(batch.prompts))
+    left = [i for i in every if not journal.done(batch.phase, batch.key(i))]
+    progress.skip(len(every) - len(left))
     if left:
-        asyncio.run(_Run(pair, prompts, options, journal, progress).all(left))
+        asyncio.run(_Run(pair, batch, options, journal, progress).all(left))
 
 
 class _Run:
@@ -79,12 +94,13 @@ class _Run:
     def __init__(
         self,
         pair: Pair,
-        prompts: list[Prompt],
+        batch: Batch,
         options: Options,
         journal: Journal,
         progress: Progress,
     ) -> None:
-        self.pair, self.prompts, self.options = pair, prompts, options
+        self.pair, self.batch, self.options = pair, batch, options
+        self.prompts = batch.prompts
         self.journal, self.progress = journal, progress
         self.zero = 0.0
         self.clients: dict[str, httpx.AsyncClient] = {}
@@ -97,7 +113,8 @@ class _Run:
             for server in self.pair:
                 client = httpx.AsyncClient(timeout=TIMEOUT, limits=limits)
                 self.clients[server.side] = await stack.enter_async_context(client)
-                await self.warm_up(server)
+                if self.batch.warm_up:
+                    await self.warm_up(server)
             self.zero = time.perf_counter() - time.time()
             if self.options.rate is None:
                 for i in left:
@@ -154,12 +171,14 @@ class _Run:
         sides = {s.side: a for s, a in zip(servers, answers, strict=True)}
         _same_tokens(self.pair, sides, self.prompts[i])
         facts = {side: asdict(answer) for side, answer in sides.items()}
-        self.journal.record(ANSWERS, i, first=servers[0].side, late=late, **facts)
+        self.journal.record(
+            self.batch.phase, self.batch.key(i), first=servers[0].side, late=late, **facts
+        )
         self.progress.step()
 
     async def timed(self, server: Server, i: int) -> Answer:
         """The answer to prompt i, with the failure of an earlier run that ended at it."""
-        key = f"{i}/{server.side}"
+        key = f"{self.batch.key(i)}/{server.side}"
         try:
             answer = await self.answer(server, self.prompts[i])
         except ServerError as problem:

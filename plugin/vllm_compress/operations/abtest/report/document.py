@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ WORST = 8
 SHOWN = 2000
 REASONS = 3
 MANY = 0.1
+OTHER_QUESTIONS = ("tasks", "probes")
+"""Groups that more prompts do not help."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def build(comparison: Comparison) -> dict[str, Any]:
         judgement = None
         if limit is not None:
             judgement = judge(measured.estimate, limit, comparison.next_confidence)
+            if find_metric(measured.name).group in OTHER_QUESTIONS:
+                judgement = replace(judgement, needed=None)
             judgements.append(judgement)
         rows.append(_row(measured, limit, judgement))
     total = overall(judgements)
@@ -192,8 +196,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         if report["retries"][side]:
             found.append(f"{report['retries'][side]} requests to {side.upper()} were tried again")
     for row in report["metrics"]:
-        if row["metric"] == "score" and row["note"]:
-            found.append(f"scores: {row['note']}")
+        if row["metric"] in ("score", "probes") and row["note"]:
+            found.append(f"{row['metric']}: {row['note']}")
         if row["metric"] == "kl" and row["value"] is not None and row["note"] != EXACT:
             found.append(f"kl is {row['note']}")
     if report["late"]:
@@ -261,7 +265,9 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if report["verdict"] != "undecided":
         return sentence
     if report["more_prompts"] is None:
-        return f"{sentence}: too close to the margin, or nothing measured"
+        asked = any(r["verdict"] == "undecided" and r["group"] in OTHER_QUESTIONS for r in rows)
+        others = ", or too few tasks or probes" if asked else ""
+        return f"{sentence}: too close to the margin, or nothing measured{others}"
     return (
         f"{sentence}: about {report['more_prompts']:,} more prompts are needed; append them to "
         f"{report['prompts']} and run the same command, which counts as another look"

@@ -52,6 +52,7 @@ class Server(ThreadingHTTPServer):
         self.breaks_once: set[str] = set()
         self.vocabulary_offset = 0
         self.delay = 0.0
+        self.longest = 500
         self.replies: Callable[[dict[str, Any]], Reply] | None = None
         self.running = self.most = 0
         self.lock = threading.Lock()
@@ -112,8 +113,10 @@ class Handler(MortalHandler):
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
             (prompt,) = prompt
         tokens = prompt if isinstance(prompt, list) else server.tokenize(prompt)
-        if len(tokens) > 500:
-            return self._refuse(400, "This model's maximum context length is 500 tokens.")
+        if len(tokens) > server.longest:
+            return self._refuse(
+                400, f"This model's maximum context length is {server.longest} tokens."
+            )
         if "prompt_logprobs" in body and server.score_status != 200:
             return self._refuse(server.score_status, "No.")
         if "prompt_logprobs" in body:

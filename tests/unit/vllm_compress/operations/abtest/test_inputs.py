@@ -105,7 +105,8 @@ def test_margins_lie_on_the_side_that_is_worse() -> None:
     assert found["length"].bounds() == pytest.approx((1 / 1.2, 1.2))
     assert "kl" not in found
     assert found.keys() <= METRICS.keys()
-    assert read_limits([]).keys() == {"perplexity", "kl", "score", "errors", "empty"}
+    judged = {"perplexity", "kl", "score", "errors", "empty", "probes"}
+    assert read_limits([]).keys() == judged
 
 
 def test_the_digest_knows_every_dial_that_changes_what_is_measured(prompts: Path) -> None:

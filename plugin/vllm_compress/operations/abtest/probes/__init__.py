@@ -1,0 +1,1 @@
+"""What users lose before a perplexity shows it: questions whose answers a program can check."""
