@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 from compress_methods.evaluation.served import ServerError, text_log_likelihood
@@ -25,7 +27,13 @@ from vllm_compress.operations.abtest.probes.checks import CHECKS
 from vllm_compress.operations.abtest.probes.files import CHOICES, Choice, Probe, Probes
 from vllm_compress.operations.abtest.replay.client import Answer, Server
 from vllm_compress.operations.abtest.replay.measure import Measurement
-from vllm_compress.operations.abtest.replay.replay import Batch, Options, Pair, replay
+from vllm_compress.operations.abtest.replay.replay import (
+    Batch,
+    Options,
+    Pair,
+    ask_patiently,
+    replay,
+)
 from vllm_compress.operations.journal import Journal
 
 PROBES, DECISIONS = "probes", "decisions"
@@ -54,7 +62,7 @@ def run_probes(
             if journal.done(CHOICES, choice.key):
                 progress.skip(1)
                 continue
-            a, b = pool.map(lambda server: _decision(server, choice), pair)  # noqa: B023
+            a, b = pool.map(_decision, pair, repeat(choice))
             journal.record(CHOICES, choice.key, a=a, b=b)
             progress.step()
 
@@ -63,7 +71,9 @@ def _decision(server: Server, choice: Choice) -> float | None:
     """Nats by which the right choice is likelier; None where the server refuses to say."""
     try:
         right, wrong = (
-            text_log_likelihood(server.url, server.model, choice.prompt + end)
+            ask_patiently(
+                partial(text_log_likelihood, server.url, server.model, choice.prompt + end)
+            )
             for end in (choice.right, choice.wrong)
         )
     except ServerError as problem:

@@ -21,11 +21,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -49,6 +51,7 @@ RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 WARM_UP = 2
 WARM_UP_TRIES = 5
 Pair = tuple[Server, Server]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -230,9 +233,15 @@ def _scorable(line: dict[str, Any]) -> list[int] | None:
 
 
 def _logprobs(server: Server, tokens: list[int], options: Options) -> list[dict[int, float]]:
+    ask = partial(prompt_logprobs, server.url, server.model, tokens, options.logprobs)
+    return ask_patiently(ask)
+
+
+def ask_patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, asked again after a `ServerError` that may pass."""
     for wait in (*RETRY_WAITS, None):
         try:
-            return prompt_logprobs(server.url, server.model, tokens, options.logprobs)
+            return ask()
         except ServerError as problem:
             cause = problem.__cause__
             status = cause.status if isinstance(cause, HttpError) else None
