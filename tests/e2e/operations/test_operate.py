@@ -374,9 +374,13 @@ def test_compare_tells_a_good_variant_from_a_bad_one(
             urls = [operation.servers["full"].url, candidate.url]
             more = ["--prompts", str(file), "-o", str(out), "--max-tokens", "4", "--quiet"]
             more += ["--metrics", str(tmp_path / f"{variant}.prom")]
+            # Choices alone are too few to be judged, and this model knows no chats for the others.
+            more += ["--probes", "choices", "--margin", "probes=none"]
             code = main(["compare", *urls, *more])
             report = json.loads((out / "report.json").read_text())
             assert report["b"]["info"]["formats"] == f"{variant} g128"
+            rows = {row["metric"]: row for row in report["metrics"]}
+            assert rows["probes/choices"]["n"] == rows["probes/decisions"]["n"] == 24
             verdicts[variant] = (code, report["verdict"])
     assert verdicts == {"int8": (0, "non-inferior"), "int2": (1, "inferior")}
     for variant, verdict in (("int8", "1.0"), ("int2", "-1.0")):
