@@ -11,7 +11,7 @@ sample that lacks them looks small and sure. Two ends are made, and the wider on
              where the values are no log-normal (small ones much smaller), so is the shift's work
 
 Simulated with 20 to 100 prompts, log-normal with sigma 0.6 to 1.5, gamma and Pareto: an upper end
-too low in at most 2.5% (Hall alone: up to 14%).
+too low in at most 2.5% (Hall alone: up to 16%).
 
 Fails where: one prompt in ten or fewer makes up most of the mean, and none of those was drawn.
 """
