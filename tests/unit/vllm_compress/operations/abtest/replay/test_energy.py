@@ -16,6 +16,8 @@ from vllm_compress.operations.abtest.replay.energy import Reading, measure_energ
 from vllm_compress.operations.abtest.replay.replay import ANSWERS
 from vllm_compress.operations.abtest.scoring.judge import LEAST_PAIRS
 
+MARGINS = ("--margin", "errors=0.2", "--margin", "empty=0.2")
+"""What so few prompts can tell."""
 PAIR = tuple(Served(side, f"http://{side}:8000", "m", "m", {}, None) for side in "ab")
 
 
@@ -26,7 +28,7 @@ def test_joules_per_token_are_those_of_the_blocks(
     a, b = servers
     a.joules_per_token, b.joules_per_token, b.device = 4.0, 1.0, "gpu-1"
     a.delay = b.delay = 0.02
-    assert compare(a, b, "--logprobs", 0, "--margin", "joules=0.5", "--margin", "errors=0.2") == 0
+    assert compare(a, b, "--logprobs", 0, *MARGINS, "--margin", "joules=0.5") == 0
     row = compare.metric("joules")
     assert (row["a"], row["b"], row["unit"]) == (4.0, 1.0, "J")
     assert row["value"] == pytest.approx(0.25)
@@ -36,7 +38,7 @@ def test_joules_per_token_are_those_of_the_blocks(
     assert row["verdict"] == "non-inferior"
     asked = len(a.seen)
     before = (compare.out / "journal.jsonl").read_text()
-    compare(a, b, "--logprobs", 0, "--margin", "errors=0.2")  # judges again, asks nobody
+    compare(a, b, "--logprobs", 0, *MARGINS)  # judges again, asks nobody
     assert len(a.seen) == asked
     assert (compare.out / "journal.jsonl").read_text() == before
 
