@@ -51,7 +51,6 @@ AUTO_ROUND = (
 PEERS = (
     Peer("hqq", ("hqq==0.2.8.post1", "accelerate==1.15.0", "termcolor==3.3.0")),
     Peer("auto-round", AUTO_ROUND, {"iters": 200}, "auto-round, 200 iterations"),
-    Peer("auto-round", AUTO_ROUND, {"iters": 1000}, "auto-round, 1,000 iterations"),
 )
 
 
