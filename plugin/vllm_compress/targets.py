@@ -54,7 +54,7 @@ def _require_whole(directory: Path) -> None:
     except AssertionError:
         # Where this process has served a model through vLLM's Transformers backend, vLLM has put
         # code of its own into transformers' classes, which then build nothing outside an engine.
-        check = "import pathlib, sys; from compress_methods.checkpoint import loading as l; "
+        check = "import pathlib, sys; from compress_methods.checkpoint.loading import model as l; "
         check += "l.require_whole(pathlib.Path(sys.argv[1]))"
         found = subprocess.run(
             [sys.executable, "-c", check, str(directory)], capture_output=True, text=True

@@ -27,7 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 MODEL = REPOSITORY / "tests" / "assets" / "novels-8m"
 RECIPES = (
     *("int8", "int8-dynamic", "int8-smooth", "int8-rotation"),
-    *("int4-rtn", "int4-awq", "int4-gptq", "int4-rotated", "int3-gptq", "int2-gptq"),
+    *("int4-rtn", "int4-awq", "int4-gptq", "int4-smooth", "int4-rotated"),
+    *("int3-gptq", "int2-gptq"),
     *("lookup3", "nf4", "trellis2", "int2-lowrank", "fp8", "mxfp4", "nvfp4"),
     *("sparse25-int8", "sparse68", "sparse50-int8", "sparse50-int4-joint", "sparse24"),
     *("auto-3.5", "depth25", "width25-int4"),
@@ -36,7 +37,10 @@ RECIPES = (
 )
 OUTLIERS = {
     f"(with outliers, {name})": name
-    for name in ("int8-dynamic", "int8-smooth", "int8-rotation", "int4-gptq", "int4-rotated")
+    for name in (
+        *("int8-dynamic", "int8-smooth", "int8-rotation"),
+        *("int4-gptq", "int4-smooth", "int4-rotated"),
+    )
 }
 TOKENS = 20_000
 Case = tuple[str, Any]

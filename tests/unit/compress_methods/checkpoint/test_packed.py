@@ -36,7 +36,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rounding of inputs, which the default kernel of 4 bits has."""
-    from compress_methods.checkpoint.loading.model import packed as module
+    from compress_methods.checkpoint.loading import packed as module
     from compress_methods.kernels import Want, prepare
 
     monkeypatch.setattr(module, "prepare", lambda stored: prepare(stored, Want(kernel="cpu_exact")))

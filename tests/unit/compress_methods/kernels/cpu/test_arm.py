@@ -47,7 +47,7 @@ def test_emulated_arm_computes_what_plain_code_does(tmp_path: Path) -> None:
     arm = compiled(tmp_path / "arm", COMPILER, "-O1", "-static", *build.ARM["neon_dot"])
     expected = results(plain, tmp_path / "plain.out")
     found = results(EMULATOR, arm, tmp_path / "arm.out")
-    assert len(expected) == len(found) > 10_000
+    assert len(expected) == len(found) > 5_000
     for a, b in zip(expected, found, strict=True):
         finite = np.isfinite(a)
         assert np.array_equal(finite, np.isfinite(b))
