@@ -49,10 +49,10 @@ class Packing(Pass):
         if isinstance(part, BlockPart):
             pack_loaded(part)
         else:
-            copied = [job for job in part.shard.jobs if job.algorithm.copies]
-            for job in copied:
-                repack(part, job)
-            pack_streamed(part, [job for job in part.shard.jobs if job not in copied])
+            for job in part.shard.jobs:
+                if job.algorithm.copies:
+                    repack(part, job)
+            pack_streamed(part, [job for job in part.shard.jobs if not job.algorithm.copies])
 
 
 def pack_loaded(part: BlockPart) -> None:
