@@ -1,8 +1,10 @@
-"""Reading YAML and JSON that others write: recipes, deployments, the hardware table, config.json,
-reports. One reader with limits, so that whatever stands in a file is a value or one line."""
+"""Reading YAML, JSON and CSV that others write: recipes, deployments, the hardware table,
+config.json, reports. One reader with limits, so that whatever stands in a file is a value or one
+line."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -68,6 +70,21 @@ def read_json_value(path: Path, error: type[CompressError]) -> Any:
         raise error(f"{path}: {problem}") from None
     except UNREADABLE as problem:
         raise error(f"{path}: not readable as JSON ({_reason(problem)})") from problem
+
+
+def csv_rows(path: Path, error: type[CompressError]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV file by the names in its first line, each with `file:line`; `error` where it
+    cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                yield f"{path}:{number}", row
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as problem:
+        raise error(named(problem, path)) from problem
+    except (csv.Error, UnicodeDecodeError) as problem:
+        raise error(f"{path}: not readable as CSV ({problem})") from problem
 
 
 def require_path(path: str | Path, error: type[CompressError], where: str = "") -> None:

@@ -9,15 +9,14 @@ Fails where: rates move within an hour; give the highest of each.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress_methods.errors import CompressError, named
-from compress_methods.system.user_file import read_yaml
+from compress_methods.errors import CompressError
+from compress_methods.system.user_file import csv_rows, read_yaml
 from vllm_compress.operations.capacity.footprint.storage import Scheme
 from vllm_compress.operations.capacity.hardware import Hardware
 from vllm_compress.operations.capacity.plan import Option, Planner
@@ -95,25 +94,15 @@ def read_profile(path: Path) -> list[float]:
 def _csv(path: Path) -> list[Any]:
     """The rates of a .csv by hour; None for hours it lacks."""
     rates: list[Any] = [None] * HOURS
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                try:
-                    hour, rate = int(row["hour"]), float(row["rate"])
-                except (KeyError, TypeError, ValueError):
-                    hour, rate = -1, 0.0
-                if not 0 <= hour < HOURS or rates[hour] is not None:
-                    shown = ", ".join(f"{key} {row.get(key)!r:.40}" for key in COLUMNS)
-                    raise ProfileError(
-                        f"{path}:{number}: {shown}; expected hours from 0 to 23, once, and a rate"
-                    )
-                rates[hour] = rate
-    except FileNotFoundError:
-        raise ProfileError(f"{path}: no such file") from None
-    except OSError as problem:
-        raise ProfileError(named(problem, path)) from problem
-    except (csv.Error, UnicodeDecodeError) as problem:
-        raise ProfileError(f"{path}: not readable as CSV ({problem})") from problem
+    for where, row in csv_rows(path, ProfileError):
+        try:
+            hour, rate = int(row["hour"]), float(row["rate"])
+        except (KeyError, TypeError, ValueError):
+            hour, rate = -1, 0.0
+        if not 0 <= hour < HOURS or rates[hour] is not None:
+            shown = ", ".join(f"{key} {row.get(key)!r:.40}" for key in COLUMNS)
+            raise ProfileError(f"{where}: {shown}; expected hours from 0 to 23, once, and a rate")
+        rates[hour] = rate
     return rates
 
 

@@ -16,7 +16,6 @@ requests, as guidellm's may: its rate is too low then.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_methods.errors import CompressError, named
-from compress_methods.system.user_file import read_json_value
+from compress_methods.system.user_file import csv_rows, read_json_value
 from vllm_compress.operations.capacity.throughput.load import Arrival
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -145,15 +144,10 @@ def _mooncake(path: Path) -> Iterator[tuple[str, Arrival, Any]]:
 
 
 def _azure(path: Path) -> Iterator[tuple[str, Arrival, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                where = f"{path}:{number}"
-                values: dict[str, Any] = {key: _whole(row.get(key)) for key in AZURE[1:]}
-                values[AZURE[0]] = _moment(row.get(AZURE[0]), where)
-                yield where, _arrival(values, AZURE, where), None
-        except (csv.Error, UnicodeDecodeError) as problem:
-            raise TraceError(f"{path}: not readable as CSV ({problem})") from problem
+    for where, row in csv_rows(path, TraceError):
+        values: dict[str, Any] = {key: _whole(row.get(key)) for key in AZURE[1:]}
+        values[AZURE[0]] = _moment(row.get(AZURE[0]), where)
+        yield where, _arrival(values, AZURE, where), None
 
 
 def _moment(text: str | None, where: str) -> float:
