@@ -8,6 +8,7 @@ and the gateway asks another server.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -29,6 +30,7 @@ def reject_by_error() -> None:
     if state is None or not all(hasattr(engine, name) for name in (REJECT, ERROR)):
         return
 
+    @functools.wraps(getattr(engine, REJECT))
     def reject(self: Any, request: Any) -> bool:
         if self.shutdown_state == state.RUNNING:
             return False
