@@ -232,7 +232,7 @@ void look_up(const Matrix& m, int64_t row, int64_t cols, float* out) {
 template <class Code>
 Functions functions(const Matrix&) {
   Functions f;
-  f.floats = block::kProducts<Code, block::Fma, 1>.data();
+  f.floats = block::kProducts<Code, block::Fma, 1, block::kMostFloats>.data();
   f.float32 = block::decode<Code, 4>, f.bfloat16 = block::decode<Code, 2>;
   f.look_up = look_up<Code>;
 #ifdef __AVX512BF16__
@@ -253,8 +253,8 @@ inline void multiply(const Request& r, const Functions& run) {
   const bool exact = r.how == Mode::kExact;
   const bool tiles = amx_takes(exact, r.dtype, r.tokens) && (!exact || run.bfloat16);
   const bool pairs = pairs_taken(exact, r.dtype, r.tokens) && run.bfloat16;
-  const bool streams = !tiles && r.tokens <= kMostStreamed;
   const int64_t size = !exact ? 1 : tiles || pairs ? 2 : 4;
+  const bool streams = !tiles && r.tokens <= (size == 4 ? kMostFloats : kMostStreamed);
   const Multiply* streamed = !exact ? run.codes : pairs ? run.pairs : run.floats;
   const Decode decode = size == 1 ? run.int8 : size == 2 ? run.bfloat16 : run.float32;
   static thread_local Inputs scratch;
