@@ -6,6 +6,7 @@ What `rtn`, `gptq`, `layers` and `experts` share.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress_methods.checkpoint.safetensors import Writer
 from compress_methods.model.skeleton import Skeleton, build_skeleton
@@ -28,6 +30,7 @@ THREE_B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 
 ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 SMALL = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
 VOCABULARY = 128256
+DRAWN = 2**20 + 7  # odd, so that no rows of a matrix are the same
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,8 @@ def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: 
         specs = {n: TensorSpec(tuple(size), "bfloat16") for n, size in mine.items()}
         with Writer(directory / file, specs) as writer:
             for name, spec in specs.items():
-                values = torch.empty(spec.shape, dtype=torch.bfloat16)
-                writer.put(
-                    name, values.normal_(0, 0.02) if len(spec.shape) > 1 else values.fill_(1)
-                )
+                values = _random(spec.shape) if len(spec.shape) > 1 else torch.ones(spec.shape)
+                writer.put(name, values.bfloat16())
                 weight_map[name] = file
                 total += spec.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -81,6 +82,13 @@ def make_llama(directory: Path, shape: dict[str, int], shards: int, vocabulary: 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((TOKENIZER / name).read_bytes())
     return total
+
+
+def _random(shape: Sequence[int]) -> Tensor:
+    """Normal numbers that repeat: to draw all of them takes as long as to convert them."""
+    drawn = torch.empty(DRAWN, dtype=torch.bfloat16).normal_(0, 0.02)
+    count = math.prod(shape)
+    return drawn.repeat(-(-count // DRAWN))[:count].view(*shape)
 
 
 def _stored_shapes(skeleton: Skeleton) -> dict[str, Sequence[int]]:
