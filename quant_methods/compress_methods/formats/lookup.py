@@ -11,15 +11,18 @@ row, and may be negative. `table` says whose values they are:
            LUT-GEMM (Park et al., 2022, arXiv:2206.09557) as a table
   nf4      quantiles of the normal distribution (QLoRA, Dettmers et al., 2023, arXiv:2305.14314)
   fp4      4-bit floats with 2 bits of exponent, 1 of mantissa (E2M1); a code is the float's bits
+  iq4      of GGUF's IQ4_NL and IQ4_XS, as llama.cpp has them
+  bnb_nf4, bnb_fp4  as bitsandbytes has them, to the last bit of float32
 
-Tables are of whole numbers up to 127, so a product with int8 activations is exact in them; of nf4's
-values in [-1, 1] that makes the nearest 127th, at most 0.004 away.
+Tables but the last two are of whole numbers up to 127, so a product with int8 activations is exact
+in them; of nf4's values in [-1, 1] that makes the nearest 127th, at most 0.004 away. The last two
+are multiplied with activations as they are.
 
 Stored, for a [rows, cols] matrix cut into blocks of B columns (B = group_size, or 32 for whole
 rows):
 
   weight_packed  uint8 [rows, cols*b/8]   codes as `codes.py` packs them, as `integer` has them
-  weight_scales  [rows, groups] bfloat16
+  weight_scales  [rows, groups] bfloat16, float16 or float32
   weight_table   int8 [rows/table_rows, 2^b], learned only
 
 Fails where: cols is no multiple of group_size and 32; groups beyond bfloat16's range; cuts inside
@@ -67,19 +70,28 @@ FIXED = MappingProxyType(
     {
         "nf4": (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127),
         "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+        "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+        "bnb_nf4": (
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        ),
+        "bnb_fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 1 / 16, 8, 12, 4, 6, 2, 3)),
     }
 )
 """By code; those of fp4 in halves, those of nf4 in 127ths."""
+OF_FLOATS = ("bnb_nf4", "bnb_fp4")
 BITS = (2, 3, 4)
 FIXED_BITS = 4
 TABLE_ROWS = (1, 16, 32, 64, 128)
-SCALE_DTYPE = "bfloat16"
+SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class LookupSolution:
     """Codes uint8 [rows, cols]; scales [rows, groups]; table int8 [tables, 2^b], one in all where
-    it is fixed."""
+    it is fixed, float32 where it is of floats."""
 
     codes: Tensor
     scales: Tensor
@@ -95,6 +107,7 @@ class Lookup(Grouped):
     group_size: int = 128
     table: str = LEARNED
     table_rows: int = 16
+    scale_dtype: str = SCALE_DTYPES[0]
     name: ClassVar[str] = "lookup"
     symmetric: ClassVar[bool] = True
     """Scales, and nothing else, decide what a group's values are."""
@@ -106,6 +119,7 @@ class Lookup(Grouped):
                 ("group_size", self.group_size, GROUP_SIZES),
                 ("table", self.table, (*FITTED, *FIXED)),
                 ("table_rows", self.table_rows, TABLE_ROWS),
+                ("scale_dtype", self.scale_dtype, SCALE_DTYPES),
             )
         )
         if self.table in FIXED and self.bits != FIXED_BITS:
@@ -117,24 +131,30 @@ class Lookup(Grouped):
         return self.table in FITTED
 
     @property
+    def of_floats(self) -> bool:
+        """Whether the table has floats, not whole numbers."""
+        return self.table in OF_FLOATS
+
+    @property
     def holds_zero(self) -> bool:
-        return not self.learns_values
+        return not self.learns_values and 0 in FIXED[self.table]
 
     @property
     def lopsided(self) -> bool:
         """Whether a fixed table, turned round, is another."""
-        return self.table == "nf4"
+        return self.table in ("nf4", "iq4", "bnb_nf4")
 
     def tensors(self, rows: int, cols: int) -> dict[str, TensorSpec]:
-        out = self.codes_and_scales(rows, cols, SCALE_DTYPE)
+        out = self.codes_and_scales(rows, cols, self.scale_dtype)
         if self.learns_values:
             by_rows = Axis(0, self.table_rows)
             out[TABLE] = TensorSpec((by_rows.entries(rows), 2**self.bits), "int8", by_rows)
         return out
 
     def fixed_table(self, like: Tensor) -> Tensor:
-        """int8 [1, 2^b] where `like` is."""
-        return torch.tensor([FIXED[self.table]], dtype=torch.int8, device=like.device)
+        """int8, or float32, [1, 2^b] where `like` is."""
+        dtype = torch.float32 if self.of_floats else torch.int8
+        return torch.tensor([FIXED[self.table]], dtype=dtype, device=like.device)
 
     def by_row(self, table: Tensor, rows: int) -> Tensor:
         """The table [rows, 2^b] of each row, in the dtype of `table`."""
@@ -149,7 +169,8 @@ class Lookup(Grouped):
 
     def scales_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, None]:
         """Scales of groups of a fixed table that reach from low to high."""
-        return ((high - low) / (2 * max(FIXED[self.table]))).to(torch_dtype(SCALE_DTYPE)), None
+        reach = 2 * max(FIXED[self.table])
+        return ((high - low) / reach).to(torch_dtype(self.scale_dtype)), None
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Nearest codes of a fixed table; scales broadcast against values [rows, ...]."""
@@ -218,7 +239,7 @@ class Lookup(Grouped):
         return RelaxedLookup(self, solution, weight)
 
     def pack(self, solution: LookupSolution) -> dict[str, Tensor]:
-        scales = stored_scales(solution.scales, SCALE_DTYPE)
+        scales = stored_scales(solution.scales, self.scale_dtype)
         out = {MAIN_TENSOR: pack_codes(solution.codes, self.bits, self.block), SCALES: scales}
         if self.learns_values:
             out[TABLE] = solution.table.contiguous()
@@ -295,7 +316,8 @@ class RelaxedLookup(RelaxedLevels):
         super().__init__(levels, stored, values, self._scales)
 
     def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        scales = stored_as(self._scales * parameters["factors"], torch_dtype(SCALE_DTYPE))
+        dtype = torch_dtype(self.fmt.scale_dtype)
+        scales = stored_as(self._scales * parameters["factors"], dtype)
         values = self.values(parameters["codes"])
         return values * spread(scales, values.shape[1])
 
@@ -303,5 +325,6 @@ class RelaxedLookup(RelaxedLevels):
         self.hold_values(self.fmt._table_values(solution))
 
     def solution(self) -> LookupSolution:
-        scales = (self._scales * self.parameters["factors"]).to(torch_dtype(SCALE_DTYPE))
+        dtype = torch_dtype(self.fmt.scale_dtype)
+        scales = (self._scales * self.parameters["factors"]).to(dtype)
         return LookupSolution(self.codes(), scales, self._table)

@@ -9,8 +9,8 @@ Stored, for a [rows, cols] matrix of 4 bits, as transformers' `save_pretrained` 
   weight.quant_state.bitsandbytes__nf4              JSON in uint8: shape, block sizes, offset
 
 value = table[code] * absmax, with absmax = nested_table[code] * nested_absmax + offset where nested
-(Dettmers et al., 2023, arXiv:2305.14314). None of our formats has these tables: ours are of whole
-127ths. Of 8 bits:
+(Dettmers et al., 2023, arXiv:2305.14314), which is format `lookup` with tables `bnb_nf4`, `bnb_fp4`
+and scales in float32, where blocks end with rows. Of 8 bits:
 
   weight  int8 [rows, cols];  SCB  float32 [rows], the largest of each row;  weight_format
 
@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress_methods.checkpoint.interchange.base import Layout, register_layout
-from compress_methods.checkpoint.interchange.parts.groups import DENSE, Groups
+from compress_methods.checkpoint.interchange.parts.groups import DENSE, SIZES, Groups
 from compress_methods.checkpoint.safetensors import Entry
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format
+from compress_methods.formats.lookup import OF_FLOATS, Lookup, LookupSolution
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -68,7 +69,10 @@ class BitsAndBytes(Layout):
         return [f"{module}.weight", *own, *([] if state is None else [state.name])]
 
     def format(self, module: str, entries: Mapping[str, Entry]) -> Format | None:
-        return None if _state_entry(module, entries) else self._groups(module, entries).format()
+        entry = _state_entry(module, entries)
+        if entry is None:
+            return self._groups(module, entries).format()
+        return self._table_format(module, entries, _state(entry))
 
     def read(self, module: str, entries: Mapping[str, Entry]) -> tuple[Format, Any]:
         codes = entries[f"{module}.weight"].read()
@@ -81,10 +85,31 @@ class BitsAndBytes(Layout):
         flat = codes.view(torch.uint8).flatten()
         places = torch.stack((flat >> 4, flat & 15), -1).flatten()[: rows * cols].int()
         table = self.needed(module, MAP, entries).read().float()
-        values = table.index_select(0, places)
         scales = self._scales(module, entries, state)
+        fmt = self._table_format(module, entries, state)
+        if fmt is not None:
+            groups = scales.reshape(rows, -1)
+            repeat = fmt.groups(cols) // groups.shape[1]
+            codes = places.to(torch.uint8).reshape(rows, cols)
+            return fmt, LookupSolution(codes, groups.repeat_interleave(repeat, 1), table[None])
+        values = table.index_select(0, places)
         spread = scales.repeat_interleave(int(state["blocksize"]))[: rows * cols]
         return DENSE, values.mul_(spread).reshape(rows, cols)
+
+    def _table_format(
+        self, module: str, entries: Mapping[str, Entry], state: Mapping[str, Any]
+    ) -> Lookup | None:
+        """What holds a matrix of codes of 4 bits exactly, if its table is known and its blocks are
+        those of rows."""
+        (rows, cols), block = state["shape"], int(state["blocksize"])
+        table = self.needed(module, MAP, entries).read().float()
+        group = next((s for s in SIZES if block % s == 0), 0)
+        for name in OF_FLOATS if group and cols % block == 0 else ():
+            fmt = Lookup(4, group, name, scale_dtype="float32")
+            if torch.equal(fmt.fixed_table(table)[0], table):
+                fmt.check_shape(rows, cols)
+                return fmt
+        return None
 
     def _groups(self, module: str, entries: Mapping[str, Entry]) -> Groups:
         cols = entries[f"{module}.weight"].shape[1]

@@ -51,8 +51,8 @@ def binary_basis(bits: int, like: Tensor) -> Tensor:
 def search_tables(
     fmt: Lookup, weight: Tensor, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scales bfloat16 [rows, groups] and tables int8 [tables, 2^b] for `weight` [rows, cols];
-    importance [cols], [rows, cols] or None."""
+    """Scales [rows, groups] as they are stored and tables int8 [tables, 2^b] for `weight`
+    [rows, cols]; importance [cols], [rows, cols] or None."""
     rows, cols = weight.shape
     step = max(1, SLAB_ELEMENTS // cols // fmt.table_rows) * fmt.table_rows
     found = []
@@ -102,7 +102,8 @@ class _Fit:
             scales = self._least_squares(codes, scales, table)
         top = table.abs().amax(1, keepdim=True)
         table = self._whole(table * (TOP / top))
-        stored = (scales * (top / TOP)[:, :, None] * self.size[..., 0]).to(torch.bfloat16)
+        scales = scales * (top / TOP)[:, :, None] * self.size[..., 0]
+        stored = scales.to(getattr(torch, self.fmt.scale_dtype))
         return stored.flatten(0, 1)[: self.rows], table
 
     def _whole(self, table: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ bfloat16 where the processor can, products being exact and sums float32. Both lo
 table takes `cpu` up to 4 bits, where it adds at most 3% to the divergence that the weights cause
 (`python -m tests.benchmarks activations`), and for formats that ask for it; 8-bit weights lose so
 little that it would treble their loss, so they get `cpu_exact`, which alone takes floats of 8 bits
-and of 16. Of sparse integers it takes all: leaving weights out costs hundreds of times as much.
+and of 16, and tables of floats. Of sparse integers it takes all: leaving weights out costs hundreds
+of times as much.
 
 Runtime layout: [weights uint8 [blocks, lines, bytes], scales [blocks, groups, together]], and zeros
 uint8 like scales where stored. A line is 128 columns of as many rows as the library takes together
@@ -82,6 +83,8 @@ class CpuGemm(Kernel):
     def _knows(self, fmt: Format) -> bool:
         if isinstance(fmt, Float):
             return fmt.bits < BYTE or self.mode == Mode.EXACT
+        if isinstance(fmt, Lookup) and fmt.of_floats:
+            return self.mode == Mode.EXACT
         if not isinstance(fmt, Sparse):
             return isinstance(fmt, CODED)
         exact = isinstance(fmt.values, Dense)
@@ -205,7 +208,7 @@ def _kind(fmt: Integer | Lookup | Float | Trellis) -> int:
     if isinstance(fmt, Float):
         return Kind.FLOATS
     if isinstance(fmt, Lookup):
-        return Kind.LOOKUP
+        return Kind.VALUES if fmt.of_floats else Kind.LOOKUP
     return Kind.WHOLE if fmt.holds_zero else Kind.MID
 
 

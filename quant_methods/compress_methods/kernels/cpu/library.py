@@ -38,6 +38,7 @@ class Kind(IntEnum):
     LOOKUP = 3
     FLOATS = 4
     TRELLIS = 5
+    VALUES = 6
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Packed:
     of which every row, or every 16 rows, have one. `kind` floats, E2M1 or E4M3: in place of zeros,
     None or float32 [rows of all blocks] that multiply rows; scales may also be E4M3, or uint8 that
     are E8M0, and 2-dimensional, for 128 rows each. `kind` trellis: its 8th and higher bits say how
-    many bits a window has; without zeros.
+    many bits a window has; without zeros. `kind` values: in place of zeros, the 16 float32 that
+    codes of 4 bits stand for.
     """
 
     weights: Tensor

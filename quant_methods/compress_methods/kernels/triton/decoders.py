@@ -3,7 +3,8 @@
 A decoder takes `data` (pointers to its tensors), `row` and `column` (int64 and int32 indices that
 broadcast against each other, all inside the matrix), `cols` (columns that are stored) and constants
 of the format. It returns float32 values without their scales. They are exact in 16 bits: codes,
-entries of tables, small floats and windows of a trellis have 8 significant bits at most.
+entries of tables, small floats and windows of a trellis have 8 significant bits at most. Tables of
+floats have more: products with 16-bit activations round them.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ CASES = [
     (Lookup(2, 64, table_rows=1), 20, 64, torch.float32),
     (Lookup(3, 128), 40, 128, torch.float32),
     (Lookup(4, -1, "nf4"), 20, 96, torch.float32),
+    (Lookup(4, 64, "bnb_nf4", scale_dtype="float32"), 20, 128, torch.float32),
     (Float("fp8"), 9, 80, torch.float32),
     (Float("fp8", 128, 128), 140, 128, torch.float32),
     (Float("mxfp4"), 9, 96, torch.float16),

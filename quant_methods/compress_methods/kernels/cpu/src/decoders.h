@@ -108,12 +108,14 @@ struct Trellis {
   static constexpr bool kSigned = true;
 };
 
-// What rows need besides their codes: the table, if there is one; of a trellis, how far on the row
-// is that the windows of this one reach into, and the bits of a window that count.
+// What rows need besides their codes: the table, if there is one, of bytes or of floats; of a
+// trellis, how far on the row is that the windows of this one reach into, and the bits of a window
+// that count.
 struct Key {
   const uint8_t* table;
   int64_t next;
   uint16_t window;
+  const float* values;
 };
 
 // Reads line after line of a code.
@@ -145,6 +147,19 @@ struct Reader<Trellis<bits>> {
   }
 };
 #endif
+
+struct FloatTable {  // codes of 4 bits that stand for 16 floats, one table for all rows
+  using Line = Values;
+  using Dense = struct Floats;
+};
+
+template <>
+struct Reader<FloatTable> {
+  vec::FloatTable table;
+
+  VC_INLINE explicit Reader(const Key& key) : table(key.values) {}
+  VC_INLINE void read(const uint8_t* p, int64_t, Values& line) const { table.read(p, line.v); }
+};
 
 struct Floats {  // what other lines are decoded to
   using Line = Values;

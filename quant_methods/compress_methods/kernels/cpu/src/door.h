@@ -28,7 +28,7 @@ inline Dtype scale_dtype_of(const Tensor& scales) {
 }
 
 // What `kind` says of a matrix.
-enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp, kFloats, kTrellis };
+enum Kind : int64_t { kWhole, kSparse, kMid, kLookUp, kFloats, kTrellis, kValues };
 constexpr int64_t kKindBits = 8;     // above them, of a trellis, the bits of a window
 constexpr int64_t kScaleRows = 128;  // that may share scales
 
@@ -93,6 +93,16 @@ inline void take_tables(Matrix& m, const std::optional<Tensor>& tables) {
   m.table_rows = count == shared ? kTableRows : 1;
 }
 
+// What codes of 4 bits stand for.
+inline void take_values(Matrix& m, const std::optional<Tensor>& values) {
+  STD_TORCH_CHECK(values, "a matrix of kind ", static_cast<int64_t>(kValues), " has no values");
+  check_tensor(*values, "values", 1, false);
+  STD_TORCH_CHECK(values->scalar_type() == ScalarType::Float && values->size(0) == kTable &&
+                      m.bits == 4,
+                  "values are not 16 float32 for codes of 4 bits");
+  m.values = static_cast<const float*>(values->const_data_ptr());
+}
+
 // Of floats: a table of those of 4 bits, and the scales of rows, with those that fill a block.
 inline void take_row_scales(Matrix& m, const std::optional<Tensor>& row_scales) {
   if (m.bits == 4) m.tables = kTwiceE2m1, m.table_rows = std::max<int64_t>(1, m.rows);
@@ -115,7 +125,7 @@ inline void check_groups(const Matrix& m) {
                   " columns");
 }
 
-// `zeros` are the tables of a matrix that has those, the row scales of one of floats.
+// `zeros` are the tables, or values, of a matrix that has those, the row scales of one of floats.
 inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
                         const Tensor& weights, const Tensor& scales,
                         const std::optional<Tensor>& zeros, int64_t cols) {
@@ -128,11 +138,11 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   m.bits = static_cast<int32_t>(bits), m.group = static_cast<int32_t>(group);
   const int64_t window = kind >> kKindBits;
   kind &= (1 << kKindBits) - 1;
-  STD_TORCH_CHECK(kind >= kWhole && kind <= kTrellis, "a matrix of kind ", kind);
+  STD_TORCH_CHECK(kind >= kWhole && kind <= kValues, "a matrix of kind ", kind);
   STD_TORCH_CHECK(kind == kTrellis ? window >= bits && window <= kTrellisMostWindow : window == 0,
                   "windows of ", window, " bits in a matrix of kind ", kind);
   const bool sparse = kind == kSparse;
-  m.sparse = sparse, m.mid = kind == kMid, m.floats = kind == kFloats;
+  m.sparse = sparse, m.mid = kind == kMid, m.floats = kind == kFloats || kind == kValues;
   m.window = static_cast<int32_t>(window);
   const int64_t stored = m.window ? divided_up(rows, kTileRows) * kTileRows : rows;
   m.scale_dtype = m.floats ? scale_dtype_of(scales) : dtype_of(scales, "scales");
@@ -141,7 +151,8 @@ inline Matrix matrix_of(int64_t rows, int64_t bits, int64_t group, int64_t kind,
   STD_TORCH_CHECK(weights.size(0) == divided_up(stored, kRowsTogether), rows, " rows in ",
                   weights.size(0), " blocks of ", kRowsTogether);
   if (kind == kLookUp) take_tables(m, zeros);
-  if (m.floats) take_row_scales(m, zeros);
+  if (kind == kFloats) take_row_scales(m, zeros);
+  if (kind == kValues) take_values(m, zeros);
   check_bits(m);
   if (sparse && bits == 16) {  // values are what they are
     STD_TORCH_CHECK(group == 0 && !zeros && m.scale_dtype != Dtype::kFloat32 && !scales.numel(),

@@ -54,17 +54,19 @@ struct Matrix {
   int32_t floats = 0;                 // whether codes are E2M1, whose table is `kTwiceE2m1`, or E4M3
   const float* row_scales = nullptr;  // of floats: [rows, with those that fill a block], or ones
   int64_t scale_rows = 1;             // that share `scales`
+  // 16 floats that codes stand for, or null. `floats` is set then, and zeros are null.
+  const float* values = nullptr;
 
   int32_t middle() const {
     if (window) return kTrellisMiddle;
     return tables ? 128 : floats ? 0 : mid ? (1 << bits) - 1 : 1 << (bits - 1);
   }
   // What decoded floats are multiplied by to be what they are.
-  float unit() const { return !floats ? 1.0f : bits == 8 ? kE4m3Unit : 0.5f; }
+  float unit() const { return !floats || values ? 1.0f : bits == 8 ? kE4m3Unit : 0.5f; }
   float factor_of(int64_t row) const { return row_scales ? unit() * row_scales[row] : unit(); }
   Key key_of(int64_t row) const {
     const int64_t next = row % kTileRows == kTileRows - 1 ? 1 - kTileRows : 1;
     return {tables ? tables + row / table_rows * kTable : nullptr, next * lines * bytes,
-            static_cast<uint16_t>((1 << window) - 1)};
+            static_cast<uint16_t>((1 << window) - 1), values};
   }
 };

@@ -129,6 +129,19 @@ void use_tables(int bits, int group, int64_t table_rows) {
        Dtype::kFloat32, tables.data(), table_rows});
 }
 
+// 16 floats, not one more.
+void use_values(int group) {
+  const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
+  const int64_t bytes = 64 * kRowsTogether;
+  const auto weights = filled<uint8_t>(kBlocks * kLines * bytes, 4);
+  const auto scales = small(kBlocks * kRowsTogether * groups, 2);
+  const auto values = filled<float>(kTable, 3);
+  Matrix m = {weights.data(), scales.data(), nullptr, kRows, kLines, bytes, groups, 4, group, 0, 0,
+              Dtype::kFloat32};
+  m.floats = 1, m.values = values.data();
+  use(m);
+}
+
 // Rows of the last tile that the matrix does not have are stored.
 void use_trellis(int bits, int group, int window) {
   const int64_t groups = group == 0 ? 1 : kLines * 128 / group;
@@ -206,6 +219,7 @@ int main(int count, char** arguments) {
   for (const int bits : {2, 3, 4}) {
     for (const int group : {0, 32, 64, 128}) use_trellis(bits, group, 8), use_trellis(bits, group, 16);
   }
+  for (const int group : {0, 16, 32, 64, 128}) use_values(group);
   find_paths();
   for (const int bits : {4, 8}) {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kE8m0, Dtype::kE4m3}) {

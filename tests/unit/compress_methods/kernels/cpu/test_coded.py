@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compress_methods import kernels
 from compress_methods.formats import Stored
 from compress_methods.formats.fitting.viterbi import encode_in_torch
-from compress_methods.formats.lookup import Lookup
+from compress_methods.formats.lookup import FIXED, OF_FLOATS, Lookup
 from compress_methods.formats.trellis import Trellis
 from compress_methods.formats.wrappers.rotated import Rotated
 from compress_methods.kernels import Want
@@ -39,12 +39,13 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     first = unit * draw(st.integers(0, (rows - 1) // unit))
     x = torch.randn(tokens, 2 * cols, generator=generator) * 10.0 ** draw(st.integers(-3, 3))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    of_floats = isinstance(fmt, Lookup) and fmt.of_floats
     layout = draw(st.sampled_from((slice(0, cols), slice(0, 2 * cols, 2))))
     return {
         "stored": whole.cut(rows=(first, rows)),
         "x": x.to(dtype)[:, layout],
         "bias": torch.randn(rows - first, generator=generator) if draw(st.booleans()) else None,
-        "kernel": draw(st.sampled_from(("cpu", "cpu_exact"))),
+        "kernel": "cpu_exact" if of_floats else draw(st.sampled_from(("cpu", "cpu_exact"))),
     }
 
 
@@ -84,6 +85,27 @@ def test_the_table_takes_it_and_keeps_the_bytes_that_are_stored(
         prepared = kernels.prepare(stored, Want(kernel="cpu"))
         size = sum(t.numel() * t.element_size() for t in prepared.tensors)
         assert size == 256 * 512 * bits // 8 + 2 * 256 * 4 + 256 // min(16, table_rows) * 16
+
+
+@pytest.mark.parametrize("table", OF_FLOATS)
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_every_code_of_a_table_of_floats_is_what_the_table_says(
+    isa: Library, table: str, tokens: int
+) -> None:
+    """To the last bit, which tables of bytes would lose."""
+    fmt = Lookup(4, 64, table, scale_dtype="float32")
+    solution = fmt.nearest(torch.randn(40, 256))
+    solution.codes[:16] = torch.arange(16)[:, None]
+    solution.scales[:16] = 1
+    stored = Stored.whole(fmt, fmt.pack(solution), (40, 256))
+    prepared = kernels.prepare(stored)
+    if isa.isa != "plain":
+        assert prepared.kernel == "cpu_exact"
+    prepared = kernels.prepare(stored, Want(kernel="cpu_exact"))
+    x = torch.eye(256)[:tokens]
+    found = kernels.matmul(x, prepared)
+    assert torch.equal(found, stored.values()[:, :tokens].T)
+    assert torch.equal(found[0, :16], torch.tensor(FIXED[table], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("state_bits", [8, 12, 16])

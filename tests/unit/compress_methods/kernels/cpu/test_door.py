@@ -22,7 +22,7 @@ from compress_methods.kernels.cpu.library import Kind, Library, Mode, Packed
 
 ROWS, COLS = 32, 256
 SPARSE = Sparse(64, 128, Integer(8, -1))
-NF4 = Lookup(4, 128, "nf4")
+NF4, BNB = Lookup(4, 128, "nf4"), Lookup(4, 128, "bnb_nf4")
 TRELLIS = Trellis(2, 8)
 NVFP4, FP8, BLOCKS = Float("nvfp4"), Float("fp8"), Float("fp8", 128, 128)
 
@@ -33,7 +33,7 @@ def stored(fmt: Format, rows: int = ROWS, cols: int = COLS) -> Stored:
 
 
 def packed(fmt: Format) -> Packed:
-    kernel = "cpu_exact" if isinstance(fmt, Float) else "cpu"
+    kernel = "cpu_exact" if isinstance(fmt, Float) or fmt == BNB else "cpu"
     return cpu_gemm._packed(dispatch.prepare(stored(fmt), Want(kernel=kernel, embed=True)))
 
 
@@ -89,7 +89,12 @@ WRONG: list[tuple[str, Format, Callable[[Packed], dict[str, Any]]]] = [
     ("sparse lines of", SPARSE, lambda m: {"weights": m.weights[:, :, :16].contiguous()}),
     ("values of 16 bits have neither", SPARSE, lambda m: {"bits": 16}),
     ("a sparse matrix, or .* has no zeros", SPARSE, lambda m: {"zeros": m.weights}),
-    ("a matrix of kind 6", Integer(4, 128), lambda m: {"kind": 6}),
+    ("a matrix of kind 7", Integer(4, 128), lambda m: {"kind": 7}),
+    ("kind 6 has no values", Integer(4, 128), lambda m: {"kind": Kind.VALUES}),
+    ("values have 2 dim", BNB, lambda m: {"zeros": m.zeros[None]}),
+    ("values are not 16 float32", BNB, lambda m: {"zeros": m.zeros.double()}),
+    ("values are not 16 float32", BNB, lambda m: {"zeros": m.zeros[:8]}),
+    ("values are not 16 float32", BNB, lambda m: {"bits": 8}),
     ("windows of 0 bits", Integer(4, 128), lambda m: {"kind": Kind.TRELLIS}),
     ("windows of 12 bits", Integer(4, 128), lambda m: {"kind": Kind.WHOLE | 12 << 8}),
     ("windows of 17 bits", TRELLIS, lambda m: {"kind": Kind.TRELLIS | 17 << 8}),

@@ -32,6 +32,6 @@ def test_memory_is_only_touched_where_it_should_be(tmp_path: Path) -> None:
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = dict(zip(*[iter(done.stdout.split())] * 2, strict=True))
-    ran = {"products": "5460", "rotated": "3900", "corrected": "3900"}
-    ran |= {"look-ups": "195", "paths": "6"}
+    ran = {"products": "5600", "rotated": "4000", "corrected": "4000"}
+    ran |= {"look-ups": "200", "paths": "6"}
     assert counts == ran

@@ -241,8 +241,8 @@ Functions functions(const Matrix&) {
   if constexpr (std::is_same_v<typename Code::Line, Codes>) {
     f.codes = block::kProducts<Code, block::Vnni, 1>.data();
     f.int8 = block::decode<Code, 1>;
-  } else if (std::is_same_v<Code, SparseFloats<false>>) {
-    f.bfloat16 = nullptr;  // float16 does not fit
+  } else if (std::is_same_v<Code, SparseFloats<false>> || std::is_same_v<Code, FloatTable>) {
+    f.bfloat16 = nullptr;  // float16 does not fit, nor do float32
   }
   return f;
 }

@@ -7,7 +7,7 @@
 //   value = scale * (code - zero)
 //   out   = sum over groups of scale * (sum of code * x  -  zero * sum of x)
 //
-// With a table, value = scale * table[code], whose entries are the codes of 8 bits.
+// With a table, value = scale * table[code], whose entries are the codes of 8 bits, or floats.
 // Floats of 4 bits are such codes, of one table; those of 8 are multiplied as floats. In a trellis
 // codes are computed of a window of bits.
 // A zero between two codes is counted, like the codes, in halves: value = scale/2 * (2 code - odd).
@@ -22,7 +22,7 @@ namespace {
 Functions functions_of(const Matrix& m) {
   if (m.sparse) return functions_of_sparse(m);
   if (m.window) return functions_of_trellis(m);
-  if (m.tables || (m.floats && m.bits == 8)) return functions_of_tables(m);
+  if (m.tables || m.floats) return functions_of_tables(m);
   return functions_of_integers(m);
 }
 
@@ -42,7 +42,7 @@ void vc_linear(const Matrix* matrix, const void* x, int32_t x_dtype, int64_t tok
   if (!tokens || !matrix->rows) return;
   if (!cols) return write_bias(bias, tokens, matrix->rows, out, static_cast<Dtype>(x_dtype));
   // Activations are not quantized for floats.
-  const bool floats = matrix->bits == 16 || (matrix->floats && matrix->bits == 8);
+  const bool floats = matrix->bits == 16 || (matrix->floats && !matrix->tables);
   const Mode how = floats ? Mode::kExact : static_cast<Mode>(mode);
   multiply({*matrix, x, static_cast<Dtype>(x_dtype), tokens, cols, x_stride, bias, out, how},
            functions_of(*matrix));

@@ -1,4 +1,4 @@
-// Codes that stand for entries of a table, or for floats of a byte.
+// Codes that stand for entries of a table, of bytes or floats, or for floats of a byte.
 
 #include "functions.h"
 
@@ -16,6 +16,7 @@ Functions of_tables(const Matrix& m) {
 }  // namespace
 
 Functions functions_of_tables(const Matrix& m) {
+  if (m.values) return functions<FloatTable>(m);
   if (!m.tables) return functions<E4m3>(m);
   if (m.bits == 2) return of_tables<2>(m);
   return m.bits == 3 ? of_tables<3>(m) : of_tables<4>(m);

@@ -91,6 +91,27 @@ struct Table {
   }
 };
 
+// The 16 floats that codes of 4 bits stand for.
+struct FloatTable {
+  __m256 low, high;
+  VC_INLINE explicit FloatTable(const float* p)
+      : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
+  VC_INLINE void read(const uint8_t* p, Floats* out) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
+      const __m256i all = _mm256_cvtepu8_epi32(eight);
+      out[i] = values(all), out[8 + i] = values(_mm256_srli_epi32(all, 4));
+    }
+  }
+  // Three bits of an index find an entry of either half, the fourth which of the two.
+  VC_INLINE Floats values(__m256i codes) const {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes),
+                             _mm256_permutevar8x32_ps(high, codes), upper)};
+  }
+};
+
 // Windows of a trellis from `at` bits on, of 16 lanes that hold 16 bits in each part.
 template <int at>
 VC_INLINE __m256i trellis_values(const __m256i* parts, __m256i mask) {

@@ -126,6 +126,20 @@ struct Table<bits, false> {
   }
 };
 
+// The 16 floats that codes of 4 bits stand for: 8 columns of 16 rows. Of an index 4 bits count.
+struct FloatTable {
+  __m512 v;
+  VC_INLINE explicit FloatTable(const float* p) : v(_mm512_loadu_ps(p)) {}
+  VC_INLINE void read(const uint8_t* p, Floats* out) const {
+    const __m512i all = _mm512_loadu_si512(p);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      out[i] = {_mm512_permutexvar_ps(_mm512_srli_epi32(all, 8 * i), v)};
+      out[4 + i] = {_mm512_permutexvar_ps(_mm512_srli_epi32(all, 8 * i + 4), v)};
+    }
+  }
+};
+
 // The windows of a tile of 16 rows, lanes of which are 16 bits.
 template <int bits>
 struct Windows {

@@ -77,6 +77,26 @@ struct Table {
   }
 };
 
+// The 16 floats that codes of 4 bits stand for, in four planes of their bytes.
+struct FloatTable {
+  uint8x16x4_t v;
+  VC_INLINE explicit FloatTable(const float* p) : v(vld4q_u8(reinterpret_cast<const uint8_t*>(p))) {}
+  VC_INLINE void read(const uint8_t* p, Floats* out) const {
+    for (int i = 0; i < 4; ++i) {
+      const uint8x16_t all = vld1q_u8(p + 16 * i);
+      values(vandq_u8(all, vdupq_n_u8(15)), out + 2 * i);
+      values(vshrq_n_u8(all, 4), out + 8 + 2 * i);
+    }
+  }
+  VC_INLINE void values(uint8x16_t codes, Floats* out) const {
+    uint8x16x4_t bytes;
+    for (int i = 0; i < 4; ++i) bytes.val[i] = vqtbl1q_u8(v.val[i], codes);
+    alignas(16) float sixteen[16];
+    vst4q_u8(reinterpret_cast<uint8_t*>(sixteen), bytes);
+    for (int i = 0; i < 4; ++i) out[i / 2].v[i % 2] = vld1q_f32(sixteen + 4 * i);
+  }
+};
+
 // Windows of a trellis from `at` bits on, of 8 lanes that hold 16 bits in each part.
 template <int at>
 VC_INLINE uint16x8_t trellis_values(const uint16x8_t* parts, uint16x8_t mask) {

@@ -67,6 +67,17 @@ struct Table {
   }
 };
 
+// The 16 floats that codes of 4 bits stand for.
+struct FloatTable {
+  const float* v;
+  VC_INLINE explicit FloatTable(const float* p) : v(p) {}
+  VC_INLINE void read(const uint8_t* p, Floats* out) const {
+    for (int i = 0; i < 64; ++i) {
+      out[i / 8].v[i % 8] = v[p[i] & 15], out[8 + i / 8].v[i % 8] = v[p[i] >> 4];
+    }
+  }
+};
+
 // 128 columns of a row at `p`, into which the windows of the row before reach, as this one's reach
 // into that at `next`. Tiles lie in the order 0, 2, 4, 6, 1, 3, 5, 7.
 template <int bits>
