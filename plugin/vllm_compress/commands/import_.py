@@ -17,9 +17,10 @@ EPILOG = """\
 read: compressed-tensors (pack-quantized, int-quantized, float-quantized, nvfp4, mxfp4), GPTQ (2, 3,
 4 and 8 bits, desc_act, asymmetric), AWQ, FP8, bitsandbytes, HQQ, and GGUF, as a file or directory.
 held exactly: integers in groups or rows of any scale (GPTQ, AWQ, compressed-tensors, int8 of
-bitsandbytes, Q4_0, Q5_0, Q8_0), columns in any order, FP8 by tensor, row or 128 x 128, NVFP4 and
-MXFP4. Not held: NF4, HQQ with fractional zero points, Q4_1, Q5_1, the K and IQ kinds of GGUF;
-`convert` reads them exactly, too.
+bitsandbytes, Q4_0, Q5_0, Q8_0), columns in any order, groups with a least value or zero point that
+is a float (HQQ with axis 1, Q4_1, Q5_1, Q4_K, Q5_K), tables (NF4, FP4, IQ4_NL, IQ4_XS), FP8 by
+tensor, row or 128 x 128, NVFP4 and MXFP4. Not held: groups of 16 (Q2_K, Q3_K, Q6_K), or that are
+not in rows; `convert` reads them exactly, too.
 
 examples:
   vllm-compress import ./model-gptq -o out/model

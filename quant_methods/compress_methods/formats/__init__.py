@@ -24,7 +24,13 @@ from compress_methods.formats.base import (
 )
 from compress_methods.formats.rounder import Grid, Rounder
 from compress_methods.formats.stored import Stored
-from compress_methods.formats.wrappers import lowrank, padded, reordered, rotated  # noqa: F401
+from compress_methods.formats.wrappers import (  # noqa: F401  (registers them)
+    lowrank,
+    padded,
+    reordered,
+    rotated,
+    shifted,
+)
 
 __all__ = [
     "FORMATS",

@@ -18,7 +18,13 @@ from compress_methods.kernels.base import (
 )
 from compress_methods.kernels.cpu import gemm  # noqa: F401  (registers ours)
 from compress_methods.kernels.dispatch import choose, embed, kernel, matmul, prepare, side_by_side
-from compress_methods.kernels.wrappers import lowrank, padded, reordered, rotated  # noqa: F401
+from compress_methods.kernels.wrappers import (  # noqa: F401  (registers them)
+    lowrank,
+    padded,
+    reordered,
+    rotated,
+    shifted,
+)
 
 __all__ = [
     "KERNELS",

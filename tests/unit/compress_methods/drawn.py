@@ -21,6 +21,8 @@ from compress_methods.formats.trellis import TILE, Trellis
 from compress_methods.formats.wrappers.lowrank import LowRank
 from compress_methods.formats.wrappers.rotated import BLOCKS as ROTATED_BLOCKS
 from compress_methods.formats.wrappers.rotated import Rotated
+from compress_methods.formats.wrappers.shifted import DTYPES as OFFSET_DTYPES
+from compress_methods.formats.wrappers.shifted import Shifted
 
 GROUPS = (-1, 32, 64, 128)
 ACTIVATIONS = (None, "int8")
@@ -58,7 +60,8 @@ def lookups(
     """Tables of every kind."""
     table = draw(st.sampled_from((*FITTED, *FIXED)))
     size = FIXED_BITS if table in FIXED else draw(st.sampled_from(bits))
-    return Lookup(size, draw(st.sampled_from(GROUPS)), table, draw(st.sampled_from(table_rows)))
+    group, rows = draw(st.sampled_from(GROUPS)), draw(st.sampled_from(table_rows))
+    return Lookup(size, group, table, rows, draw(st.sampled_from(("bfloat16", "float32"))))
 
 
 def trellises(
@@ -95,6 +98,12 @@ def lowrank(draw: st.DrawFn, base: st.SearchStrategy[Any]) -> LowRank:
     return LowRank(rank, draw(base), draw(factors))
 
 
+def shifted() -> st.SearchStrategy[Shifted]:
+    """Symmetric integers whose groups have offsets."""
+    base = integers(symmetric=(True,), activations=(None,))
+    return st.builds(Shifted, base, st.sampled_from(OFFSET_DTYPES[::2]))
+
+
 def trains() -> st.SearchStrategy[TensorTrain]:
     """Trains of cores, of every row and of the whole."""
     kinds, dtypes = st.sampled_from((ROWS, TABLE)), st.sampled_from(("bfloat16", "float32"))
@@ -113,7 +122,7 @@ def columnwise() -> st.SearchStrategy[Format]:
 def formats() -> st.SearchStrategy[Format]:
     """Every kind of format there is."""
     bases = columnwise().filter(lambda fmt: not isinstance(fmt, Dense))
-    return st.one_of(*[columnwise()] * 3, lowrank(st.one_of(bases, st.none())), trains())
+    return st.one_of(*[columnwise()] * 3, lowrank(st.one_of(bases, st.none())), trains(), shifted())
 
 
 def units(fmt: Format, shape: tuple[int, int]) -> tuple[int, int]:
@@ -137,6 +146,8 @@ def least_columns(fmt: Format) -> int:
         return fmt.block
     if isinstance(fmt, Trellis):
         return max(fmt.group_size, TILE)
+    if isinstance(fmt, Shifted):
+        return least_columns(fmt.base)
     if isinstance(fmt, LowRank):
         return math.lcm(*(least_columns(f) for f in (fmt.base, fmt.factors) if f is not None))
     return 1 if fmt.inner is fmt else least_columns(fmt.inner)

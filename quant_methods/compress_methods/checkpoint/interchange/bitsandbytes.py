@@ -88,10 +88,10 @@ class BitsAndBytes(Layout):
         scales = self._scales(module, entries, state)
         fmt = self._table_format(module, entries, state)
         if fmt is not None:
-            groups = scales.reshape(rows, -1)
-            repeat = fmt.groups(cols) // groups.shape[1]
+            by_rows = scales.reshape(rows, -1)
+            repeat = fmt.groups(cols) // by_rows.shape[1]
             codes = places.to(torch.uint8).reshape(rows, cols)
-            return fmt, LookupSolution(codes, groups.repeat_interleave(repeat, 1), table[None])
+            return fmt, LookupSolution(codes, by_rows.repeat_interleave(repeat, 1), table[None])
         values = table.index_select(0, places)
         spread = scales.repeat_interleave(int(state["blocksize"]))[: rows * cols]
         return DENSE, values.mul_(spread).reshape(rows, cols)

@@ -7,8 +7,10 @@ Stored, for a [rows, cols] matrix cut into groups along its rows (`axis` 1) or c
   scale  float of each group, zero  float of each group
   shape, nbits, group_size, axis, packing  and further settings, a number or text in a tensor each
 
-value = scale * (code - zero); zero points are no whole numbers unless asked for (`round_zero`), so
-most such matrices are none of our formats. (Badri and Shaji, 2023, mobiusml.github.io/hqq_blog.)
+value = scale * (code - zero). Zero points are no whole numbers unless asked for (`round_zero`):
+groups in rows are then format `shifted`, whose offset is -scale * zero in float32, exact for scales
+and zero points of 16 bits; others are `integer`. (Badri and Shaji, 2023,
+mobiusml.github.io/hqq_blog.)
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ class Hqq(Layout):
         )
 
     def _groups(self, module: str, entries: Mapping[str, Entry]) -> Groups | None:
-        """What a format of ours may hold: groups in rows whose zero points are whole numbers."""
+        """What a format of ours may hold: groups in rows."""
         rows, cols = self.needed(module, "shape", entries).read().tolist()
         size = int(self.needed(module, "group_size", entries).read())
         if int(self.needed(module, "axis", entries).read()) != 1 or cols % size:
@@ -105,7 +107,7 @@ class Hqq(Layout):
             self.needed(module, leaf, entries).read().float() for leaf in ("scale", "zero")
         )
         bits = int(self.needed(module, "nbits", entries).read())
-        if not torch.equal(zero, zero.round()) or not 0 <= float(zero.min()) <= zero.max() < 256:
-            return None
         scales, zeros = (t.reshape(rows, cols // size) for t in (scale, zero))
-        return Groups(bits, cols, scales, zeros.int())
+        if torch.equal(zero, zero.round()) and 0 <= float(zero.min()) <= zero.max() < 256:
+            return Groups(bits, cols, scales, zeros.int())
+        return Groups(bits, cols, scales, offsets=-scales * zeros)

@@ -77,7 +77,7 @@ def test_columns_that_were_ordered_by_activation_are_refused(
     assert "desc_act=True" in engine.run(packed, PROMPTS, dtype="bfloat16").error
 
 
-@pytest.mark.parametrize("name", ["gptq-desc-act", "gguf-q4_0"])
+@pytest.mark.parametrize("name", ["gptq-desc-act", "gguf-q5_1", "bitsandbytes-nf4"])
 def test_what_vllm_does_not_load_is_served_once_imported(
     engine: Engine, tmp_path: Path, name: str
 ) -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from compress_methods import kernels
 from compress_methods.formats import Format, Stored
 from compress_methods.formats.dense import Dense
+from compress_methods.formats.encoding.grouped import SCALES, spread
 from compress_methods.formats.wrappers.lowrank import LowRank
 from compress_methods.formats.wrappers.rotated import INPUTS, Rotated
+from compress_methods.formats.wrappers.shifted import OFFSETS, Shifted, centred
 from compress_methods.kernels import Want
 from compress_methods.kernels.cpu.sparse import takes
 from compress_methods.kernels.dispatch import SIDE_BY_SIDE, ZEROS
@@ -27,6 +29,7 @@ from tests.unit.compress_methods.drawn import (
     matrices,
     mid_integers,
     rotated,
+    shifted,
     sparse,
     trains,
 )
@@ -42,10 +45,11 @@ CASES: dict[str, st.SearchStrategy[Drawn]] = {
     "cpu_exact": matrices(st.one_of(OURS, floats(), sparse(st.just(Dense())))),
     "rotated": matrices(rotated(integers())),
     "lowrank": matrices(lowrank(st.one_of(EXACT, EIGHT_BITS, rotated(EXACT), st.none()))),
+    "shifted": matrices(shifted()),
     "tensor_train": matrices(trains()),
     "reference": matrices(formats()),
 }
-LOOK_UP = [name for name in CASES if name not in ("torch_int4", "rotated", "lowrank")]
+LOOK_UP = [name for name in CASES if name not in ("torch_int4", "rotated", "lowrank", "shifted")]
 
 
 APART = {SIDE_BY_SIDE, ZEROS, "triton", "padded", "reordered"}
@@ -71,6 +75,10 @@ def treated(fmt: Format, x: torch.Tensor) -> torch.Tensor:
 
 def magnitudes(fmt: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """[rows, cols]: what is summed for each value of a matrix, by absolute value."""
+    if isinstance(fmt, Shifted):
+        small = centred(fmt, tensors[SCALES], tensors[OFFSETS])
+        offsets = spread(small, fmt.unpack(tensors).shape[1]).abs()
+        return fmt.base.unpack(tensors).abs() + offsets
     if not isinstance(fmt, LowRank):
         return fmt.unpack(tensors).abs()
     found = fmt.solution(tensors)
@@ -99,6 +107,10 @@ def test_products_are_those_of_the_values(name: str) -> None:
         if name == "cpu" or (name == "rotated" and prepared.parts[0].kernel == "cpu"):
             inputs = treated(fmt, x)
         exact = inputs @ values.T + bias.float()
+        if name == "shifted" and prepared.parts[0].kernel == "cpu":
+            # The base sees codes of the inputs, the offsets the inputs themselves.
+            base = fmt.base.unpack(stored.tensors)
+            exact += (treated(fmt.base, x) - x.float()) @ base.T
         # bfloat16 keeps 8 bits: inputs, scales' zeros and outputs are each rounded once.
         scale = x.float().abs() @ magnitudes(fmt, stored.tensors).T + bias.float().abs()
         if any(isinstance(part, Rotated) for part in (fmt, getattr(fmt, "base", None))):

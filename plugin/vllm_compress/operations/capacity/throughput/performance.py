@@ -30,6 +30,7 @@ from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
 from compress_methods.formats.wrappers.lowrank import LowRank
+from compress_methods.formats.wrappers.shifted import Shifted
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
     part_bytes,
@@ -204,9 +205,9 @@ def dense_rate(machine: Hardware) -> float:
 
 
 def _multiplied(fmt: Format | None) -> Format | None:
-    """What a kernel reads of a format: the one inside another basis, or that a product of thin
-    matrices is added to. None where there are values only."""
-    base = fmt.base if isinstance(fmt, LowRank) else fmt
+    """What a kernel reads of a format: the one inside another basis, or that offsets or a product
+    of thin matrices are added to. None where there are values only."""
+    base = fmt.base if isinstance(fmt, LowRank | Shifted) else fmt
     return None if base is None else base.inner
 
 
@@ -217,7 +218,7 @@ def compute_rate(fmt: Format | None, machine: Hardware) -> float:
     """
     inner = _multiplied(fmt)
     values = inner.values if isinstance(inner, Sparse) else inner
-    few = isinstance(values, Lookup | Trellis)
+    few = isinstance(values, Trellis) or (isinstance(values, Lookup) and not values.of_floats)
     few |= isinstance(values, Integer | Float) and values.bits <= 4
     asked = isinstance(values, Integer) and values.activations == "int8"
     eight = asked or (few and machine.kind == "cpu")

@@ -5,9 +5,8 @@
   IQ4_NL            a float16 scale, codes of a table:      scale * table[code]
   MXFP4             an exponent, codes of E2M1
 
-Nibbles are of values i (low) and i + 16; the fifth bits of all 32 lie in a word before them. The
-first three and MXFP4 are formats of ours, the others are not: their least values and tables are no
-whole zero points, nor whole 127ths with scales of 16 bits that have eight of mantissa.
+Nibbles are of values i (low) and i + 16; the fifth bits of all 32 lie in a word before them. All
+of them are formats of ours, as are those of blocks of 256 whose groups have 32 values.
 (github.com/ggml-org/llama.cpp, ggml/src/ggml-quants.c)
 """
 
@@ -22,6 +21,8 @@ from compress_methods.formats import Format
 from compress_methods.formats.encoding.small_floats import decode_e8m0, encode_e8m0
 from compress_methods.formats.floats import MXFP4, Float, FloatSolution
 from compress_methods.formats.integer import Integer, IntegerSolution
+from compress_methods.formats.lookup import Lookup, LookupSolution
+from compress_methods.formats.wrappers.shifted import Shifted, ShiftedSolution
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -33,25 +34,27 @@ SMALL, LARGE = 32, 256
 @dataclass(frozen=True)
 class Kind:
     """Values in a block, its bytes, and what they are: `values` float32 [n, size] of blocks uint8
-    [n, nbytes]; or `split` into codes uint8 and scales of `format`, which holds them exactly, and
-    `joined` of them again."""
+    [n, nbytes]; or `split` into codes uint8, scales and, if there are any, offsets of `format`,
+    which holds them exactly, and `joined` of codes and scales again."""
 
     name: str
     size: int
     nbytes: int
     values: Callable[[Tensor], Tensor] | None = None
     format: Format | None = None
-    split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    split: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     joined: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def solution(self, blocks: Tensor, rows: int) -> Any:
         """Of `format`, for a matrix whose blocks lie row by row."""
         assert self.split is not None
-        codes, scales = self.split(blocks)
-        codes, scales = codes.reshape(rows, -1), scales.reshape(rows, -1)
+        codes, scales, *offsets = (part.reshape(rows, -1) for part in self.split(blocks))
         if isinstance(self.format, Float):
             return FloatSolution(codes, scales)
-        return IntegerSolution(codes, scales)
+        if isinstance(self.format, Lookup):
+            return LookupSolution(codes, scales, self.format.fixed_table(codes))
+        integers = IntegerSolution(codes, scales)
+        return ShiftedSolution(integers, *offsets) if offsets else integers
 
 
 def half(blocks: Tensor, first: int) -> Tensor:
@@ -114,36 +117,44 @@ def _join_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
     return torch.cat((encode_e8m0(scales), _paired(codes)), 1)
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
-    return half(blocks, 0).float() * nibbles(blocks[:, 4:]).float() + half(blocks, 2).float()
+def _q4_1(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return nibbles(blocks[:, 4:]), half(blocks, 0), half(blocks, 2)
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
+def _q5_1(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = nibbles(blocks[:, 8:]) | fifth_bits(blocks[:, 4:8])
-    return half(blocks, 0).float() * codes.float() + half(blocks, 2).float()
+    return codes, half(blocks, 0), half(blocks, 2)
 
 
-def _iq4_nl(blocks: Tensor) -> Tensor:
-    return half(blocks, 0).float() * k_blocks.from_table(nibbles(blocks[:, 2:]))
+def _iq4_nl(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    return nibbles(blocks[:, 2:]), half(blocks, 0)
 
 
-def _integer(bits: int) -> Integer:
-    return Integer(bits, SMALL, scale_dtype="float16")
+def _integer(bits: int, scale_dtype: str = "float16") -> Integer:
+    return Integer(bits, SMALL, scale_dtype=scale_dtype)
+
+
+def _shifted(bits: int, dtype: str = "float16") -> Shifted:
+    return Shifted(_integer(bits, dtype), dtype)
+
+
+def _iq4(scale_dtype: str = "float16") -> Lookup:
+    return Lookup(4, SMALL, "iq4", scale_dtype=scale_dtype)
 
 
 KINDS = {
     2: Kind("Q4_0", SMALL, 18, format=_integer(4), split=_q4_0, joined=_join_q4_0),
-    3: Kind("Q4_1", SMALL, 20, _q4_1),
+    3: Kind("Q4_1", SMALL, 20, format=_shifted(4), split=_q4_1),
     6: Kind("Q5_0", SMALL, 22, format=_integer(5), split=_q5_0, joined=_join_q5_0),
-    7: Kind("Q5_1", SMALL, 24, _q5_1),
+    7: Kind("Q5_1", SMALL, 24, format=_shifted(5), split=_q5_1),
     8: Kind("Q8_0", SMALL, 34, format=_integer(8), split=_q8_0, joined=_join_q8_0),
     10: Kind("Q2_K", LARGE, 84, k_blocks.q2_k),
     11: Kind("Q3_K", LARGE, 110, k_blocks.q3_k),
-    12: Kind("Q4_K", LARGE, 144, k_blocks.q4_k),
-    13: Kind("Q5_K", LARGE, 176, k_blocks.q5_k),
+    12: Kind("Q4_K", LARGE, 144, format=_shifted(4, "float32"), split=k_blocks.q4_k),
+    13: Kind("Q5_K", LARGE, 176, format=_shifted(5, "float32"), split=k_blocks.q5_k),
     14: Kind("Q6_K", LARGE, 210, k_blocks.q6_k),
-    20: Kind("IQ4_NL", SMALL, 18, _iq4_nl),
-    23: Kind("IQ4_XS", LARGE, 136, k_blocks.iq4_xs),
+    20: Kind("IQ4_NL", SMALL, 18, format=_iq4(), split=_iq4_nl),
+    23: Kind("IQ4_XS", LARGE, 136, format=_iq4("float32"), split=k_blocks.iq4_xs),
     39: Kind("MXFP4", SMALL, 17, format=Float(MXFP4), split=_mxfp4, joined=_join_mxfp4),
 }
 """By the number a file has for them."""

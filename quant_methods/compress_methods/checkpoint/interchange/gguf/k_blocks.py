@@ -7,8 +7,8 @@
   IQ4_XS      scale of 6 bits, less 32    d * s * table[code]
 
 d and m are float16, of the block. Products are taken in float32 in this order, as llama.cpp's
-reference does, so values have its bits. Such scales are no 16-bit floats, and runs of 16 no groups
-of ours, so no format of ours holds them exactly.
+reference does, so values have its bits. Runs of 32 are groups of ours, whose scales and offsets are
+float32; runs of 16 are not, so no format of ours holds those exactly.
 """
 
 from __future__ import annotations
@@ -19,14 +19,6 @@ from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""Of IQ4_NL and IQ4_XS."""
-
-
-def from_table(codes: Tensor) -> Tensor:
-    """float32 of codes uint8."""
-    return torch.tensor(TABLE, dtype=torch.float32)[codes.int()]
 
 
 def q2_k(blocks: Tensor) -> Tensor:
@@ -49,17 +41,19 @@ def q3_k(blocks: Tensor) -> Tensor:
     return (factors[..., None] * values.reshape(-1, 16, 16)).flatten(1)
 
 
-def q4_k(blocks: Tensor) -> Tensor:
+def q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales, offsets."""
     d, least, packed, codes = _parts(blocks, 2, 2, 12, 128)
     runs = _shifted(codes, 32, (0, 4), 15)
-    return _scaled(d, least, packed, runs)
+    return runs, *_scales(d, least, packed)
 
 
-def q5_k(blocks: Tensor) -> Tensor:
+def q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same."""
     d, least, packed, high, codes = _parts(blocks, 2, 2, 12, 32, 128)
     fifth = _shifted(high, 32, tuple(range(8)), 1)
     runs = _shifted(codes, 32, (0, 4), 15) | (fifth << 4)
-    return _scaled(d, least, packed, runs)
+    return runs, *_scales(d, least, packed)
 
 
 def q6_k(blocks: Tensor) -> Tensor:
@@ -70,25 +64,22 @@ def q6_k(blocks: Tensor) -> Tensor:
     return (factors[..., None] * values.reshape(-1, 16, 16)).flatten(1)
 
 
-def iq4_xs(blocks: Tensor) -> Tensor:
+def iq4_xs(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales."""
     d, top, low, codes = _parts(blocks, 2, 2, 4, 128)
     word = top[:, :1].int() | (top[:, 1:].int() << 8)
     high = (word >> torch.arange(0, 16, 2)) & 3
     scales = torch.stack((low & 15, low >> 4), -1).flatten(1).int() | (high << 4)
-    factors = _half(d) * (scales - 32).float()
-    values = from_table(_shifted(codes, 16, (0, 4), 15))
-    return (factors[..., None] * values.reshape(-1, 8, 32)).flatten(1)
+    return _shifted(codes, 16, (0, 4), 15), _half(d) * (scales - 32).float()
 
 
-def _scaled(d: Tensor, least: Tensor, packed: Tensor, runs: Tensor) -> Tensor:
-    """Of Q4_K and Q5_K: eight scales and leasts of 6 bits in twelve bytes, the last four bytes
-    holding the low bits of the last four of both."""
+def _scales(d: Tensor, least: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of Q4_K and Q5_K: eight scales and leasts of 6 bits in twelve bytes, the
+    last four bytes holding the low bits of the last four of both."""
     first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat((first & 63, (rest & 15) | ((first >> 2) & 48)), 1)
     leasts = torch.cat((second & 63, (rest >> 4) | ((second >> 2) & 48)), 1)
-    factors, offsets = _half(d) * scales.float(), _half(least) * leasts.float()
-    values = runs.reshape(-1, 8, 32).float()
-    return (factors[..., None] * values - offsets[..., None]).flatten(1)
+    return _half(d) * scales.float(), -_half(least) * leasts.float()
 
 
 def _parts(blocks: Tensor, *sizes: int) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """gguf: quantized matrices of GGUF files, row by row in blocks.
 
-Q4_0, Q5_0, Q8_0 and MXFP4 are formats of ours; all other kinds are read as values.
+Kinds whose scales are of 32 values are formats of ours; those of 16 are read as values.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Integers in groups of columns, as several tools store them: value = scale * (code - zero).
+"""Integers in groups of columns, as several tools store them: value = scale * (code - zero), or
+scale * code + offset.
 
 Which format of ours holds them exactly, if one does, is found from scales, zero points and the
 order of columns alone, so that planning reads no weights. Groups that are a multiple of 128 columns
 become several with the same scale; zero points that take a bit more than the codes get it;
 symmetric codes of 1 or 7 bits are stored in 2 or 8. Columns whose groups lie in another order
-(`desc_act`, `actorder`) are format `reordered`.
+(`desc_act`, `actorder`) are format `reordered`; offsets are format `shifted`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from compress_methods.formats.dense import Dense
 from compress_methods.formats.encoding.codes import PLANES
 from compress_methods.formats.integer import Integer, IntegerSolution
 from compress_methods.formats.wrappers.reordered import Reordered, ReorderedSolution
+from compress_methods.formats.wrappers.shifted import Shifted, ShiftedSolution
 from compress_methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ DENSE = Dense("float32")
 class Groups:
     """Everything but the codes of a [rows, cols] matrix. `scales` [rows, groups]; `zeros` integers
     [rows, groups], None for 2^(bits - 1); `group_of` [cols], None for equal runs of neighbours;
-    `size`: their columns, where the last is shorter than the others."""
+    `size`: their columns, where the last is shorter than the others; `offsets` [rows, groups],
+    in place of zeros, of groups that are equal runs."""
 
     bits: int
     cols: int
@@ -42,6 +45,7 @@ class Groups:
     group_of: Tensor | None = None
     activations: str | None = None
     size: int = 0
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.zeros is not None and self.zeros.shape != self.scales.shape:
@@ -80,6 +84,9 @@ class Groups:
         with contextlib.suppress(FormatError):
             base = Integer(bits, group, self.is_symmetric, self.activations, dtype)
             base.check_shape(len(self.scales), self.cols)
+            if self.offsets is not None:
+                added = exact_dtype(self.offsets)
+                return None if added is None else Shifted(base, added)
             return base if self.order is None else Reordered(base)
         return None
 
@@ -91,10 +98,13 @@ class Groups:
         fmt = self.format()
         if fmt is None:
             return DENSE, self.values(codes)
-        base = fmt.base if isinstance(fmt, Reordered) else fmt
+        base = fmt.base if isinstance(fmt, Reordered | Shifted) else fmt
         assert isinstance(base, Integer)
         repeat = base.groups(self.cols) // self.scales.shape[1]
         scales = self.scales.repeat_interleave(repeat, 1)
+        if self.offsets is not None:
+            added = self.offsets.repeat_interleave(repeat, 1)
+            return fmt, ShiftedSolution(IntegerSolution(codes, scales), added)
         zeros = None
         if not base.symmetric:
             assert self.zeros is not None
@@ -117,6 +127,8 @@ class Groups:
                 f"columns are in groups {int(places.min())} to {int(places.max())}, but there are "
                 f"{self.scales.shape[1]}"
             )
+        if self.offsets is not None:
+            return codes.float() * self.scales.float()[:, places] + self.offsets.float()[:, places]
         zeros: Any = self.middle if self.zeros is None else self.zeros.float()[:, places]
         return (codes.float() - zeros) * self.scales.float()[:, places]
 

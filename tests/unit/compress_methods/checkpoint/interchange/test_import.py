@@ -17,7 +17,9 @@ from compress_methods.checkpoint.source import resolve_model
 from compress_methods.errors import CompressError
 from compress_methods.formats.floats import Float
 from compress_methods.formats.integer import Integer
+from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.wrappers.reordered import Reordered
+from compress_methods.formats.wrappers.shifted import Shifted
 from tests.e2e.support.foreign import write_foreign
 from tests.e2e.support.tiny import make_model
 from tests.unit.compress_methods.checkpoint.interchange.test_foreign import (
@@ -33,28 +35,28 @@ UP = "model.layers.0.mlp.up_proj"
 
 @pytest.mark.parametrize("name", EVERY)
 def test_log_probabilities_are_those_of_the_tool(name: str, tmp_path: Path) -> None:
-    held = name in EXACT
-    report = import_checkpoint(
-        ASSETS / name, tmp_path / "o", inexact="refuse" if held else "int8", quiet=True
-    )
+    report = import_checkpoint(ASSETS / name, tmp_path / "o", quiet=True)
     kinds = {module["format"] for module in report["modules"].values()}
-    assert kinds == {EXACT.get(name, "int8 g32")}
+    assert kinds == {EXACT[name]}
     algorithms = {module["algorithm"] for module in report["modules"].values()}
-    assert algorithms == {"repack" if held else "rtn"}
+    assert algorithms == {"repack"}
     own, theirs = load_model(tmp_path / "o"), load_model(resolve_model(ASSETS / name))
-    if held:
-        for mine, other in zip(own.parameters(), theirs.parameters(), strict=True):
-            assert torch.equal(mine, other)
+    for mine, other in zip(own.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
     prompt, wanted = expected(name)
     inputs = "int8" not in name  # whose own inputs are as they are in both
-    assert (logprobs(own, prompt) - wanted).abs().max() < (1e-3 if held and inputs else 0.1)
+    assert (logprobs(own, prompt) - wanted).abs().max() < (1e-3 if inputs else 0.1)
 
 
-def test_what_no_format_holds_is_refused_by_name_or_unpacked(tmp_path: Path) -> None:
+def test_what_no_format_holds_is_refused_by_name_rounded_or_unpacked(tmp_path: Path) -> None:
+    other = other_table(tmp_path / "other")
     with pytest.raises(CompressError, match="no format holds its numbers exactly") as caught:
-        import_checkpoint(ASSETS / "bitsandbytes-nf4", tmp_path / "o", quiet=True)
+        import_checkpoint(other, tmp_path / "o", quiet=True)
     assert "7 matrices (model.layers.*.self_attn.q_proj" in str(caught.value)
     assert not (tmp_path / "o").exists()
+    report = import_checkpoint(other, tmp_path / "rounded", inexact="int8", quiet=True)
+    kinds = {(m["format"], m["algorithm"]) for m in report["modules"].values()}
+    assert kinds == {("int8 g32", "rtn")}
     mixed = mixture(tmp_path / "mixed")
     with pytest.raises(CompressError, match=r"2 matrices \(model.layers.\*.mlp.gate_proj"):
         import_checkpoint(mixed, tmp_path / "o", quiet=True)
@@ -64,6 +66,19 @@ def test_what_no_format_holds_is_refused_by_name_or_unpacked(tmp_path: Path) -> 
     kept = result.dense[f"{UP}.weight"]
     assert kept.dtype == "bfloat16"
     assert torch.equal(kept.read(), load_model(mixed).get_parameter(f"{UP}.weight").bfloat16())
+
+
+def other_table(out: Path) -> Path:
+    """A checkpoint of bitsandbytes whose codes stand for values of another table than its own."""
+    out.mkdir()
+    name = ASSETS / "bitsandbytes-nf4"
+    tensors = read_tensors(name / "model.safetensors")
+    for key in tensors:
+        if key.endswith(".quant_map"):
+            tensors[key] = tensors[key] * 0.75
+    write_tensors(out / "model.safetensors", tensors)
+    (out / "config.json").write_bytes((name / "config.json").read_bytes())
+    return out
 
 
 def mixture(out: Path) -> Path:
@@ -107,6 +122,12 @@ def test_a_plain_model_is_nothing_to_import(tmp_path: Path) -> None:
         ([Integer(4, -1), Integer(4, 64, symmetric=False)], Integer(4, 64, symmetric=False)),
         ([Integer(3, 64), Reordered(Integer(4, 64))], Reordered(Integer(4, 64))),
         ([Integer(8, -1), Float("fp8")], None),
+        (
+            [Shifted(Integer(4, 64)), Shifted(Integer(5, 32), "float32"), Integer(3, -1)],
+            Shifted(Integer(5, 32), "float32"),
+        ),
+        ([Shifted(Integer(4, 32)), Integer(4, 32, scale_dtype="float32")], None),
+        ([Shifted(Integer(4, 32)), Lookup(4, 32, "nf4")], None),
         ([Integer(8, -1), Integer(8, -1, activations="int8")], None),
     ],
 )
