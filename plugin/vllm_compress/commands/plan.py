@@ -77,15 +77,16 @@ between, host and cooling left out. --grid FILE is YAML with busy and idle (shar
 at the meter for each of a device, such as 1.4) and grams_per_kwh (CO2; of your grid: about 20 to
 800). All energy is put on output tokens.
 
---json prints one object: model, weights, kv_bytes_per_token, demand, notes, and options, best
-first: scheme, label, hardware, weight_bytes, devices_for_weights (by weights alone), smallest (that
-holds one request of --context), meets, layout, devices_per_replica, replicas, devices, basis
-(measured, scaled, roofline), memory (bytes per device; requests at once), latency (ttft and tpot in
-seconds by percentile, preemptions, running), tokens_per_second, capacity (the most, output tokens),
-price_per_hour, price_per_million (output tokens), watts, kwh_per_million, co2_kg_per_million,
-misses (worst percentile over its bound), closest, rejected (layout, devices, reason). With
---profile a schedule: hours (rate, replicas, devices, watts), device_hours and price_per_day, also
-at_peak. With --plot the points drawn. Exit code 2 when nothing meets the objectives.
+--json prints one object: model, weights, kv_bytes_per_token, state_bytes_per_request (of Mamba and
+linear attention), demand, notes, and options, best first: scheme, label, hardware, weight_bytes,
+devices_for_weights (by weights alone), smallest (that holds one request of --context), meets,
+layout, devices_per_replica, replicas, devices, basis (measured, scaled, roofline), memory (bytes
+per device; requests at once), latency (ttft and tpot in seconds by percentile, preemptions,
+running), tokens_per_second, capacity (the most, output tokens), price_per_hour, price_per_million
+(output tokens), watts, kwh_per_million, co2_kg_per_million, misses (worst percentile over its
+bound), closest, rejected (layout, devices, reason). With --profile a schedule: hours (rate,
+replicas, devices, watts), device_hours and price_per_day, also at_peak. With --plot the points
+drawn. Exit code 2 when nothing meets the objectives.
 """
 
 

@@ -51,6 +51,7 @@ def to_dict(
         "model": shape.name,
         "weights": shape.parameters,
         "kv_bytes_per_token": shape.kv_layers * rank_kv_values(shape, 1) * kv_value_bytes,
+        "state_bytes_per_request": shape.state_bytes,
         "demand": asked,
         "options": [_finite(asdict(option)) for option in options],
         "notes": list(notes),
@@ -93,6 +94,8 @@ def _model(shape: ModelShape, kv_value_bytes: int) -> str:
     token = shape.kv_layers * rank_kv_values(shape, 1) * kv_value_bytes
     text = f"{shape.name}: {shape.parameters / 1e9:.1f} billion weights, "
     text += f"{token:,} bytes of KV cache per token"
+    if shape.state is not None:
+        text += f", {shape.state_bytes:,} of state per request in {shape.state.layers} layers"
     for part in shape.attention:
         if part.window is not None:
             text += f", {part.layers} of {shape.layers} layers look back {part.window:,} tokens"

@@ -9,7 +9,9 @@ KV cache. vLLM keeps pages of `block` tokens. Layers that look back equally far 
 the size of the smallest (or of the largest, if less than half as large again), padded, and a page
 holds one block of one group. A layer with a window of w tokens keeps no more than
 w - 1 + (tokens of one step), one with chunks of w no more than w + (tokens of one step). Latent
-(MLA) caches are copied to every rank.
+(MLA) caches are copied to every rank. A state (Mamba, linear attention) takes a page, however long
+the sequence is, and a second one, with which prefixes are cached; where it is larger than a page,
+pages get more tokens.
 
 The overheads are estimates: CUDA context, communication buffers, graphs, activations of the largest
 step. They are a few percent of an 80 GB device. What vLLM prints at start is the truth.
@@ -35,6 +37,7 @@ REPLICATED = frozenset(("q_a_proj", "kv_a_proj_with_mqa"))
 KEY_VALUE = frozenset(("k_proj", "v_proj"))
 MORE_LAYERS = 1.5
 BLOCK = {"gpu": 16, "cpu": 128}
+LATENT_BLOCK, STATE_PAGES = 128, 2
 
 DRIVER_BYTES = 500 * 2**20
 CONTEXT_BYTES = 700 * 2**20
@@ -77,6 +80,8 @@ def refusal(scheme: Scheme, layout: Layout) -> str | None:
         return f"{shape.heads} attention heads are not divisible by {tp}"
     if not shape.latent and shape.kv_heads % tp and tp % shape.kv_heads:
         return f"{shape.kv_heads} key-value heads are neither divisible by {tp} nor a divisor of it"
+    if shape.state is not None and shape.state.heads % tp:
+        return f"{shape.state.heads} heads of states are not divisible by {tp}"
     for part in scheme.parts:
         reason = _uncuttable(shape, part, tp) or _unshareable(shape, part, layout.pp)
         if reason is not None:
@@ -169,16 +174,18 @@ def stage_weights(scheme: Scheme, layout: Layout) -> list[int]:
 
 @dataclass(frozen=True)
 class Cache:
-    """Pages of the KV cache on one rank. `groups`: how many, their window, whether in chunks."""
+    """Pages of the KV cache on one rank. `groups`: how many, their window, whether in chunks;
+    `states`: pages that every request holds."""
 
     block: int
     page_bytes: int
     groups: tuple[tuple[int, int | None, bool], ...]
     in_flight: int
+    states: int = 0
 
     def blocks(self, length: int) -> int:
         """Pages that a request of `length` tokens holds at most."""
-        total = 0
+        total = self.states
         for count, window, chunked in self.groups:
             kept, extra = length, 0
             if window is not None:
@@ -196,8 +203,8 @@ def cache_of(
     shape: ModelShape, layout: Layout, kind: str, value_bytes: int, in_flight: int
 ) -> Cache:
     """The KV cache of a model; `value_bytes` is 2, or 1 for fp8."""
-    kinds = shape.attention
-    sizes = [a.layers for a in kinds]
+    kinds, state = shape.attention, shape.state
+    sizes = [a.layers for a in kinds] + ([] if state is None else [state.layers])
     size = min(sizes)
     if max(sizes) < MORE_LAYERS * size:
         size = max(sizes)
@@ -206,7 +213,13 @@ def cache_of(
     mine = ceil(size * stage / shape.layers)
     block = BLOCK[kind]
     token = rank_kv_values(shape, layout.tp) * value_bytes
-    return Cache(block, block * mine * token, groups, in_flight)
+    if state is None:
+        return Cache(block, block * mine * token, groups, in_flight)
+    least = max(block, LATENT_BLOCK) if shape.latent else block
+    held = state.rank_bytes(layout.tp, kind == "cpu")
+    block = least * max(1, ceil(held / (least * token)))
+    states = STATE_PAGES * ceil(state.layers / size)
+    return Cache(block, block * mine * token, groups, in_flight, states)
 
 
 def rank_kv_values(shape: ModelShape, tp: int) -> int:

@@ -5,9 +5,8 @@ quantized: `from_config.py`), or from `configs/models/*.json`: config.json cut t
 the parameters as transformers builds them (`listing.py` writes them; a test compares). A matrix
 stands for all its like: one per layer of `layers`, times `count` (experts).
 
-Layers that keep no KV cache (Mamba, linear attention) are not counted as if they did; what they
-keep of a whole sequence is as large as a few hundred tokens of a layer that does, and left out.
-Fails for: models that keep none at all, and names that do not tell layers apart by number.
+What layers keep of a sequence is in `kept.py`. Fails for: models that keep none at all, and names
+that do not tell layers apart by number.
 """
 
 from __future__ import annotations
@@ -32,6 +31,12 @@ from vllm_compress.names import QUANT_METHOD
 from vllm_compress.operations.capacity.footprint.from_config import (
     built_parameters,
     quantized_parameters,
+)
+from vllm_compress.operations.capacity.footprint.kept import (
+    Attention,
+    State,
+    attention_of,
+    state_of,
 )
 from vllm_compress.operations.capacity.footprint.tensors import (
     Tensor,
@@ -64,14 +69,10 @@ COUNTS = dict.fromkeys(
     0,
 )
 """Keys of config.json that are whole numbers, and the least each can be."""
-KEEPS_KEYS = re.compile("hybrid|(?!linear).*attention")
-"""Kinds of layers that keep keys and values; others (Mamba, linear attention, convolutions, plain
-feed-forward) keep a state of fixed size or nothing."""
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """vLLM takes 2,048 where there is none (BLOOM has no positions)."""
-WHOLE = ("full_attention", "attention", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,6 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Layers that keep the same: `window` is None, or how many tokens back they look."""
-
-    layers: int
-    window: int | None = None
-    chunked: bool = False
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """A model as the planner sees it. Widths are numbers of values."""
 
@@ -132,6 +124,7 @@ class ModelShape:
     latent: int | None = None
     experts: int = 0
     experts_per_token: int = 0
+    state: State | None = None
     widest: int = 0
     quantized: str | None = None
     path: Path | None = None
@@ -148,6 +141,11 @@ class ModelShape:
     def kv_layers(self) -> int:
         """Layers that keep a KV cache."""
         return sum(part.layers for part in self.attention)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of one sequence, all layers together."""
+        return 0 if self.state is None else self.state.layers * self.state.rank_bytes(1)
 
     @property
     def kv_values(self) -> int:
@@ -268,7 +266,8 @@ def read_shape(
         value_dim=text.get("v_head_dim") or head_dim,
         vocabulary=get("vocab_size"),
         context=get(*CONTEXTS, default=2048),
-        attention=_attention(name, text, layers),
+        attention=attention_of(name, text, layers),
+        state=state_of(text, layers),
         matrices=matrices,
         tied=tied,
         latent=latent + text["qk_rope_head_dim"] if latent else None,
@@ -293,49 +292,6 @@ def _kv_heads(text: Mapping[str, Any], heads: int) -> int:
         return 1 if text.get("multi_query", True) else heads
     found = next((text[k] for k in KV_HEADS if text.get(k) is not None), heads)
     return int(found)
-
-
-def _attention(name: str, text: Mapping[str, Any], layers: int) -> tuple[Attention, ...]:
-    """Groups of the layers that keep keys and values."""
-    listed = text.get("layer_types") or text.get("layers_block_type") or _kinds(text, layers)
-    kinds = [kind for kind in listed if KEEPS_KEYS.fullmatch(kind)]
-    if not kinds:
-        raise CheckpointError(f"{name}: no layer keeps a KV cache; planning needs one")
-    groups: dict[tuple[int | None, bool], int] = defaultdict(int)
-    for kind in kinds:
-        chunked = kind == "chunked_attention"
-        window = None if kind in WHOLE else text.get("sliding_window")
-        groups[text.get("attention_chunk_size") if chunked else window, chunked] += 1
-    return tuple(Attention(n, window, chunked) for (window, chunked), n in groups.items())
-
-
-def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
-    """layer_types of configs written before transformers had the key."""
-    if text.get("attn_layer_period"):
-        period, offset = text["attn_layer_period"], text.get("attn_layer_offset", 0)
-        return ["full_attention" if i % period == offset else "mamba" for i in range(layers)]
-    if text.get("model_type") == "qwen3_next" or text.get("full_attention_interval"):
-        interval = text.get("full_attention_interval", 4)
-        return ["linear" if (i + 1) % interval else "full_attention" for i in range(layers)]
-    if text.get("hybrid_override_pattern"):
-        return ["full_attention" if c == "*" else "mamba" for c in text["hybrid_override_pattern"]]
-    if text.get("attn_layer_indices") is not None:
-        every = ["mamba"] * layers
-        for i in text["attn_layer_indices"]:
-            every[i] = "full_attention"
-        return every
-    if text.get("attention_chunk_size"):
-        interval = text.get("no_rope_layer_interval", 4)
-        rope = text.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]
-        return ["chunked_attention" if r else "full_attention" for r in rope]
-    if not text.get("sliding_window") or text.get("use_sliding_window") is False:
-        return ["full_attention"] * layers
-    pattern = text.get("sliding_window_pattern") or (
-        2 if text.get("model_type") == "gemma2" else None
-    )
-    if pattern is None:
-        return ["sliding_attention"] * layers
-    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
 
 
 def collect(

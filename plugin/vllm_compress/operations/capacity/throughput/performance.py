@@ -109,6 +109,7 @@ class Roofline:
     head_bytes: float
     head_seconds: float
     kv_bytes: float
+    state_bytes: float
     pair_seconds: float
     reduce_seconds: float
     reduce_token_seconds: float
@@ -139,7 +140,8 @@ class Roofline:
 
     def seconds(self, tokens: int, sampled: int, context: float, pairs: float) -> float:
         e = self.efficiency
-        attention = context * self.kv_bytes / self.bandwidth / e.bandwidth
+        kept = context * self.kv_bytes + sampled * 2 * self.state_bytes  # read and written
+        attention = kept / self.bandwidth / e.bandwidth
         attention += pairs * self.pair_seconds / e.compute
         fixed = e.step + sampled * e.sequence
         return fixed + self.body_seconds(tokens) + self.head_time(sampled) + attention
@@ -177,7 +179,7 @@ def roofline(
     reduces = 2 * shape.layers if tp > 1 else 0
     moved = 2.0 * (tp - 1) / tp * 2 * shape.hidden / machine.link_bytes_per_s
     values = rank_kv_values(shape, tp)
-    heads = shape.heads / tp
+    heads, state, on_cpu = shape.heads / tp, shape.state, machine.kind == "cpu"
     return Roofline(
         windows=windows_of(shape),
         bandwidth=machine.bandwidth_bytes_per_s,
@@ -188,6 +190,7 @@ def roofline(
         head_bytes=head,
         head_seconds=head_time,
         kv_bytes=shape.kv_layers * values * kv_value_bytes,
+        state_bytes=0 if state is None else state.layers * state.rank_bytes(tp, on_cpu),
         pair_seconds=2.0
         * shape.kv_layers
         * heads

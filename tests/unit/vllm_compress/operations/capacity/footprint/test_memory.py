@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_compress.operations.capacity.footprint.kept import Attention, State
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
     cache_of,
@@ -132,13 +134,25 @@ def test_stages_are_those_of_vllm() -> None:
             assert [end - start for start, end in theirs] == stage_layers(layers, stages)
 
 
+LLAMA = load_shape("llama-3.1-8b")
+HYBRIDS = {
+    # Jamba's 28 layers of Mamba and 4 of attention; Falcon-H1's, every one of which is both.
+    "jamba": replace(
+        LLAMA, attention=(Attention(4),), state=State(28, 4, 8192, heads=8192, head=16)
+    ),
+    "falcon": replace(LLAMA, state=State(32, 4, 1536, 1, 256, 24, 64 * 256)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-4-scout", "gemma-3-27b", "llama-3.1-8b", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "name", ["llama-4-scout", "gemma-3-27b", "llama-3.1-8b", "deepseek-v3", *HYBRIDS]
+)
 @pytest.mark.parametrize("context", [100, 8192, 40000])
 def test_a_request_holds_as_many_bytes_as_vllm_reserves(name: str, context: int) -> None:
     """vLLM's grouping of layers and its bound on a request of the longest length."""
     utils = pytest.importorskip("vllm.v1.core.kv_cache_utils")
-    shape, tokens = load_shape(name), 8192
+    shape, tokens = HYBRIDS[name] if name in HYBRIDS else load_shape(name), 8192
     layers_first = SimpleNamespace(is_block_outermost=False)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=context, hf_config=None),
@@ -152,28 +166,44 @@ def test_a_request_holds_as_many_bytes_as_vllm_reserves(name: str, context: int)
         cache_config=SimpleNamespace(
             enable_prefix_caching=True,
             block_size=16,
+            mamba_cache_mode="align",
             get_resolved_kv_cache_layout=lambda: layers_first,
         ),
         attention_config=SimpleNamespace(hisparse_config=None),
     )
-    groups = utils.get_kv_cache_groups(config, _specs(shape))
+    ours = cache_of(shape, Layout(), "gpu", 2, tokens)
+    groups = utils.get_kv_cache_groups(config, _specs(shape, ours.block))
     layers = max(len(group.layer_names) for group in groups)
     page = groups[0].kv_cache_spec.page_size_bytes * layers
     theirs = sum(
         math.ceil(g.kv_cache_spec.max_memory_usage_bytes(config) / g.kv_cache_spec.page_size_bytes)
         for g in groups
     )
-    ours = cache_of(shape, Layout(), "gpu", 2, tokens)
     assert ours.page_bytes == page
     assert ours.blocks(context) == theirs
 
 
-def _specs(shape: Any) -> dict[str, Any]:
+def test_a_state_takes_as_much_of_a_long_request_as_of_a_short_one() -> None:
+    shape = HYBRIDS["jamba"]
+    cache = cache_of(shape, Layout(), "gpu", 2, 8192)
+    assert cache.states == 2 * 28 // 4
+    assert cache.block == 80  # 311,296 bytes of a state in pages of 4,096 a token
+    assert cache.blocks(800) - cache.blocks(80) == 9
+    # What vLLM 0.32 said of a tiny Falcon-H1 on a CPU with AVX512-BF16: blocks of 640 tokens.
+    tiny = replace(LLAMA, layers=2, kv_heads=2, head_dim=32, value_dim=32)
+    tiny = replace(tiny, attention=(Attention(2),), state=State(2, 4, 512, 1, 64, 8, 64 * 64))
+    assert cache_of(tiny, Layout(), "cpu", 2, 2048).block == 640
+    assert refusal(as_it_is(replace(shape, heads=96, kv_heads=96)), Layout(3)) == (
+        "8192 heads of states are not divisible by 3"
+    )
+
+
+def _specs(shape: Any, block: int) -> dict[str, Any]:
     """vLLM's KV cache specs of a shape's layers, types mixed as in the model."""
     import torch
     from vllm.v1 import kv_cache_interface as vllm
 
-    common: dict[str, Any] = {"block_size": 16, "dtype": torch.bfloat16}
+    common: dict[str, Any] = {"block_size": block, "dtype": torch.bfloat16}
     heads = {**common, "num_kv_heads": shape.kv_heads, "head_size": shape.head_dim}
     if shape.latent:
         latent = vllm.MLAAttentionSpec(num_kv_heads=1, head_size=shape.latent, **common)
@@ -187,4 +217,11 @@ def _specs(shape: Any) -> dict[str, Any]:
         else:
             spec = vllm.SlidingWindowSpec(sliding_window=kind.window, **heads)
         found += [spec] * kind.layers
+    if shape.state is not None:
+        size = shape.state.rank_bytes(1)
+        page = vllm.FullAttentionSpec(**heads).page_size_bytes
+        assert page >= size > page - page // block * 16  # as few tokens as hold a state
+        state = {"shapes": ((size // 2,),), "dtypes": (torch.bfloat16,), "block_size": block}
+        spec = vllm.MambaSpec(**state, page_size_padded=page, mamba_cache_mode="align")
+        found += [spec] * shape.state.layers
     return {f"layer.{i}": spec for i, spec in enumerate(found)}
