@@ -1,8 +1,8 @@
 """Models that vLLM has no class for, but a class that computes the same: read as if they were that.
 
 A DistilBERT is a BERT without types of tokens and without a pooler: norms after the sums, GELU, an
-epsilon of 1e-12. What comes out of a conversion is a BERT, which any vLLM serves. Its classifiers
-are not: they have a ReLU where BERT's pooler has a tanh.
+epsilon of 1e-12. What comes out of a conversion is a BERT, which any vLLM serves, with labels of
+tokens too. With one label of a text it is none: a ReLU is where BERT's pooler has a tanh.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class Relayout:
         return tensor
 
 
-COPIED = ("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range", "dtype")
+COPIED = (
+    *("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range", "dtype"),
+    *("id2label", "label2id", "problem_type"),
+)
 
 
 def _bert_config(config: Config) -> dict[str, Any]:
@@ -53,7 +56,11 @@ def _bert_config(config: Config) -> dict[str, Any]:
 
 
 DISTILBERT = Relayout(
-    architectures={"DistilBertModel": "BertModel", "DistilBertForMaskedLM": "BertForMaskedLM"},
+    architectures={
+        "DistilBertModel": "BertModel",
+        "DistilBertForMaskedLM": "BertForMaskedLM",
+        "DistilBertForTokenClassification": "BertForTokenClassification",
+    },
     config=_bert_config,
     names=(
         (r"^distilbert\.", "bert."),

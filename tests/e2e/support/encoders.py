@@ -73,6 +73,11 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "distilbert": ("DistilBertModel", DISTIL, EMBED),
     "distilbert-masked": ("DistilBertForMaskedLM", DISTIL, TOKENS),
+    "distilbert-tokens": (
+        "DistilBertForTokenClassification",
+        {**DISTIL, "num_labels": 5},
+        TOKENS,
+    ),
     "qwen2-embedding": ("Qwen2ForCausalLM", CAUSAL, EMBED),
     "qwen2-tied-embedding": (
         "Qwen2ForCausalLM",

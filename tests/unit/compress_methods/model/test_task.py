@@ -38,7 +38,7 @@ def test_without_a_name_the_row_tells() -> None:
     assert architecture_of({"model_type": "bert"}).loss == SAME_TOKEN
 
 
-@pytest.mark.parametrize("name", ["distilbert", "distilbert-masked"])
+@pytest.mark.parametrize("name", ["distilbert", "distilbert-masked", "distilbert-tokens"])
 def test_a_distilbert_is_read_as_the_bert_that_computes_the_same(name: str, tmp_path: Path) -> None:
     import transformers
 
@@ -49,12 +49,13 @@ def test_a_distilbert_is_read_as_the_bert_that_computes_the_same(name: str, tmp_
     original = getattr(transformers, ENCODERS[name][0]).from_pretrained(model).eval()
     found = load_model(model)
     assert found.config.model_type == "bert"
+    assert found.config.id2label == original.config.id2label
     with torch.no_grad():
         expected, computed = original(input_ids=tokens)[0], found(input_ids=tokens)[0]
     assert float((expected - computed).abs().max()) < 1e-5
 
 
-def test_a_distilbert_with_labels_is_no_bert() -> None:
+def test_a_distilbert_with_labels_of_texts_is_no_bert() -> None:
     kind = {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]}
     assert relayout_of(kind) is None
 
