@@ -28,6 +28,7 @@ examples:
   vllm-compress check meta-llama/Llama-3.2-1B --recipe int4-gptq -o out/int4
   vllm-compress check out/int4 --tensor-parallel-size 4 --hardware h100-sxm
   vllm-compress check out/int4 --deep
+  vllm-compress check out/int8 --draft out/int3 --hardware l4
 
 --json before converting: model, recipe, modules, bytes_before, bytes_after, disk, disk_free,
 memory, memory_free (bytes), device_memory (null without --hardware), seconds, calibration (how much
@@ -38,7 +39,8 @@ experts, of a mixture, where they can be served; of a search, levels (how many t
 bytes_after is that of the first) and bytes_after_least (of the last).
 --json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
 on --hardware or else here), device, device_memory (null without --hardware), files (how many were
-read against their checksums; null without --deep).
+read against their checksums; null without --deep); with --draft: draft, draft_bytes, and what a
+token keeps of the model and of both on a device, kv_bytes_per_token and kv_bytes_with_draft.
 Exit code 0 when nothing is wrong, 2 with one line that says what is.
 """
 
@@ -54,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--deep", action="store_true", help="read every file of a result against its checksum"
     )
+    parser.add_argument("--draft", metavar="DIR", help="with this result, what will draft for it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -81,8 +84,8 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
     from compress_methods.search.prune_to import find_levels
     from compress_methods.system.memory import available_bytes
 
-    if args.deep:
-        raise CompressError("--deep reads the files of a result; leave out --recipe")
+    if args.deep or args.draft:
+        raise CompressError("--deep and --draft are of a result; leave out --recipe")
     recipe = load_staged(args.recipe)
     model = at_revision(args.model, args.revision)
     opening = (args.allow_pickle, args.tensor_parallel_size)
@@ -200,7 +203,7 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
     _check_experts(checkpoint, device)
     compressed = sum(m.nbytes for m in checkpoint.matrices.values())
     dense = sum(e.nbytes for e in checkpoint.dense.values())
-    result = {
+    result: dict[str, Any] = {
         "model": path.name,
         "modules": len(checkpoint.matrices),
         "bytes": compressed + dense,
@@ -210,8 +213,29 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
         "kernels": _kernels(checkpoint, device),
         "files": files,
     }
-    memory = _require_memory(str(path), compressed // ways + dense, args.hardware)
-    return result | {"device_memory": memory}
+    result |= _draft(path, args.draft, ways)
+    needed = result["bytes_per_device"] + result.get("draft_bytes", 0) // ways
+    return result | {"device_memory": _require_memory(str(path), needed, args.hardware)}
+
+
+def _draft(path: Path, draft: str | None, ways: int) -> dict[str, Any]:
+    """What a draft adds, if there is one: its weights, and its part of the KV cache."""
+    if draft is None:
+        return {}
+    from vllm_compress.commands.serve import check_model
+    from vllm_compress.metrics.checkpoint_summary import quantization_method, summarize_checkpoint
+    from vllm_compress.operations.draft import make_draft
+    from vllm_compress.operations.kv_cache import kept_by
+
+    made = make_draft(str(path), draft, None, ())
+    check_model(draft, ways)
+    summary = summarize_checkpoint(draft, quantization_method(made.path))
+    found: dict[str, Any] = {"draft": made.line(), "draft_bytes": summary.weight_bytes or 0}
+    kept = [kept_by(models, ways, 2, None) for models in ([str(path)], [str(path), draft])]
+    for name, each in zip(("kv_bytes_per_token", "kv_bytes_with_draft"), kept, strict=True):
+        if each is not None:
+            found[name] = each.block_bytes // each.block
+    return found
 
 
 def _check_experts(checkpoint: CompressedCheckpoint, device: str) -> None:
@@ -310,6 +334,8 @@ def _lines(result: dict[str, Any]) -> str:
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ("\n" + " " * 18 if key in ("stages", "training") else ", ").join(value)
+        elif key.startswith("kv_"):
+            value = f"{value:,} bytes"
         elif isinstance(value, int) and ("bytes" in key or "disk" in key or "memory" in key):
             value = f"{value / 1e6:,.1f} MB"
         elif key == "seconds":

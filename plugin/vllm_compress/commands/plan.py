@@ -59,6 +59,7 @@ examples:
       --save-calibration here.json
   vllm-compress plan llama-3.1-8b --hardware l4,l40s --trace conversation_trace.jsonl \\
       --prefix-cached 40% --prices spot.yaml --grid 56 --plot cost.png
+  vllm-compress plan llama-3.1-8b --hardware local --rate 1/min --draft int4-gptq=90%
   vllm-compress plan llama-3.1-8b --hardware l4 --profile day.csv --price l4=0.7
 
 Latencies are percentiles of a simulation of vLLM's continuous batching; its steps take what a
@@ -72,6 +73,11 @@ get its requests in turn, and a long trace is judged by its busiest stretch. --p
 rates of requests per second, a YAML list or a .csv with hour and rate: the plan is for the highest,
 and the best option's replicas and cost are listed by the hour.
 
+--draft takes a recipe, or the directory of a result, that writes tokens ahead (`serve --draft`),
+and the share of them that the model accepts: `int3=80%`, or a file that `eval --json` wrote. A
+result that was measured on held-out text says its own. How far it writes ahead is chosen by the
+number of requests at once: `5,8:2,32:0` is 5, from 8 requests on 2, from 32 on none.
+
 Energy: a device draws 75% of its rated watts (configs/hardware.yaml) while a step runs and 12%
 between, host and cooling left out. --grid FILE is YAML with busy and idle (shares), overhead (watts
 at the meter for each of a device, such as 1.4) and grams_per_kwh (CO2; of your grid: about 20 to
@@ -84,9 +90,10 @@ layout, devices_per_replica, replicas, devices, basis (measured, scaled, rooflin
 per device; requests at once), latency (ttft and tpot in seconds by percentile, preemptions,
 running), tokens_per_second, capacity (the most, output tokens), price_per_hour, price_per_million
 (output tokens), watts, kwh_per_million, co2_kg_per_million, misses (worst percentile over its
-bound), closest, rejected (layout, devices, reason). With --profile a schedule: hours (rate,
-replicas, devices, watts), device_hours and price_per_day, also at_peak. With --plot the points
-drawn. Exit code 2 when nothing meets the objectives.
+bound), closest, rejected (layout, devices, reason), draft (null without one: acceptance,
+draft_tokens, as serve takes them, tokens_per_step at this load). With --profile a schedule: hours
+(rate, replicas, devices, watts), device_hours and price_per_day, also at_peak. With --plot the
+points drawn. Exit code 2 when nothing meets the objectives.
 """
 
 
@@ -111,6 +118,13 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         metavar="NAMES",
         help="machines of configs/hardware.yaml, by comma; `local` is this one",
+    )
+    parser.add_argument(
+        "--draft",
+        action="append",
+        default=[],
+        metavar="DRAFT[=SHARE]",
+        help="plan each scheme with this draft too, see below; repeatable",
     )
     _add_demand(parser.add_argument)
     _add_costs(parser.add_argument)
@@ -202,6 +216,11 @@ def _plan(args: argparse.Namespace, rates: list[float] | None) -> Found:
     demand = _demand(args, shape, rates)
     schemes, notes = _schemes(args, shape)
     calibration, reference = _calibration(args, schemes, machines)
+    if args.draft:
+        # Here, because no other plan needs it.
+        from vllm_compress.operations.capacity.drafts import with_drafts
+
+        schemes += with_drafts(schemes, args.draft, shape)
     value_bytes = 1 if args.kv_cache == "fp8" else 2
     planner = Planner(demand, value_bytes, calibration, reference, args.seed, power)
     every = {(scheme.name, m.key): (scheme, m) for scheme in schemes for m in machines}

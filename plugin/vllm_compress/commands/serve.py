@@ -88,8 +88,8 @@ def _add_ours(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-tokens",
         metavar="N",
-        type=int,
-        help="how many; left out, what was measured of DRAFT decides",
+        help="how many; left out, what was measured of DRAFT decides; 5,8:2,32:0 is 5, from 8 "
+        "requests at once on 2, from 32 on none, as `plan --draft` finds it",
     )
 
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draft_options(
-    model: str, draft: tuple[str | None, int | None], theirs: list[str], verify: bool
+    model: str, draft: tuple[str | None, int | str | None], theirs: list[str], verify: bool
 ) -> list[str]:
     """What vLLM is told of a draft, which is looked at like the model."""
     from vllm_compress.operations.draft import make_draft
@@ -137,7 +137,7 @@ def _serve_file(
     theirs: list[str],
     name: str | None,
     verify: bool,
-    draft: tuple[str | None, int | None],
+    draft: tuple[str | None, int | str | None],
 ) -> int:
     """As the file says, but for options in `theirs`, a `name` and a `draft`."""
     from vllm_compress.operations.deployment_file import load_deployment
@@ -218,21 +218,47 @@ def _memory(model: str, arguments: list[str]) -> list[str]:
     """On CPUs, what to add to vLLM's options for the KV cache, said on stderr in one line."""
     from vllm_compress.metrics.checkpoint_summary import quantization_method, summarize_checkpoint
     from vllm_compress.operations.draft import draft_in
-    from vllm_compress.operations.kv_cache import kv_cache_options
+    from vllm_compress.operations.kv_cache import kept_by, kv_cache_options
 
     options = _options_in(arguments)
     if "-h" in arguments or "help" in options or not _on_cpu():
         return []
-    weights = 0
-    for directory in (model, *draft_in(arguments)):
+    weights, models = 0, (model, *draft_in(arguments))
+    for directory in models:
         method = quantization_method(Path(directory).expanduser())
         weights += summarize_checkpoint(directory, method).weight_bytes or 0
     copies = _number(arguments, "--data-parallel-size", "-dp")
-    shares = _tensor_parallel(arguments) * _number(arguments, "--pipeline-parallel-size", "-pp")
-    added, line = kv_cache_options(options, weights * copies, shares * copies)
+    ways, stages = (
+        _tensor_parallel(arguments),
+        _number(arguments, "--pipeline-parallel-size", "-pp"),
+    )
+    kept = (
+        kept_by(models, ways, *_kept(arguments))
+        if stages == 1 and "config" not in options
+        else None
+    )
+    added, line = kv_cache_options(options, weights * copies, ways * stages * copies, kept)
     if line:
         print(line, file=sys.stderr)
     return added
+
+
+def _kept(arguments: list[str]) -> tuple[int, int | None]:
+    """Bytes of a value of the KV cache, and the longest context where it is said as a number."""
+    theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--dtype", "--kv-cache-dtype", "--max-model-len"):
+        theirs.add_argument(name)
+    try:
+        said, _ = theirs.parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit):  # vLLM will complain
+        return 1, 1
+    size = 4 if said.dtype in ("float", "float32") else 2
+    if (said.kv_cache_dtype or "").startswith("fp8"):
+        size = 1
+    length = said.max_model_len
+    if length is None:
+        return size, None
+    return size, int(length) if length.isdecimal() else 1
 
 
 def _on_cpu() -> bool:

@@ -98,7 +98,7 @@ class Deployment:
     objectives: Objectives | None = None
     vllm: Mapping[str, Any] = field(default_factory=dict)
     draft: str | None = None
-    draft_tokens: int | None = None
+    draft_tokens: int | str | None = None
 
     def vllm_arguments(self, without: Collection[str] = ()) -> list[str]:
         """The options as `vllm serve` takes them, those named in `without` left out."""

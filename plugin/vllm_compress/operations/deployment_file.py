@@ -9,7 +9,8 @@
     objectives: {ttft: 0.5, tpot: 0.05, target: 0.95}     # seconds; share that meets them
     vllm: {port: 8000, max-model-len: 4096}               # options of `vllm serve`
     draft: ../../out/int3           # a smaller version of the model that writes tokens ahead
-    draft_tokens: 3                 # how many; left out, what was measured of the draft decides
+    draft_tokens: 3                 # how many; left out, what was measured of the draft decides;
+                                    # "5,8:2,32:0": 5, from 8 requests at once on 2, then none
 
 Only `version`, `name` and `model` are required. `device.type` is a key of configs/hardware.yaml or
 a word of your own; the price of a known type may stand there instead. Left out, the variant is
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress_methods.errors import DeploymentError
+from compress_methods.errors import CompressError, DeploymentError
 from compress_methods.registry import build_dataclass
 from compress_methods.system.user_file import read_yaml, require_path
 from vllm_compress.metrics.checkpoint_summary import (
@@ -38,6 +39,7 @@ from vllm_compress.metrics.checkpoint_summary import (
 from vllm_compress.metrics.deployment import Deployment, Device, Objectives, check_name
 from vllm_compress.names import QUANT_METHOD
 from vllm_compress.operations.capacity.hardware import LOCAL, find_hardware, hardware_names
+from vllm_compress.operations.capacity.throughput.speculation import read_schedule
 
 VERSION = 1
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
@@ -60,7 +62,7 @@ class _File:
     objectives: dict | None = None
     vllm: dict = field(default_factory=dict)
     draft: str | None = None
-    draft_tokens: int | None = None
+    draft_tokens: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -70,10 +72,13 @@ class _File:
                 check_name(getattr(self, key), key)
         if not self.model:
             raise DeploymentError("model is empty, expected a directory or a Hugging Face id")
-        if self.draft_tokens is not None and (self.draft is None or self.draft_tokens < 1):
-            raise DeploymentError(
-                f"draft_tokens is {self.draft_tokens}, expected a number from 1 up, beside a draft"
-            )
+        if self.draft_tokens is not None:
+            if self.draft is None:
+                raise DeploymentError(f"draft_tokens is {self.draft_tokens}, expected a draft too")
+            try:
+                read_schedule(str(self.draft_tokens), "draft_tokens")
+            except CompressError as problem:
+                raise DeploymentError(str(problem)) from problem
 
 
 def load_deployment(path: str | Path) -> Deployment:

@@ -7,9 +7,10 @@ probability a (`acceptance`, 1 - total variation) makes, k tokens ahead,
 
     (1 - a^(k + 1)) / (1 - a)   tokens in the time of   1 + k c   of the model's own steps;
 
-the best k is taken where nobody says another. a is what the draft's conversion measured on held-out
-text, against the model that it was made from. Fails where vocabularies differ; wins nothing where
-products take the time: with many requests at once.
+the best k is taken where nobody says another; `plan --draft` finds it by the number of requests
+(`capacity/throughput/speculation.py` has the sums of both). a is what the draft's conversion
+measured on held-out text, against the model that it was made from. Fails where vocabularies differ;
+wins nothing where products take the time: with many requests at once.
 """
 
 from __future__ import annotations
@@ -23,29 +24,42 @@ from typing import Any
 from compress_methods.checkpoint.compressed import read_json
 from compress_methods.errors import CheckpointError, CompressError
 from vllm_compress.metrics.checkpoint_summary import quantization_method, summarize_checkpoint
+from vllm_compress.operations.capacity.drafts import measured_acceptance
+from vllm_compress.operations.capacity.throughput.speculation import (
+    Schedule,
+    best_ahead,
+    read_schedule,
+    tokens_per_step,
+    written,
+)
 
 OPTION, METHOD = "speculative-config", "draft_model"
-MOST_AHEAD = 8
+BY_BATCH, LAST = "num_speculative_tokens_per_batch_size", 2**16
 UNMEASURED_AHEAD, UNKNOWN_COST = 3, 0.5
 TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Who writes ahead, how many tokens; `acceptance` and `expected` tokens per step if known."""
+    """Who writes ahead, how many tokens; `acceptance` and `expected` tokens per step of one request
+    alone if known."""
 
     path: Path
-    ahead: int
+    schedule: Schedule
     acceptance: float | None = None
     expected: float | None = None
 
     def options(self) -> list[str]:
         """As `vllm serve` takes them."""
-        said = {
+        said: dict[str, Any] = {
             "method": METHOD,
             "model": str(self.path),
-            "num_speculative_tokens": self.ahead,
+            "num_speculative_tokens": max(ahead for _, ahead in self.schedule),
         }
+        if len(self.schedule) > 1:
+            ends = [first - 1 for first, _ in self.schedule[1:]] + [LAST]
+            each = zip(self.schedule, ends, strict=True)
+            said[BY_BATCH] = [[first, end, ahead] for (first, ahead), end in each]
         return [f"--{OPTION}", json.dumps(said)]
 
     def line(self) -> str:
@@ -53,45 +67,28 @@ class Draft:
         known = "its acceptance was not measured"
         if self.acceptance is not None and self.expected is not None:
             known = f"{self.acceptance:.0%} accepted, {self.expected:.1f} tokens a step expected"
-        return f"{self.path}: writes {self.ahead} tokens ahead; {known}"
+        return f"{self.path}: writes {written(self.schedule)} tokens ahead; {known}"
 
 
-def tokens_per_step(acceptance: float, ahead: int) -> float:
-    """Expected tokens that one step of the model yields."""
-    if acceptance >= 1:
-        return ahead + 1.0
-    return float((1 - acceptance ** (ahead + 1)) / (1 - acceptance))
-
-
-def best_ahead(acceptance: float, cost: float) -> int:
-    """How many tokens ahead win most; `cost` is the draft's bytes over the model's."""
-
-    def rate(ahead: int) -> float:
-        return tokens_per_step(acceptance, ahead) / (1 + ahead * cost)
-
-    return max(range(1, MOST_AHEAD + 1), key=rate)
-
-
-def make_draft(model: str, draft: str, ahead: int | None, options: Collection[str]) -> Draft:
+def make_draft(model: str, draft: str, tokens: int | str | None, options: Collection[str]) -> Draft:
     """The draft of a model, both directories; `options` are those that vLLM gets besides."""
     if OPTION in options:
         raise CompressError(f"--draft and --{OPTION} say the same; give one of them")
-    if ahead is not None and ahead < 1:
-        raise CompressError(f"--draft-tokens is {ahead}, expected a number from 1 up")
+    schedule = None if tokens is None else read_schedule(str(tokens), "--draft-tokens")
     path, whole = (Path(name).expanduser() for name in (draft, model))
     if not path.is_dir():
         raise CheckpointError(f"--draft: {draft} is no directory")
     if whole.is_dir():
         _require_same_vocabulary(whole, path)
-    acceptance = _acceptance(path)
+    acceptance = measured_acceptance(path)
     if acceptance is None:
-        return Draft(path, ahead or UNMEASURED_AHEAD)
+        return Draft(path, schedule or ((1, UNMEASURED_AHEAD),))
     sizes = [
         summarize_checkpoint(str(p), quantization_method(p)).weight_bytes for p in (path, whole)
     ]
     cost = sizes[0] / sizes[1] if sizes[0] and sizes[1] else UNKNOWN_COST
-    ahead = ahead or best_ahead(acceptance, cost)
-    return Draft(path, ahead, acceptance, tokens_per_step(acceptance, ahead))
+    schedule = schedule or ((1, best_ahead(acceptance, lambda ahead: 1 + ahead * cost)),)
+    return Draft(path, schedule, acceptance, tokens_per_step(acceptance, schedule[0][1]))
 
 
 def draft_in(options: Sequence[str]) -> list[str]:
@@ -126,12 +123,3 @@ def _tokens(file: Path) -> Any:
     """Which number each token has."""
     found = read_json(file)
     return found.get("model", {}).get("vocab"), found.get("added_tokens")
-
-
-def _acceptance(draft: Path) -> float | None:
-    """What the conversion has measured; None where nothing was held out."""
-    try:
-        held = json.loads((draft / "report.json").read_text(encoding="utf-8"))["held_out"]
-        return float(held["acceptance"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from compress_methods import convert
 from compress_methods.checkpoint.loading.model import load_model
 from tests.e2e.support.server import VllmServer
+from vllm_compress.operations.kv_cache import GIB, kept_by
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 PROMPTS = [[5, 60, 700, 81, 9, 300, 20, 410], [1, 511, 255]]
@@ -35,6 +37,12 @@ def test_a_draft_changes_no_token(novels_8m: Path, some_text: Path, tmp_path: Pa
     server.command = [*ours, "--draft", str(draft), "--dtype", "float32", *server.command[start:]]
     with server:
         assert "% accepted" in server.log
+        # vLLM finds room for as many tokens as `serve` counts of both models.
+        room = re.search(r"KV cache size: ([\d,]+) tokens", server.log)
+        kept = kept_by([str(novels_8m), str(draft)], 1, 4, None)
+        assert room is not None
+        assert kept is not None
+        assert int(room[1].replace(",", "")) == kept.tokens(GIB)
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         for prompt in PROMPTS:
             ids = torch.tensor([prompt])

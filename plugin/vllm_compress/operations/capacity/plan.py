@@ -28,9 +28,16 @@ from vllm_compress.operations.capacity.search import (
     capacity_of,
 )
 from vllm_compress.operations.capacity.throughput.demand import Demand
-from vllm_compress.operations.capacity.throughput.performance import kernel_refusal
+from vllm_compress.operations.capacity.throughput.performance import Step, kernel_refusal
+from vllm_compress.operations.capacity.throughput.speculation import (
+    SpeculativeStep,
+    speculate,
+    tokens_per_step,
+    written,
+)
 
 STAGES = 4
+BASES = ("measured", "scaled", "roofline")
 MOST_DEVICES = 32
 
 
@@ -40,7 +47,7 @@ class Option:
 
     `capacity` is the output tokens per second of all replicas when always busy, `misses` the worst
     ratio of a percentile to its bound, prices are in the currency of the table's. `watts` are of
-    all devices on average; a million is of output tokens.
+    all devices on average; a million is of output tokens. `draft` says how one is used.
     """
 
     scheme: str
@@ -66,6 +73,7 @@ class Option:
     co2_kg_per_million: float | None = None
     misses: float = float("inf")
     closest: str = ""
+    draft: dict[str, Any] | None = None
     rejected: tuple[Rejected, ...] = ()
 
 
@@ -98,6 +106,8 @@ class Planner:
             False,
         )
         refused = kernel_refusal(scheme, machine)
+        if refused is None and scheme.draft is not None:
+            refused = kernel_refusal(scheme.draft, machine)
         if refused is not None:
             return dataclasses.replace(
                 bare, rejected=(Rejected("any", 1, refused),), closest=refused
@@ -118,12 +128,21 @@ class Planner:
         machine = self.adapted(machine)
         candidates = []
         for found in self._fits(scheme, machine)[0]:
-            step, basis = step_model(
-                scheme, machine, found.layout, self.kv_value_bytes, self.calibration, self.reference
-            )
+            step, basis = self._step(scheme, machine, found.layout)
             capacity = capacity_of(step, self.demand, machine, found)
             candidates.append(Candidate(found, step, basis, capacity))
         return candidates
+
+    def _step(self, scheme: Scheme, machine: Hardware, layout: Layout) -> tuple[Step, str]:
+        """How long steps take and what that is based on; with a draft, the weaker of two bases."""
+        known = (machine, layout, self.kv_value_bytes, self.calibration, self.reference)
+        step, basis = step_model(scheme.alone, *known)
+        if scheme.draft is None:
+            return step, basis
+        draft, other = step_model(scheme.draft, *known)
+        context = self.demand.prompt + self.demand.output / 2
+        step = speculate(step, draft, scheme.acceptance, machine.max_sequences, context)
+        return step, max(basis, other, key=BASES.index)
 
     def _fits(self, scheme: Scheme, machine: Hardware) -> tuple[list[Fit], list[Rejected]]:
         """Splits that hold a request of the longest context, and why others do not."""
@@ -178,6 +197,7 @@ class Planner:
             price_per_hour=hourly,
             price_per_million=None if hourly is None else per_million(hourly, tokens),
             misses=trial.miss,
+            draft=_drafting(candidate.step, trial),
             **self._energy(machine, trial, tokens),
         )
 
@@ -192,6 +212,19 @@ class Planner:
             "kwh_per_million": kwh,
             "co2_kg_per_million": self.power.co2_kg_per_million(kwh),
         }
+
+
+def _drafting(step: Step, trial: Trial) -> dict[str, Any] | None:
+    """How a draft is used, if there is one; tokens a step are those at the mean of requests."""
+    if not isinstance(step, SpeculativeStep):
+        return None
+    running = trial.latencies.running / trial.candidate.engines
+    ahead = step.ahead(max(1, round(running)))
+    return {
+        "acceptance": step.acceptance,
+        "draft_tokens": written(step.schedule),
+        "tokens_per_step": tokens_per_step(step.acceptance, ahead),
+    }
 
 
 def per_million(price_per_hour: float, tokens_per_second: float) -> float:

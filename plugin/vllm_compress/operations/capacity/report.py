@@ -187,8 +187,18 @@ def _reasons(option: Option) -> list[str]:
     else:
         lines = [f"{title}: {count_of(option.devices)}, {option.replicas} x {option.layout}"]
         few = [r for r in option.rejected if r.devices < option.devices]
+        if option.draft is not None:
+            lines.append(f"  {_drafted(option.draft)}")
     few = [r for r in few if r.devices >= option.devices_for_weights]
     return [*lines, *(f"  {_said(r)}" for r in few[:REASONS])]
+
+
+def _drafted(draft: dict[str, Any]) -> str:
+    made = f"{draft['tokens_per_step']:.2g} tokens a step at this load"
+    return (
+        f"{draft['acceptance']:.0%} of drafted tokens accepted, {made}: "
+        f"serve --draft-tokens {draft['draft_tokens']}"
+    )
 
 
 def _said(rejected: Rejected) -> str:

@@ -77,6 +77,14 @@ def test_a_draft_is_made_beside_the_model(
         for directory in (out, tmp_path / "out-draft")
     ]
     assert bits[1] < bits[0]
+    asked = ["check", str(out), "--draft", f"{out}-draft", "--json"]
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kv_bytes_with_draft"] == 2 * found["kv_bytes_per_token"]
+    assert 0 < found["draft_bytes"] < found["bytes"]
+    assert "writes 3 tokens ahead" in found["draft"]
+    assert main([*asked[:3], "nowhere"]) == 2
+    assert "--draft: nowhere is no directory" in capsys.readouterr().err
 
 
 def test_check_before_converting_predicts_the_bytes(

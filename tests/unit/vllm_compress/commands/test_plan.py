@@ -85,6 +85,37 @@ def test_an_fp8_cache_is_half_as_large(capsys: pytest.CaptureFixture[str]) -> No
     assert auto["kv_bytes_per_token"] == 2 * fp8["kv_bytes_per_token"] == 131072
 
 
+def test_a_draft_is_a_scheme_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["llama-3.1-8b", "--recipe", "int8", "--hardware", "h100-80gb", "--rate", "12/min"]
+    measured = tmp_path / "eval.json"
+    measured.write_text(json.dumps({"acceptance": 0.85}))
+    options = {}
+    for share in ("30%", "85%", str(measured)):
+        found = plan(capsys, *common, "--draft", f"int4-gptq={share}")
+        options[share] = {o["scheme"]: o for o in found["options"]}
+    good, bad = options["85%"], options["30%"]
+    assert set(good) == {"original", "int8", "original + int4-gptq", "int8 + int4-gptq"}
+    assert options[str(measured)] == good
+    drafted, alone = good["original + int4-gptq"], good["original"]
+    assert alone["draft"] is None
+    assert drafted["weight_bytes"] > alone["weight_bytes"]
+    assert drafted["memory"]["requests"] < 0.6 * alone["memory"]["requests"]
+    assert drafted["latency"]["tpot"]["p50"] < alone["latency"]["tpot"]["p50"]
+    assert bad["original + int4-gptq"]["latency"]["tpot"]["p50"] > drafted["latency"]["tpot"]["p50"]
+    ahead = drafted["draft"]["draft_tokens"]
+    assert drafted["draft"]["tokens_per_step"] > 2
+    assert main(["plan", *common, "--draft", "int4-gptq=85%"]) == 0
+    assert f"serve --draft-tokens {ahead}" in capsys.readouterr().out
+    assert main(["plan", *common, "--draft", "int4-gptq"]) == 2
+    assert "--draft int4-gptq without =ACCEPTANCE: no acceptance" in capsys.readouterr().err
+    assert main(["plan", *common, "--draft", "fp32=9"]) == 2
+    for wrong in ("int4-gptq=120%", "int4-gptq=nowhere.json"):
+        assert main(["plan", *common, "--draft", wrong]) == 2
+        assert f"--draft {wrong.partition('=')[2]}: no acceptance" in capsys.readouterr().err
+
+
 def trace(path: Path, rate: float = 2.0, count: int = 600) -> Path:
     """Poisson arrivals, one prompt in ten long."""
     draw, now, rows = random.Random(0), 0.0, []

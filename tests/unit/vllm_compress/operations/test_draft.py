@@ -6,32 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from compress_methods.errors import CheckpointError, CompressError
 from tests.e2e.support.tiny import make_model
-from vllm_compress.operations.draft import (
-    Draft,
-    best_ahead,
-    draft_in,
-    make_draft,
-    tokens_per_step,
-)
-
-
-def test_expected_tokens_are_those_of_guesses_that_fail_at_random() -> None:
-    draw = np.random.default_rng(0)
-    for acceptance, ahead in ((0.3, 2), (0.8, 4)):
-        right = draw.random((200_000, ahead)) < acceptance
-        said = 1 + np.cumprod(right, axis=1).sum(1).mean()
-        assert tokens_per_step(acceptance, ahead) == pytest.approx(said, rel=0.01)
-    assert tokens_per_step(1.0, 3) == 4
-
-
-def test_better_and_cheaper_drafts_write_further_ahead() -> None:
-    assert best_ahead(0.94, 0.25) > best_ahead(0.7, 0.25) > best_ahead(0.7, 0.9)
-    assert best_ahead(0.1, 0.9) == 1
+from vllm_compress.operations.capacity.throughput.speculation import best_ahead, tokens_per_step
+from vllm_compress.operations.draft import Draft, draft_in, make_draft
 
 
 @pytest.fixture
@@ -48,21 +29,37 @@ def test_what_was_measured_decides(pair: tuple[Path, Path]) -> None:
     made = make_draft(model, draft, None, ())
     assert made.acceptance == 0.9
     sizes = [(Path(p) / "model.safetensors").stat().st_size for p in (draft, model)]
-    assert made.ahead == best_ahead(0.9, sizes[0] / sizes[1]) > 1
-    assert f"writes {made.ahead} tokens ahead; 90% accepted" in made.line()
-    assert make_draft(model, draft, 2, ()) == Draft(pair[1], 2, 0.9, tokens_per_step(0.9, 2))
+    cost = sizes[0] / sizes[1]
+    ahead = best_ahead(0.9, lambda ahead: 1 + ahead * cost)
+    assert made.schedule == ((1, ahead),)
+    assert ahead > 1
+    assert f"writes {ahead} tokens ahead; 90% accepted" in made.line()
+    assert make_draft(model, draft, 2, ()) == Draft(
+        pair[1], ((1, 2),), 0.9, tokens_per_step(0.9, 2)
+    )
     (pair[1] / "report.json").unlink()
     unknown = make_draft(model, draft, None, ())
-    assert (unknown.ahead, unknown.acceptance) == (3, None)
+    assert (unknown.schedule, unknown.acceptance) == (((1, 3),), None)
     assert draft_in(["--port", "1", *unknown.options()]) == [draft]
     assert draft_in(["--speculative-config", '{"method": "ngram"}']) == []
+
+
+def test_many_requests_may_be_drafted_for_less(pair: tuple[Path, Path]) -> None:
+    model, draft = map(str, pair)
+    made = make_draft(model, draft, "4,3:2,6:0", ())
+    said = json.loads(made.options()[1])
+    assert said["num_speculative_tokens"] == 4
+    schedule = said["num_speculative_tokens_per_batch_size"]
+    assert [entry[::2] for entry in schedule] == [[1, 4], [3, 2], [6, 0]]
+    assert [entry[1] for entry in schedule[:2]] == [2, 5]
+    assert build_dynamic_sd_schedule_lookup(schedule, 8, 4)[1:] == [4, 4, 2, 2, 2, 0, 0, 0]
 
 
 def test_what_is_no_draft_is_one_line(pair: tuple[Path, Path], tmp_path: Path) -> None:
     model, draft = map(str, pair)
     with pytest.raises(CheckpointError, match="nowhere is no directory"):
         make_draft(model, "nowhere", None, ())
-    with pytest.raises(CompressError, match="--draft-tokens is 0, expected a number from 1"):
+    with pytest.raises(CompressError, match="--draft-tokens is '0', expected tokens such as 5"):
         make_draft(model, draft, 0, ())
     with pytest.raises(CompressError, match="--draft and --speculative-config say the same"):
         make_draft(model, draft, None, ["speculative-config"])
@@ -74,7 +71,7 @@ def test_what_is_no_draft_is_one_line(pair: tuple[Path, Path], tmp_path: Path) -
 def test_a_draft_has_the_models_tokens(novels_8m: Path, tmp_path: Path) -> None:
     draft = tmp_path / "draft"
     shutil.copytree(novels_8m, draft)
-    assert make_draft(str(novels_8m), str(draft), None, ()).ahead == 3
+    assert make_draft(str(novels_8m), str(draft), None, ()).schedule == ((1, 3),)
     file = draft / "tokenizer.json"
     tokens = json.loads(file.read_text())
     vocabulary = tokens["model"]["vocab"]

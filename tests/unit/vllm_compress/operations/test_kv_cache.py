@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from compress_methods.errors import CompressError
 from tests.conftest import REPOSITORY
 from vllm_compress.commands import serve
 from vllm_compress.operations import kv_cache
-from vllm_compress.operations.kv_cache import GIB, MIB, kv_cache_options
+from vllm_compress.operations.kv_cache import GIB, MIB, kept_by, kv_cache_options
 
 MODEL = str(REPOSITORY / "tests" / "assets" / "novels-8m")
 
@@ -32,6 +33,36 @@ def test_half_of_what_is_left_is_taken(weights: int, workers: int, each: int) ->
     assert added == ["--kv-cache-memory-bytes", str(each)]
     assert "of 10.0 GiB free; VLLM_CPU_KVCACHE_SPACE (GiB) or --kv-cache-memory-bytes" in line
     assert "\n" not in line
+
+
+def test_a_draft_keeps_its_part_of_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as the model's own config says, twice; and a request must fit."""
+    config = json.loads((Path(MODEL) / "config.json").read_text())
+    values = config["num_key_value_heads"] * config["hidden_size"] // config["num_attention_heads"]
+    token = 2 * 2 * values * config["num_hidden_layers"]
+    alone, both = (kept_by([MODEL] * n, 1, 2, None) for n in (1, 2))
+    assert alone is not None
+    assert both is not None
+    assert (alone.block_bytes, both.block_bytes) == (128 * token, 2 * 128 * token)
+    assert alone.context == config["max_position_embeddings"]
+    assert "GiB for " in kv_cache_options(set(), 0, 1, alone)[1]
+    assert "tokens of model and draft, half" in kv_cache_options(set(), 0, 1, both)[1]
+    tokens = both.tokens(4 * GIB)
+    long = kept_by([MODEL] * 2, 1, 2, tokens)
+    assert kv_cache_options(set(), 0, 1, long)[0]
+    longer = kept_by([MODEL] * 2, 1, 2, tokens + 1)
+    match = r"a request of [\d,]+ tokens keeps 4\.0 GiB of the model and its draft, .* has 4\.0 GiB"
+    with pytest.raises(CompressError, match=match):
+        kv_cache_options(set(), 0, 1, longer)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    with pytest.raises(CompressError, match=r"the KV cache has 3\.0 GiB; lower --max-model-len"):
+        kv_cache_options(set(), 0, 1, longer)
+
+
+def test_what_is_said_of_the_cache_is_read() -> None:
+    assert serve._kept([]) == (2, None)
+    assert serve._kept(["--dtype", "float32", "--max-model-len=512"]) == (4, 512)
+    assert serve._kept(["--kv-cache-dtype", "fp8_e5m2", "--max-model-len", "auto"]) == (1, 1)
 
 
 @pytest.mark.parametrize("option", ["kv-cache-memory-bytes", "gpu-memory-utilization", "config"])
@@ -97,7 +128,9 @@ def test_serve_hands_it_to_vllm(
     assert vllm_words[:-1] == ["-tp", "2", "--data-parallel-size", "2", "--kv-cache-memory-bytes"]
     assert each % MIB == 0
     assert abs(4 * each - (8 * GIB - weights) / 2) < 8 * MIB
-    assert capsys.readouterr().err.startswith("KV cache: 4 x 1.0 GiB, half of what weights")
+    assert capsys.readouterr().err.startswith(
+        "KV cache: 4 x 1.0 GiB for 521,728 tokens, half of what"
+    )
     del vllm_words[:]
     serve.run_vllm(["serve", MODEL, "--gpu_memory_utilization=0.3"])
     assert vllm_words == ["--gpu_memory_utilization=0.3"]

@@ -11,7 +11,8 @@ holds one block of one group. A layer with a window of w tokens keeps no more th
 w - 1 + (tokens of one step), one with chunks of w no more than w + (tokens of one step). Latent
 (MLA) caches are copied to every rank. A state (Mamba, linear attention) takes a page, however long
 the sequence is, and a second one, with which prefixes are cached; where it is larger than a page,
-pages get more tokens.
+pages get more tokens. A draft's layers have their pages in the same pool: as it is a version of the
+model, a block of the one comes with a block of the other.
 
 The overheads are estimates: CUDA context, communication buffers, graphs, activations of the largest
 step. They are a few percent of an 80 GB device. What vLLM prints at start is the truth.
@@ -20,7 +21,7 @@ step. They are a few percent of an 80 GB device. What vLLM prints at start is th
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 
@@ -86,6 +87,11 @@ def refusal(scheme: Scheme, layout: Layout) -> str | None:
         reason = _uncuttable(shape, part, tp) or _unshareable(shape, part, layout.pp)
         if reason is not None:
             return reason
+    if scheme.draft is not None:
+        if layout.pp > 1:
+            return "a draft on several pipeline stages is not planned"
+        reason = refusal(scheme.draft, layout)
+        return None if reason is None else f"draft: {reason}"
     return None
 
 
@@ -275,6 +281,10 @@ def fit(
     reserved = DRIVER_BYTES if machine.kind == "gpu" else 0
     usable = int(UTILIZATION * (machine.memory_bytes - reserved))
     cache = cache_of(shape, layout, machine.kind, kv_value_bytes, machine.max_tokens)
+    if scheme.draft is not None:
+        weights += max(stage_weights(scheme.draft, layout))
+        its = cache_of(scheme.draft.shape, layout, machine.kind, kv_value_bytes, machine.max_tokens)
+        cache = replace(cache, page_bytes=cache.page_bytes + its.page_bytes)
     free = usable - weights - overhead
     if free <= 0:
         reason = (

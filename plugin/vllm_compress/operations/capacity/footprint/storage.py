@@ -60,16 +60,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A model stored in one way. `label` names the formats of its compressed matrices."""
+    """A model stored in one way. `label` names the formats of its compressed matrices.
+
+    A `draft` may write ahead of it, whose tokens it takes at a rate of `acceptance`.
+    """
 
     name: str
     label: str
     shape: ModelShape
     parts: tuple[Part, ...]
+    draft: Scheme | None = None
+    acceptance: float = 0.0
 
     @property
     def weight_bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        """Of a draft too."""
+        drafts = self.draft.weight_bytes if self.draft is not None else 0
+        return sum(part.nbytes for part in self.parts) + drafts
+
+    @property
+    def alone(self) -> Scheme:
+        """The same without its draft."""
+        return dataclasses.replace(self, draft=None, acceptance=0.0)
 
     @property
     def experts_compressed(self) -> bool:

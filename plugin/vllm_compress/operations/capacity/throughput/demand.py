@@ -68,13 +68,13 @@ def parse_rate(text: str) -> float:
     raise DemandError(f"--rate is {text!r}, expected requests per time such as 20/s or 300/min")
 
 
-def parse_share(text: str) -> float:
-    """Parse `40%` or `0.4` of the prompts' tokens; raises `DemandError`."""
+def parse_share(text: str, option: str = "--prefix-cached") -> float:
+    """Parse `40%` or `0.4`, of the prompts' tokens or others; raises `DemandError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if 0 <= share < 1:
         return share
-    raise DemandError(f"--prefix-cached is {text!r}, expected a share below 1 such as 40% or 0.4")
+    raise DemandError(f"{option} is {text!r}, expected a share below 1 such as 40% or 0.4")
 
 
 def parse_objective(metric: str, text: str) -> Objective:

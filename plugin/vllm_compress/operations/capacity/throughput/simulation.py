@@ -14,8 +14,8 @@ found in the prefix cache: it is read, and holds blocks, but is not computed. St
 can change but the lengths are taken together, which is what makes a run of hundreds of requests
 take milliseconds.
 
-Fails to see: blocks that requests share, speculative decoding, and time that the scheduler itself
-takes beyond what the step model holds.
+Fails to see: blocks that requests share, and time that the scheduler itself takes beyond what the
+step model holds. With a draft a step is one token's part of a real one (`speculation`).
 """
 
 from __future__ import annotations
