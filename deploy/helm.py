@@ -114,7 +114,11 @@ def with_values(made: Object, values: Values) -> Object:
             trigger["metadata"]["serverAddress"] = values.put("prometheus", address)
     elif kind == "CronJob":
         spec["schedule"] = values.put("quality.schedule", spec["schedule"])
-        _pod(spec["jobTemplate"]["spec"]["template"], "quality", values)
+        template = spec["jobTemplate"]["spec"]["template"]
+        for variable in template["spec"]["containers"][0]["env"]:
+            if variable["name"] == "PROBES":
+                variable["value"] = values.put("quality.probes", variable["value"])
+        _pod(template, "quality", values)
     elif kind == "Deployment":
         which = name.removeprefix("chat-")
         put = values.unless_scaled if which == "int4" else values.put

@@ -44,6 +44,8 @@ metrics and default margins (--margin NAME=VALUE or NAME=none, as often as neede
 keeps a schema, unconstrained; refusals where they are right, and only there; the language of the
 question; Python that parses; lengths; a fact at five depths of a long text; facts from turns
 before; the likelier of two choices. Probes that both servers refuse are left out, and counted.
+The reports say of each kind what was refused, and why, what was empty or cut, and what A knew and B
+did not.
 
 Outputs are greedy. The first two requests to each server do not count, and no request finds its
 prefix in a cache. Without --rate one request runs at a time, A and B in turn, which of them first
@@ -61,7 +63,9 @@ Killed, or a server died: the same command continues. On a finished comparison i
 --margin, --scorer and prices may be changed without asking the servers again.
 
 --metrics FILE has vllm_compress_quality_* of the result, for node_exporter's textfile collector or
-a push gateway. Nightly: the timer of deploy/systemd, the CronJob of deploy/kubernetes.
+a push gateway. Nightly: the timer of deploy/systemd, the CronJob of deploy/kubernetes, whose
+PROBES (quality.probes of the chart) are choices, json, refusals, language and turns: about a
+hundred short questions. tools needs a server with a tool parser, needle one with a long context.
 
 exit code: 0 non-inferior, 1 inferior or undecided, 2 the comparison could not be made.
 VLLM_API_KEY is sent where it is set.

@@ -4,12 +4,16 @@ import ast
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.e2e.support.tiny import make_model
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 METHODS = REPOSITORY / "quant_methods" / "compress_methods"
@@ -35,19 +39,30 @@ def run_elsewhere(code: str, cwd: Path, *python_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the repository and unpacked by pip into a folder of its own."""
-    built = tmp_path_factory.mktemp("wheel")
-    target = tmp_path_factory.mktemp("site")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment that sees the packages of this one, and has the wheel by pip."""
+    built, folder = (tmp_path_factory.mktemp(name) for name in ("wheel", "environment"))
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # The .pth files in there, such as that of an editable install, are not read from here.
+    (site / "theirs.pth").write_text(sysconfig.get_path("purelib"))
+    python = str(folder / "bin" / "python")
     for command in (
         ["hatchling", "build", "-t", "wheel", "-d", str(built)],
-        ["pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)],
+        ["pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"],
     ):
         wheels = [str(path) for path in built.glob("*.whl")]
         subprocess.run(
             [sys.executable, "-m", *command, *wheels], cwd=REPOSITORY, check=True, timeout=120
         )
-    return target
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(environment: Path) -> Path:
+    """Where the wheel's packages are."""
+    (site,) = environment.glob("lib/python*/site-packages")
+    return site
 
 
 def test_wheel_carries_every_file_of_both_packages_and_the_configs(installed: Path) -> None:
@@ -89,6 +104,42 @@ def test_wheel_announces_the_plugin_to_vllm(installed: Path) -> None:
     assert "[vllm.general_plugins]\nvllm_compress = vllm_compress:register\n" in text
     assert "[vllm.stat_logger_plugins]\nvllm_compress = vllm_compress.metrics.stat_logger:" in text
     assert "[console_scripts]\nvllm-compress = vllm_compress.cli:main\n" in text
+
+
+FOUND = """
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+for group in ("vllm.general_plugins", "vllm.stat_logger_plugins"):
+    for entry in entry_points(group=group, name="vllm_compress"):
+        print(find_spec(entry.module).origin)
+"""
+
+
+def test_wheel_works_in_an_environment_that_has_vllm(
+    environment: Path, installed: Path, tmp_path: Path
+) -> None:
+    """Outside the repository: the command, a conversion, and the entry points that vLLM loads."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [str(environment / "bin" / command[0]), *command[1:]],
+            cwd=tmp_path,
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "convert" in run("vllm-compress", "--help")
+    small = make_model("Llama", tmp_path / "small", num_hidden_layers=1)
+    run("vllm-compress", "convert", str(small), "-o", "out", "--recipe", "int4-rtn", "--quiet")
+    assert (tmp_path / "out" / "report.json").is_file()
+    loaded = [Path(line) for line in run("python", "-c", FOUND).splitlines()]
+    assert len(loaded) == 2
+    assert all(path.is_relative_to(installed) for path in loaded)
 
 
 def test_hardware_table_is_complete() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from tests.unit.repository.test_deploy import (
     with_component,
 )
 from tests.unit.repository.test_prometheus_rules import rules
+from vllm_compress.operations.abtest.probes.files import read_probes
 from vllm_compress.operations.dashboard.panels import panels
 
 SECRET = "chat-keys"
@@ -314,6 +316,26 @@ def test_the_timer_and_the_cron_job_run_the_same_comparison(folder: Path) -> Non
     for text in (shell, unit):
         assert re.search(r'vllm-compress compare "\$A" "\$B" --prompts .* --quiet', text)
         assert "--metrics" in text
+    (ran,) = re.findall(r"^ExecStart=/bin/sh -ec '(.*?)'$", unit, re.DOTALL | re.MULTILINE)
+    start = ran.replace("\\\n", "").replace("%%", "%")
+    values = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+    said = re.search(r"^Environment=PROBES=(\S+)$", unit, re.MULTILINE)
+    assert said is not None
+    assert read_probes(values["PROBES"]).kinds == read_probes(said[1]).kinds != ()
+    for name in ("vllm-compress", "python3"):
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        (folder / name).chmod(0o755)
+    for probes, asked in ((said[1], [said[1]]), ("", [])):
+        for text in (shell, start):
+            path = {"PATH": f"{folder}:{os.environ['PATH']}", "STATE_DIRECTORY": "s"}
+            done = subprocess.run(
+                ["sh", "-ec", text],
+                env=values | path | {"PROBES": probes, "RUNTIME_DIRECTORY": "r"},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert re.findall(r" --probes (\S+)", done.stdout) == asked
     if analyze := shutil.which("systemd-analyze"):
         units = sorted(map(str, (DEPLOY / "systemd").iterdir()))
         done = subprocess.run(

@@ -40,6 +40,7 @@ from vllm_compress.operations.abtest.probes.run import (
     missing_probes,
     run_probes,
 )
+from vllm_compress.operations.abtest.probes.summary import summarize
 from vllm_compress.operations.abtest.replay.client import Server, open_server
 from vllm_compress.operations.abtest.replay.energy import EnergyLog, measure_energy
 from vllm_compress.operations.abtest.replay.measure import measure_metrics, read_pairs
@@ -111,6 +112,7 @@ def compare(settings: ComparisonSettings) -> dict[str, Any]:
             look=look,
             prompts=settings.prompts.name,
             late=sum(line["late"] for line in lines),
+            probes=summarize(probes, journal.records),
         )
         result = document.build(comparison)
         write_text(settings.out / REPORT_JSON, json.dumps(result, indent=2) + "\n")

@@ -36,6 +36,7 @@ ALL = "all"
 CHOICES, NEEDLE = "choices", "needle"
 KINDS = (*CHECKS, CHOICES)
 FOLDER = "probes"
+KEYS = ("ask", "messages", "expect")
 
 
 class ProbeError(CompressError):
@@ -102,6 +103,9 @@ def _read(kind: str) -> Iterator[Probe]:
             expect, limit = row["expect"], found["max_tokens"]
         except (KeyError, AttributeError) as problem:
             raise ProbeError(f"{where}: expected `ask` or `messages`, and `expect`") from problem
+        # As a comma in a text without quotes makes of it.
+        if unknown := [key for key in row if key not in KEYS]:
+            raise ProbeError(f"{where}: unknown key {unknown[0]!r:.80}, expected {', '.join(KEYS)}")
         prompt = Prompt(where, None, messages, limit, row, extra)
         yield Probe(kind, prompt, expect, _key([kind, messages, limit, extra]))
 

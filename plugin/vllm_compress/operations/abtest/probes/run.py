@@ -70,7 +70,7 @@ def run_probes(
 def _decision(server: Server, choice: Choice) -> float | None:
     """Nats by which the right choice is likelier; None where the server refuses to say."""
     try:
-        right, wrong = (
+        good, bad = (
             ask_patiently(
                 partial(text_log_likelihood, server.url, server.model, choice.prompt + end)
             )
@@ -81,7 +81,7 @@ def _decision(server: Server, choice: Choice) -> float | None:
         if isinstance(cause, HttpError) and cause.status in (400, 404, 501):
             return None
         raise
-    return right - wrong
+    return good - bad
 
 
 def measure_probes(probes: Probes, records: Records, confidence: float) -> list[Measurement]:
@@ -124,10 +124,11 @@ def _scores(kind: str, probes: Probes, records: Records) -> Iterator[tuple[float
             line = records[PROBES][probe.key]
             a, b = (Answer.from_dict(line[side]) for side in "ab")
             if not (a.error and b.error):
-                yield _right(probe, a), _right(probe, b)
+                yield right(probe, a), right(probe, b)
 
 
-def _right(probe: Probe, answer: Answer) -> float:
+def right(probe: Probe, answer: Answer) -> float:
+    """1 where an answer has what is expected, else 0."""
     return float(not answer.error and CHECKS[probe.kind](probe.expect, answer))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compress.operations.abtest.metrics import find_metric, limit_of
+from vllm_compress.operations.abtest.probes.summary import told
 from vllm_compress.operations.abtest.replay.client import Server
 from vllm_compress.operations.abtest.replay.measure import EXACT, Measurement, PairOfAnswers
 from vllm_compress.operations.abtest.replay.replay import Options
@@ -39,6 +40,7 @@ class Comparison:
     late: int
     look: int = 1
     next_confidence: float = 0.9875
+    probes: Sequence[Mapping[str, Any]] = ()
 
 
 def build(comparison: Comparison) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def build(comparison: Comparison) -> dict[str, Any]:
         "a": _server(comparison.servers[0]),
         "b": _server(comparison.servers[1]),
         "metrics": rows,
+        "probes": list(comparison.probes),
         "worst": [_example(pair) for pair in worst(pairs)],
     }
 
@@ -200,6 +203,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
             found.append(f"{row['metric']}: {row['note']}")
         if row["metric"] == "kl" and row["value"] is not None and row["note"] != EXACT:
             found.append(f"kl is {row['note']}")
+    found += [line for entry in report["probes"] for line in told(entry)]
     if report["late"]:
         found.append(
             f"{report['late']} prompts had to wait for a place: the servers do not keep up with "

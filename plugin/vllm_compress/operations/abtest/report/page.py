@@ -66,7 +66,8 @@ one, at 80% power; append them to the file and run the same command.</li>
 
 def page(report: Mapping[str, Any], pairs: Sequence[PairOfAnswers]) -> str:
     """The whole page."""
-    sections = [_head(report), _metrics(report), _plots(pairs), _worst(report), _method(report)]
+    sections = [_head(report), _metrics(report), _probes(report), _plots(pairs), _worst(report)]
+    sections.append(_method(report))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>B against A: {escape(report['verdict'])}</title><style>{CSS}</style></head>"
@@ -114,6 +115,47 @@ def _metrics(report: Mapping[str, Any]) -> str:
         '<table><thead><tr><th>metric</th><th class="n a">A</th><th class="n b">B</th>'
         '<th>B against A</th><th></th><th class="n">n</th><th>verdict</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _probes(report: Mapping[str, Any]) -> str:
+    """What each kind of probe came to, and what A knew and B did not."""
+    if not report["probes"]:
+        return ""
+    heads = ("asked", "right", "lost", "gained", "refused", "empty", "cut")
+    rows, examples = [], []
+    for entry in report["probes"]:
+        cells = "".join(f'<td class="n">{_both(entry[head])}</td>' for head in heads)
+        why = "".join(
+            f"<small>{side.upper()}: {escape(entry['why'][side])}</small>"
+            for side in "ab"
+            if entry["why"][side]
+        )
+        rows.append(f"<tr><td>{escape(entry['kind'])}{why}</td>{cells}</tr>")
+        examples += [_lost(entry["kind"], example) for example in entry["examples"]]
+    titles = "".join(f'<th class="n">{head}</th>' for head in heads)
+    return (
+        '<h2>Probes</h2><div class="muted">A / B. Lost: A right, B wrong; gained: the other way '
+        "round. Cut: max_tokens ended the answer.</div>"
+        f"<table><thead><tr><th>kind</th>{titles}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        f"</table>{''.join(examples)}"
+    )
+
+
+def _both(value: Any) -> str:
+    return f"{value['a']} / {value['b']}" if isinstance(value, Mapping) else str(value)
+
+
+def _lost(kind: str, example: Mapping[str, Any]) -> str:
+    outputs = "".join(
+        f'<div><b class="{side}">{side.upper()}</b>'
+        f'<div class="text">{escape(example[side])}</div></div>'
+        for side in "ab"
+    )
+    return (
+        f'<div class="example"><div class="muted">{escape(kind)}, {escape(example["where"])}</div>'
+        f'<div class="text">{escape(example["ask"])}</div>'
+        f'<div class="outputs">{outputs}</div></div>'
     )
 
 

@@ -13,6 +13,7 @@ from tests.unit.vllm_compress.operations.abtest.conftest import WARM_UP, Compare
 from tests.unit.vllm_compress.operations.abtest.streaming_server import Server
 from vllm_compress.operations.abtest import comparison
 from vllm_compress.operations.abtest.metrics import METRICS, read_limits
+from vllm_compress.operations.abtest.probes import files
 from vllm_compress.operations.abtest.replay import replay
 from vllm_compress.operations.abtest.replay.prompts import digest_prompts, read_prompts
 from vllm_compress.operations.journal import Journal
@@ -131,3 +132,14 @@ def test_the_digest_knows_every_dial_that_changes_what_is_measured(prompts: Path
     assert all(comparison.digest_comparison(one) != expected for one in other)
     assert digest_prompts(read_prompts(prompts, 9)) != digest_prompts(read)
     assert digest_prompts(read[1:]) != digest_prompts(read)
+
+
+def test_a_probe_that_its_own_comma_cut_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "config_path", lambda _, name: tmp_path / name)
+    (tmp_path / "length.yaml").write_text(
+        "max_tokens: 8\nprobes: [{ask: In short, what is rain?, expect: [1, 9]}]\n"
+    )
+    with pytest.raises(files.ProbeError, match=r"length\.yaml: probe 1: unknown key 'what is rain"):
+        files.read_probes("length")

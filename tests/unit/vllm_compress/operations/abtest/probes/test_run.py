@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,20 @@ def test_a_server_that_lost_it_is_found_out(
     assert refusals["b"] == 0.5  # nothing is refused any more
     assert compare.metric("probes")["verdict"] == "inferior"
     assert compare.report["verdict"] == "inferior"
+    entries = {entry["kind"]: entry for entry in compare.report["probes"]}
+    assert tuple(entries) == tuple(kind for kind in KINDS if kind in kinds)
+    code = entries["code"]
+    assert (code["asked"], code["right"], code["lost"]) == (20, {"a": 20, "b": 0}, 20)
+    assert (code["gained"], code["refused"], code["why"]) == (
+        0,
+        {"a": 0, "b": 0},
+        {"a": "", "b": ""},
+    )
+    page = (compare.out / "report.html").read_text()
+    assert "<h2>Probes</h2>" in page
+    assert '<td class="n">20 / 0</td><td class="n">20</td>' in page
+    assert code["examples"][0]["a"].startswith("```python")
+    assert page.count("code, code.yaml: probe ") == len(code["examples"]) == 3
 
 
 def test_choices_are_judged_by_log_probabilities(compare: Compare) -> None:
@@ -169,6 +184,10 @@ def test_what_both_refuse_is_left_out_and_what_one_refuses_is_wrong(
     row = compare.metric("probes/needle")
     assert (row["a"], row["b"], row["n"]) == (1, 1, 10)
     assert row["note"] == "10 of 20 were answered by neither"
+    (entry,) = compare.report["probes"]
+    assert entry["refused"] == {"a": 10, "b": 10}
+    assert escape(entry["why"]["a"]) in (compare.out / "report.html").read_text()
+    assert entry["why"]["a"]
 
 
 def test_probes_may_be_added_to_a_finished_comparison(
