@@ -222,13 +222,17 @@ def _draft(path: Path, draft: str | None, ways: int) -> dict[str, Any]:
     """What a draft adds, if there is one: its weights, and its part of the KV cache."""
     if draft is None:
         return {}
-    from vllm_compress.commands.serve import check_model
+    from compress_methods.checkpoint.compressed import open_compressed
+    from compress_methods.checkpoint.loading.model import is_compressed, require_whole
+    from compress_methods.checkpoint.sharding import check_sharding
     from vllm_compress.metrics.checkpoint_summary import quantization_method, summarize_checkpoint
     from vllm_compress.operations.draft import make_draft
     from vllm_compress.operations.kv_cache import kept_by
 
     made = make_draft(str(path), draft, None, ())
-    check_model(draft, ways)
+    if is_compressed(made.path):
+        check_sharding(open_compressed(made.path), ways)
+        require_whole(made.path)
     summary = summarize_checkpoint(draft, quantization_method(made.path))
     found: dict[str, Any] = {"draft": made.line(), "draft_bytes": summary.weight_bytes or 0}
     kept = [kept_by(models, ways, 2, None) for models in ([str(path)], [str(path), draft])]

@@ -13,7 +13,6 @@ decided per query: it says what it `needs`, and the servers say whether they hav
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 import urllib.parse
@@ -27,19 +26,22 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.support.operations.browser import Drawn, page_after_scripts
-from tests.e2e.support.operations.composed import Stack
+from tests.e2e.support.operations.browser import Drawn, assert_colored, page_after_scripts, too_few
+from tests.e2e.support.operations.composed import Composed, Stack
+from tests.e2e.support.operations.failures import failing
 from tests.e2e.support.operations.operation import (
     CLIENTS,
     Operation,
+    binomial_interval,
     check_counts,
     running,
     start_all,
 )
+from tests.e2e.support.operations.probing import check_every_kind, shorter_probes
 from tests.e2e.support.operations.prometheus import Prometheus, tool
 from tests.e2e.support.tiny import compress
 from vllm_compress.cli import main
-from vllm_compress.operations.dashboard.declaration import Panel, Query
+from vllm_compress.operations.abtest.probes import files
 from vllm_compress.operations.dashboard.grafana import dashboard
 from vllm_compress.operations.dashboard.operation import DRAFT, QUALITY
 from vllm_compress.operations.dashboard.page import serve
@@ -48,7 +50,7 @@ from vllm_compress.operations.prometheus import Prometheus as Client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 REQUESTS, USERS, SHARE = 300, 150, 0.3
-VARIANTS = ("full", "int4")
+VARIANTS, CANDIDATES = ("full", "int4"), ("int8", "int2")
 LOAD_SECONDS = 15
 KV_SPACE = 2**30
 # Of these machines: no GPU to divide by; energy where the processor tells it.
@@ -58,7 +60,6 @@ NEEDS_FAILURES = "vllm_compress_http_failures"
 NOT_HERE = (DRAFT, QUALITY)
 LOOKS = 4
 ABSENT = {query.series for p in panels() for query in p.queries if query.needs in NOT_HERE}
-COLORS = {"full": (0x25, 0x63, 0xEB), "int4": (0xE8, 0x59, 0x0C)}
 ALERT = """
 groups:
   - name: test
@@ -191,20 +192,6 @@ def test_grafana_variables_find_service_and_deployments(prometheus: Prometheus) 
         assert found == names, variable["name"]
 
 
-def shown(prometheus: Prometheus, query: Query) -> int:
-    """Lines at least: of both variants, or of those to which a reason or objective happened."""
-    if "{{" not in query.legend:
-        return len(VARIANTS)
-    found = prometheus.query(f"max_over_time({query.series}[3m]) > 0")
-    return len({labels["deployment"] for labels, _ in found})
-
-
-def too_few(prometheus: Prometheus, seen: Drawn, panel: Panel) -> bool:
-    """Whether a panel lacks lines of three points and more."""
-    lines = [d for d in seen.panels[panel.title] if d.count("L") >= 3]
-    return len(lines) < sum(shown(prometheus, query) for query in panel.queries)
-
-
 def test_page_draws_every_panel_of_both_variants(prometheus: Prometheus, tmp_path: Path) -> None:
     page = tmp_path / "dashboard.html"
     arguments = ["dashboard", "--prometheus", prometheus.url, "--range", "3m", "-o", str(page)]
@@ -224,30 +211,6 @@ def test_page_draws_every_panel_of_both_variants(prometheus: Prometheus, tmp_pat
         assert not short, view
         assert "int4 g128" in seen.text
         assert_colored(picture)
-
-
-def assert_colored(picture: Path) -> None:
-    """Both deployments' colours are drawn, and the page is not one plain surface."""
-    import matplotlib.image
-    import numpy as np
-
-    pixels = np.round(matplotlib.image.imread(picture)[..., :3] * 255).astype(int)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, picture
-    for name, color in COLORS.items():
-        near = (np.abs(pixels - np.array(color)).max(axis=-1) < 12).sum()
-        assert near > 2000, (picture, name, near)
-
-
-def binomial_interval(trials: int, share: float, level: float) -> tuple[int, int]:
-    """The counts that a binomial variable keeps within with this probability at least."""
-    tail = (1 - level) / 2
-    below, total = [], 0.0
-    for count in range(trials + 1):
-        total += math.comb(trials, count) * share**count * (1 - share) ** (trials - count)
-        below.append(total)
-    low = next(i for i, p in enumerate(below) if p > tail)
-    high = next(i for i, p in enumerate(below) if p >= 1 - tail)
-    return low, high
 
 
 def test_users_requests_are_split_stick_and_are_counted(operation: Operation) -> None:
@@ -365,35 +328,73 @@ def _again_from_the_file(
     assert [o["latency"] for o in again["options"]] == [o["latency"] for o in first["options"]]
 
 
+@pytest.fixture(scope="module")
+def candidates(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Composed]]:
+    """int8 and int2, beside those of the operation."""
+    folder = tmp_path_factory.mktemp("candidates")
+    found = {v: Stack(folder / v, models | {"int4": models[v]}).server("int4") for v in CANDIDATES}
+    with ExitStack() as cleanup:
+        start_all(cleanup, list(found.values()))
+        yield found
+
+
 def test_compare_tells_a_good_variant_from_a_bad_one(
-    operation: Operation, models: dict[str, Path], some_text: Path, tmp_path: Path
+    operation: Operation, candidates: dict[str, Composed], some_text: Path, tmp_path: Path
 ) -> None:
     text = " ".join(some_text.read_text(encoding="utf-8").split())
     lines = [text[i : i + 96] for i in range(0, 9600, 96)]
     # With no error at all it takes 96 prompts to show that there are few; a bad one shows sooner.
     prompts = {"int8": lines, "int2": lines[:24]}
-    stacks = {v: Stack(tmp_path / v, models | {"int4": models[v]}) for v in prompts}
-    candidates = {variant: stack.server("int4") for variant, stack in stacks.items()}
     verdicts = {}
-    with ExitStack() as cleanup:
-        start_all(cleanup, list(candidates.values()))
-        for variant, candidate in candidates.items():
-            file, out = tmp_path / f"{variant}.txt", tmp_path / f"{variant}-report"
-            file.write_text("\n".join(prompts[variant]) + "\n")
-            urls = [operation.servers["full"].url, candidate.url]
-            more = ["--prompts", str(file), "-o", str(out), "--max-tokens", "4", "--quiet"]
-            more += ["--metrics", str(tmp_path / f"{variant}.prom")]
-            # Choices alone are too few to be judged, and this model knows no chats for the others.
-            more += ["--probes", "choices", "--margin", "probes=none"]
-            code = main(["compare", *urls, *more])
-            report = json.loads((out / "report.json").read_text())
-            assert report["b"]["info"]["formats"] == f"{variant} g128"
-            rows = {row["metric"]: row for row in report["metrics"]}
-            assert rows["probes/choices"]["n"] == rows["probes/decisions"]["n"] == 24
-            verdicts[variant] = (code, report["verdict"])
+    for variant, candidate in candidates.items():
+        file, out = tmp_path / f"{variant}.txt", tmp_path / f"{variant}-report"
+        file.write_text("\n".join(prompts[variant]) + "\n")
+        urls = [operation.servers["full"].url, candidate.url]
+        more = ["--prompts", str(file), "-o", str(out), "--max-tokens", "4", "--quiet"]
+        more += ["--metrics", str(tmp_path / f"{variant}.prom")]
+        more += ["--probes", "choices", "--margin", "probes=none"]  # too few to be judged
+        code = main(["compare", *urls, *more])
+        report = json.loads((out / "report.json").read_text())
+        assert report["b"]["info"]["formats"] == f"{variant} g128"
+        rows = {row["metric"]: row for row in report["metrics"]}
+        assert rows["probes/choices"]["n"] == rows["probes/decisions"]["n"] == 24
+        verdicts[variant] = (code, report["verdict"])
     assert verdicts == {"int8": (0, "non-inferior"), "int2": (1, "inferior")}
     for variant, verdict in (("int8", "1.0"), ("int2", "-1.0")):
         lines = (tmp_path / f"{variant}.prom").read_text().splitlines()
         (line,) = (one for one in lines if one.startswith("vllm_compress_quality_verdict{"))
         assert 'baseline="chat-full",deployment="chat-int4",service="chat"' in line
         assert line.endswith(f" {verdict}")
+
+
+def test_every_probe_has_a_figure_or_the_servers_words(
+    operation: Operation,
+    candidates: dict[str, Composed],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither has a tool parser or room for long texts."""
+    folder = shorter_probes(tmp_path / "probes", count=4, max_tokens=8)
+    monkeypatch.setattr(files, "config_path", lambda _, name: folder / name)
+    (tmp_path / "p.txt").write_text("It was\nThere is\n")
+    urls = [server.url for server in (operation.servers["full"], candidates["int8"])]
+    common = ["--prompts", str(tmp_path / "p.txt"), "--max-tokens", "2", "--quiet"]
+    code = main(["compare", *urls, *common, "-o", str(tmp_path / "out"), "--probes", "all"])
+    said = capsys.readouterr()
+    assert code == 1, said.err
+    check_every_kind(tmp_path / "out", said.out)
+
+
+def test_a_variant_that_hangs_loses_its_name_or_dies_loses_nothing(
+    operation: Operation, candidates: dict[str, Composed], tmp_path: Path
+) -> None:
+    int8 = candidates["int8"]
+    with failing(tmp_path, operation.servers["full"], int8) as it, it.clients.keep_asking():
+        it.answered("int4")
+        it.hang()
+        it.lose_name()
+        it.kill()
+    assert not it.clients.lost

@@ -106,6 +106,11 @@ class VllmServer:
         self.stop()
         self._log.unlink(missing_ok=True)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send one to the server and the workers it started."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
     def fails(self) -> str:
         """Start a server that is expected not to come up; its log."""
         try:

@@ -11,9 +11,11 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
-from tests.e2e.support.operations.prometheus import tool
+from tests.e2e.support.operations.prometheus import Prometheus, tool
+from vllm_compress.operations.dashboard.declaration import Panel, Query
 
 PATIENCE_MS = 4000
+COLORS = {"full": (0x25, 0x63, 0xEB), "int4": (0xE8, 0x59, 0x0C)}
 
 
 def _chromium(url: str, *flags: str, size: tuple[int, int]) -> bytes:
@@ -72,3 +74,29 @@ class Drawn(HTMLParser):
             self.panels[data] = []
         if not self._quiet:
             self.text += f"{data} "
+
+
+def assert_colored(picture: Path) -> None:
+    """Both deployments' colours are drawn, and the page is not one plain surface."""
+    import matplotlib.image
+    import numpy as np
+
+    pixels = np.round(matplotlib.image.imread(picture)[..., :3] * 255).astype(int)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, picture
+    for name, color in COLORS.items():
+        near = (np.abs(pixels - np.array(color)).max(axis=-1) < 12).sum()
+        assert near > 2000, (picture, name, near)
+
+
+def shown(prometheus: Prometheus, query: Query) -> int:
+    """Lines at least: of both variants, or of those to which a reason or objective happened."""
+    if "{{" not in query.legend:
+        return len(COLORS)
+    found = prometheus.query(f"max_over_time({query.series}[3m]) > 0")
+    return len({labels["deployment"] for labels, _ in found})
+
+
+def too_few(prometheus: Prometheus, seen: Drawn, panel: Panel) -> bool:
+    """Whether a panel lacks lines of three points and more."""
+    lines = [d for d in seen.panels[panel.title] if d.count("L") >= 3]
+    return len(lines) < sum(shown(prometheus, query) for query in panel.queries)

@@ -7,6 +7,7 @@ with running(folder, {"full": directory, "int4": directory}) as operation:
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -41,16 +42,17 @@ class Clients:
     port: int
     answers: list[Answer] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    streams: bool = True
 
     def ask(self, number: int, user: str) -> None:
-        """One completion, every other one streamed."""
+        """One completion, every other one streamed if any is."""
         body = {
             "model": "chat",
             "prompt": "It was a truth universally acknowledged" + " and" * (number % 5),
             "max_tokens": 4 + number % 8,
             "ignore_eos": True,
         }
-        stream = number % 2 == 1
+        stream = self.streams and number % 2 == 1
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         headers = {"Content-Type": "application/json", "X-User-Id": user}
@@ -175,3 +177,15 @@ def check_counts(operation: Operation) -> None:
             return
         time.sleep(0.5)
     assert found == expected
+
+
+def binomial_interval(trials: int, share: float, level: float) -> tuple[int, int]:
+    """The counts that a binomial variable keeps within with this probability at least."""
+    tail = (1 - level) / 2
+    below, total = [], 0.0
+    for count in range(trials + 1):
+        total += math.comb(trials, count) * share**count * (1 - share) ** (trials - count)
+        below.append(total)
+    low = next(i for i, p in enumerate(below) if p > tail)
+    high = next(i for i, p in enumerate(below) if p >= 1 - tail)
+    return low, high
