@@ -29,7 +29,12 @@ from vllm_compress.operations.capacity.footprint.storage import (
     apply_recipe,
     as_it_is,
 )
-from vllm_compress.operations.capacity.hardware import Hardware, find_hardware, with_prices
+from vllm_compress.operations.capacity.hardware import (
+    Hardware,
+    find_hardware,
+    posted_note,
+    with_prices,
+)
 from vllm_compress.operations.capacity.picture import Point, draw, points_of
 from vllm_compress.operations.capacity.plan import Option, Planner
 from vllm_compress.operations.capacity.power import read_power
@@ -47,6 +52,8 @@ from vllm_compress.operations.capacity.throughput.demand import (
     parse_rate,
     parse_share,
 )
+from vllm_compress.operations.capacity.throughput.kernels import kernel_notes
+from vllm_compress.operations.capacity.throughput.performance import kernels_used
 from vllm_compress.operations.capacity.throughput.trace import read_trace
 
 DESCRIPTION = "Say how many devices a model needs, at what latency and price, before converting it."
@@ -227,6 +234,10 @@ def _plan(args: argparse.Namespace, rates: list[float] | None) -> Found:
     options = [(*every[o.scheme, o.hardware], o) for o in planner.plan(schemes, machines)]
     if any(option.watts is not None for _, _, option in options):
         notes.append(power.said)
+    said = posted_note(machines)
+    notes += [said] if said else []
+    uses = [kernels_used(scheme, machine) for scheme, machine in every.values()]
+    notes += kernel_notes([use for some in uses for use in some])
     if demand.trace is not None and demand.trace.shared is not None:
         share = f"{100 * demand.trace.shared:.0f}%"
         notes.append(f"trace: at most {share} of prompts could be cached (--prefix-cached)")

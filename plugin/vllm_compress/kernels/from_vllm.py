@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad as pad_with_zeros
+from vllm.platforms import current_platform
 
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Format, Stored
@@ -179,10 +180,13 @@ class VllmInt8(FromVllm):
 
 
 def require_instructions(kernel: Any, dtype: torch.dtype) -> None:
-    """vLLM's CPU choosers name kernels that this processor cannot run, or runs wrongly: without
-    VNNI, oneDNN's int8 products saturate at 16 bits (seen as a third of the value lost); with AMX
-    others are taken, which know 16 bits only."""
+    """vLLM's choosers name kernels that this processor cannot run, or runs wrongly: without VNNI,
+    oneDNN's int8 products saturate at 16 bits (seen as a third of the value lost); with AMX others
+    are taken, which know 16 bits only. CUTLASS has int8 up to compute capability 9.0, and says so
+    with the first request."""
     name = type(kernel).__name__
+    if name == "CutlassInt8ScaledMMLinearKernel" and current_platform.has_device_capability(100):
+        raise ValueError(f"{name} ends at compute capability 9.0")
     if name == "CPUWNA16LinearKernel" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         raise ValueError(f"{name} is not in this build of vLLM, which is for AVX2")
     if name == "CPUInt8ScaledMMLinearKernel" and not torch.cpu._is_vnni_supported():

@@ -104,6 +104,7 @@ def products(on: torch.device) -> list[dict[str, Any]]:
                 {
                     "shape": shape,
                     "format": name,
+                    "stored": fmt.to_dict(),
                     "kernel": prepared.kernel,
                     "bits": 8 * size / (outputs * inputs),
                     # A copy reads and writes.
@@ -157,11 +158,19 @@ def conversions(places: tuple[str, ...]) -> list[dict[str, Any]]:
     return rows
 
 
+def architecture(on: torch.device) -> str:
+    """As `configs/hardware.yaml` names it."""
+    if torch.version.hip:
+        found: str = torch.cuda.get_device_properties(on).gcnArchName
+        return found.partition(":")[0]
+    return "sm{}{}".format(*torch.cuda.get_device_capability(on))
+
+
 def run() -> dict[str, Any]:
     on = device()
     return {
         "card": torch.cuda.get_device_name(on),
-        "capability": list(torch.cuda.get_device_capability(on)),
+        "architecture": architecture(on),
         "products": products(on),
         "conversions": conversions(("cuda", "cpu")),
     }

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +26,8 @@ LOCAL = "local"
 GIB = 2**30
 VERSION = 1
 KINDS = ("gpu", "cpu")
+ARCHITECTURE = re.compile(r"(?P<nvidia>sm(?P<capability>\d{2,3}))|gfx\w+")
+DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
 NOTES = ("aliases", "source", "checked")
 """Keys of an entry that say nothing of the machine itself."""
 
@@ -38,7 +41,8 @@ class Hardware:
     """One device of a kind, or one CPU host. `teraops` by dtype, dense.
 
     `link_bytes_per_s` is what one device sends to the others of its host; `per_host` how many share
-    it, so the largest tensor-parallel size. `watts` is the rated power.
+    it, so the largest tensor-parallel size. `watts` is the rated power. `architecture` is of a GPU:
+    sm90, gfx942. `posted_price` is in US dollars, as `posted_by` says.
     """
 
     key: str
@@ -51,6 +55,9 @@ class Hardware:
     price_per_hour: float | None = None
     link_bytes_per_s: float = 32e9
     per_host: int = 8
+    architecture: str | None = None
+    posted_price: float | None = None
+    posted_by: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -61,6 +68,14 @@ class Hardware:
             _require_amount(self.watts, "watts")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise HardwareError(f"price_per_hour is {self.price_per_hour}, expected a price")
+        if self.kind == "gpu" and not ARCHITECTURE.fullmatch(self.architecture or ""):
+            raise HardwareError(
+                f"architecture is {self.architecture!r}, expected sm90, gfx942 or the like"
+            )
+        if self.posted_price is not None:
+            _require_amount(self.posted_price, "posted_price")
+            if not DATE.search(self.posted_by):
+                raise HardwareError(f"posted_by is {self.posted_by!r:.80}, expected who and a date")
         if not isinstance(self.teraops, Mapping):
             raise HardwareError(f"teraops is {self.teraops!r:.80}, expected a mapping of dtypes")
         for dtype, rate in self.teraops.items():
@@ -69,6 +84,12 @@ class Hardware:
     def rate(self, *dtypes: str) -> float:
         """Peak operations per second in the first of the dtypes that is accelerated here."""
         return 1e12 * next((self.teraops[d] for d in dtypes if d in self.teraops), 0.0)
+
+    @property
+    def capability(self) -> int | None:
+        """Compute capability of an NVIDIA GPU, 90 for 9.0; None of all else."""
+        known = ARCHITECTURE.fullmatch(self.architecture or "")
+        return int(known["capability"]) if known is not None and known["nvidia"] else None
 
     @property
     def max_tokens(self) -> int:
@@ -136,7 +157,7 @@ def with_prices(
     machines: list[Hardware], prices: list[str], file: Path | None = None
 ) -> list[Hardware]:
     """Set prices per device-hour from a file of them and, over it, from `NAME=2.5`; raises
-    `HardwareError`."""
+    `HardwareError`. Where nobody has a price for any machine, those that providers posted."""
     found = {} if file is None else read_prices(file)
     for text in prices:
         name, _, value = text.partition("=")
@@ -147,7 +168,19 @@ def with_prices(
         if not 0 <= price < math.inf:
             raise HardwareError(f"--price {text!r}: expected NAME=PRICE per device-hour")
         found[find_hardware(name, "--price").key] = price
-    return [replace(m, price_per_hour=found.get(m.key, m.price_per_hour)) for m in machines]
+    priced = [replace(m, price_per_hour=found.get(m.key, m.price_per_hour)) for m in machines]
+    if any(m.price_per_hour is not None for m in priced):
+        return priced
+    return [replace(m, price_per_hour=m.posted_price) for m in priced]
+
+
+def posted_note(machines: Sequence[Hardware]) -> str:
+    """What to tell of prices that are not the user's; empty where all are."""
+    posted = [m for m in machines if m.price_per_hour is not None and m.posted_by]
+    if not posted or any(m.price_per_hour != m.posted_price for m in posted):
+        return ""
+    said = "; ".join(f"{m.key} {m.posted_price:g} ({m.posted_by})" for m in posted)
+    return f"prices in US dollars of a device-hour, as posted: {said}; --price has yours"
 
 
 def read_prices(path: Path) -> dict[str, float]:

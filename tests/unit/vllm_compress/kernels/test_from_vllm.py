@@ -160,3 +160,23 @@ def test_rows_too_far_apart_for_one_scale_are_left_to_others() -> None:
     solution.of_rows[1] = solution.of_rows[0] * 2**-20
     apart = Stored.whole(fmt, fmt.pack(solution), (2, 32))
     assert not from_vllm_floats.VllmFp4().holds(apart)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_cutlass_is_not_taken_where_it_has_no_int8(
+    capable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is chosen on every card of NVIDIA's, and fails with the first request from 10.0 on."""
+
+    class CutlassInt8ScaledMMLinearKernel:
+        pass
+
+    def has(capability: int) -> bool:
+        return capable and capability == 100
+
+    monkeypatch.setattr(from_vllm.current_platform, "has_device_capability", has)
+    if not capable:
+        from_vllm.require_instructions(CutlassInt8ScaledMMLinearKernel(), torch.bfloat16)
+        return
+    with pytest.raises(ValueError, match=r"ends at compute capability 9\.0"):
+        from_vllm.require_instructions(CutlassInt8ScaledMMLinearKernel(), torch.bfloat16)

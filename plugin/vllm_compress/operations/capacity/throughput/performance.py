@@ -10,9 +10,9 @@ the output head on those tokens that are sampled, and attention over what is cac
                     + all-reduces of tensor parallelism
 
 Of k among E experts, n tokens read a share 1 - (1 - k/E)^n. Peaks are those of the hardware table
-times an efficiency; without calibration that is an assumption, named in EFFICIENCY, and results
-are good for comparing options rather than for promises. A pipeline of p stages works on p batches
-at once, so each of them sees the time of the whole model.
+times an efficiency; without calibration that is an assumption, of GPUs by kernel (`kernels.py`), of
+CPUs in EFFICIENCY, and results are good for comparing options rather than for promises. A pipeline
+of p stages works on p batches at once, so each of them sees the time of the whole model.
 
 `MeasuredStep` is the same with a curve over tokens that was measured on a server (`calibration`).
 """
@@ -20,7 +20,7 @@ at once, so each of them sees the time of the whole model.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from compress_methods.formats import Format
@@ -29,8 +29,6 @@ from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
-from compress_methods.formats.wrappers.lowrank import LowRank
-from compress_methods.formats.wrappers.shifted import Shifted
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
     part_bytes,
@@ -40,6 +38,12 @@ from vllm_compress.operations.capacity.footprint.memory import (
 from vllm_compress.operations.capacity.footprint.shapes import ModelShape
 from vllm_compress.operations.capacity.footprint.storage import Scheme
 from vllm_compress.operations.capacity.hardware import Hardware
+from vllm_compress.operations.capacity.throughput.kernels import (
+    Shares,
+    Use,
+    kernel_of,
+    multiplied,
+)
 
 REDUCE_SECONDS = {True: 12e-6, False: 30e-6}
 NVLINK = 100e9
@@ -98,7 +102,8 @@ def windows_of(shape: ModelShape) -> Windows:
 
 @dataclass(frozen=True)
 class Roofline:
-    """All sums of one rank, at the peaks: bytes, and seconds of arithmetic per token."""
+    """All sums of one rank, at the peaks: bytes, and seconds of arithmetic per token. What a kernel
+    reads more slowly than others counts as more bytes, and so does its arithmetic."""
 
     windows: Windows
     bandwidth: float
@@ -156,6 +161,7 @@ def roofline(
 ) -> Roofline:
     """Sum up a scheme on devices of a kind."""
     shape, tp = scheme.shape, layout.tp
+    e = efficiency or EFFICIENCY[machine.kind]
     body = experts = token = head = head_time = 0.0
     share = shape.experts_per_token / shape.experts if shape.experts else 0.0
     for part in scheme.parts:
@@ -165,9 +171,11 @@ def roofline(
         if not layers and not is_head:
             continue
         rows, cols = rank_shape(shape, matrix, tp)
-        rate = compute_rate(part.format, machine)
+        use = kernel_of(part.format, machine) if machine.kind == "gpu" else None
+        slower = Shares(1.0, 1.0, "") if use is None else _against(use.shares, e)
+        rate = compute_rate(part.format, machine) * slower.compute
         work = 2.0 * rows * cols / rate if matrix.kind else 0.0
-        size = part_bytes(shape, part, tp)
+        size = part_bytes(shape, part, tp) / slower.bandwidth
         if is_head:
             head, head_time = head + size, head_time + work
         elif matrix.experts and matrix.kind:
@@ -198,7 +206,16 @@ def roofline(
         / dense_rate(machine),
         reduce_seconds=reduces * REDUCE_SECONDS[machine.link_bytes_per_s > NVLINK],
         reduce_token_seconds=reduces * moved,
-        efficiency=efficiency or EFFICIENCY[machine.kind],
+        efficiency=e,
+    )
+
+
+def _against(shares: Shares, efficiency: Efficiency) -> Shares:
+    """Shares of what is reached where nothing is said of a kernel."""
+    return replace(
+        shares,
+        bandwidth=shares.bandwidth / efficiency.bandwidth,
+        compute=shares.compute / efficiency.compute,
     )
 
 
@@ -207,40 +224,40 @@ def dense_rate(machine: Hardware) -> float:
     return machine.rate("bf16", "fp16", "fp32")
 
 
-def _multiplied(fmt: Format | None) -> Format | None:
-    """What a kernel reads of a format: the one inside another basis, or that offsets or a product
-    of thin matrices are added to. None where there are values only."""
-    base = fmt.base if isinstance(fmt, LowRank | Shifted) else fmt
-    return None if base is None else base.inner
-
-
 def compute_rate(fmt: Format | None, machine: Hardware) -> float:
     """Operations per second on weights of a format (None: kept): that of the activations they meet.
 
-    8-bit activations come with W8A8 everywhere, and on CPUs with our kernels for 4 bits and less.
+    On CPUs 8-bit activations come with W8A8, and with our kernels for 4 bits and less.
     """
-    inner = _multiplied(fmt)
+    if machine.kind == "gpu":
+        use = kernel_of(fmt, machine)
+        return dense_rate(machine) if use is None else machine.rate(*use.dtypes)
+    inner = multiplied(fmt)
     values = inner.values if isinstance(inner, Sparse) else inner
     few = isinstance(values, Trellis) or (isinstance(values, Lookup) and not values.of_floats)
     few |= isinstance(values, Integer | Float) and values.bits <= 4
-    asked = isinstance(values, Integer) and values.activations == "int8"
-    eight = asked or (few and machine.kind == "cpu")
+    eight = few or (isinstance(values, Integer) and values.activations == "int8")
     return machine.rate("int8", "bf16", "fp16", "fp32") if eight else dense_rate(machine)
 
 
 def kernel_refusal(scheme: Scheme, machine: Hardware) -> str | None:
-    """Say why a scheme is not planned on a machine: no GPU kernel of vLLM reads it."""
-    if machine.kind == "cpu":
-        return None
-    for part in scheme.parts:
-        fmt = part.format
-        inner = _multiplied(fmt)
-        if fmt is None or inner is None or (isinstance(inner, Integer) and inner.bits in (4, 8)):
-            continue
-        return (
-            f"no GPU kernel for {fmt.describe()}: unpacked at every step, slower than the original"
-        )
+    """Say why a scheme is not planned on a machine: no GPU kernel reads it."""
+    for part in scheme.parts if machine.kind == "gpu" else ():
+        fmt, looked_up = part.format, part.matrix.kind == "embedding" and not scheme.shape.tied
+        if fmt is not None and not looked_up and kernel_of(fmt, machine) is None:
+            return (
+                f"no GPU kernel for {fmt.describe()}: unpacked at every step, slower than the "
+                "original"
+            )
     return None
+
+
+def kernels_used(scheme: Scheme, machine: Hardware) -> list[tuple[str, str, Use]]:
+    """Kernels of a GPU: format, machine and kernel; nothing for CPUs."""
+    formats = {part.format for part in scheme.parts if part.format and machine.kind == "gpu"}
+    found = [(fmt.describe(), kernel_of(fmt, machine)) for fmt in formats]
+    named = [(said, machine.key, use) for said, use in found if use is not None]
+    return sorted(named, key=lambda each: each[0])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from vllm_compress.operations.capacity.hardware import (
     HardwareError,
     find_hardware,
     hardware_names,
+    posted_note,
     read_prices,
     with_prices,
 )
@@ -19,7 +21,7 @@ H100 = find_hardware("h100-80gb")
 
 def test_names_of_hardware_lead_to_one_entry_each() -> None:
     keys = {find_hardware(name).key for name in hardware_names() if name != "local"}
-    assert 12 <= len(keys) <= 20
+    assert 16 <= len(keys) <= 24
     assert find_hardware("h100-80gb").key == find_hardware("h100").key == "h100-sxm"
     with pytest.raises(HardwareError, match="did you mean 'h100'"):
         find_hardware("h10")
@@ -72,3 +74,31 @@ def test_every_machine_but_this_one_has_rated_watts() -> None:
     for name in hardware_names():
         watts = find_hardware(name).watts
         assert watts is None if name == "local" else 50 < (watts or 0) <= 2000
+
+
+def test_posted_prices_are_taken_where_nobody_has_one_and_said() -> None:
+    cards = [H100, find_hardware("l4"), find_hardware("b300")]
+    posted = with_prices(cards, [])
+    assert [m.price_per_hour for m in posted] == [3.78, 0.8, None]
+    note = posted_note(posted)
+    assert "h100-sxm 3.78 (Lambda on demand, 2026-05-07" in note
+    assert "b300" not in note
+    mine = with_prices(cards, ["l4=0.5"])
+    assert [m.price_per_hour for m in mine] == [None, 0.5, None]
+    assert posted_note(mine) == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("architecture", "hopper", "architecture is 'hopper', expected sm90"),
+        ("architecture", None, "architecture is None, expected sm90"),
+        ("posted_price", -1, "posted_price is -1"),
+        ("posted_by", "a shop", "posted_by is 'a shop', expected who and a date"),
+    ],
+)
+def test_what_a_card_is_compiled_for_and_who_posted_a_price_are_told(
+    field: str, value: object, words: str
+) -> None:
+    with pytest.raises(HardwareError, match=words):
+        replace(H100, **{field: value})
