@@ -175,6 +175,7 @@ class CompressConfig(QuantizationConfig):
         return next((t for t in self.targets.values() if t.module == self.spec.embedding), None)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -198,6 +199,10 @@ class CompressConfig(QuantizationConfig):
 
             self.claims.add([target])
             return CompressedEmbedding(target, self.claims)
+        if self.spec.kv_cache is not None and isinstance(layer, Attention):
+            from vllm_compress.layers.kv_cache import KeptScales
+
+            return KeptScales(self, prefix)
         if isinstance(layer, RoutedExperts):
             matrices = self.experts(prefix, layer)
             if matrices:

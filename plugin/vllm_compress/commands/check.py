@@ -37,7 +37,8 @@ of several stages, stages (a line each); training, where there is some (a line e
 others leave out;
 experts, of a mixture, where they can be served; of a search, levels (how many there are;
 bytes_after is that of the first) and bytes_after_least (of the last).
---json before serving: model, modules, bytes, bytes_per_device, formats, kernels (by format,
+--json before serving: model, modules, bytes, bytes_per_device, formats, kv_cache (null
+without scales for one), kernels (by format,
 on --hardware or else here), device, device_memory (null without --hardware), files (how many were
 read against their checksums; null without --deep); with --draft: draft, draft_bytes, and what a
 token keeps of the model and of both on a device, kv_bytes_per_token and kv_bytes_with_draft.
@@ -112,6 +113,7 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
         "model": source.name,
         "recipe": recipe.name,
         "modules": len(plan.jobs),
+        **({"kv_cache": plan.recipe.kv_cache} if plan.recipe.kv_cache else {}),
         "bytes_before": source.nbytes,
         "bytes_after": plan.compressed_bytes,
         "disk": disk,
@@ -209,6 +211,7 @@ def _before_serving(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": compressed + dense,
         "bytes_per_device": compressed // ways + dense,
         "formats": sorted({m.format.describe() for m in checkpoint.matrices.values()}),
+        "kv_cache": _kv_cache(checkpoint),
         "device": device,
         "kernels": _kernels(checkpoint, device),
         "files": files,
@@ -240,6 +243,19 @@ def _draft(path: Path, draft: str | None, ways: int) -> dict[str, Any]:
         if each is not None:
             found[name] = each.block_bytes // each.block
     return found
+
+
+def _kv_cache(checkpoint: CompressedCheckpoint) -> str | None:
+    """What a server may store keys and values in, and how to ask for it."""
+    from compress_methods.errors import CheckpointError
+
+    if checkpoint.spec.kv_cache is None:
+        return None
+    kind, layers = checkpoint.spec.kv_cache, len(checkpoint.kv_scales) // 3
+    for name, entry in checkpoint.kv_scales.items():
+        if not float(entry.read()) > 0:
+            raise CheckpointError(f"{entry.path}: {name} is {float(entry.read())}, expected more")
+    return f"scales of {layers} layers for {kind}; serve with --kv-cache-dtype {kind}"
 
 
 def _check_experts(checkpoint: CompressedCheckpoint, device: str) -> None:

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress_methods.checkpoint.compressed import open_compressed
 from compress_methods.errors import CompressError, RecipeError, named
 from compress_methods.recipe.matching import recipe_names
 from compress_methods.system.files import write_text
+from vllm_compress.names import QUANT_METHOD
 from vllm_compress.operations.capacity.advice import DEFAULT, USES
 from vllm_compress.operations.capacity.calibration.fit import Calibration, to_json
 from vllm_compress.operations.capacity.footprint.shapes import (
@@ -318,9 +320,26 @@ def _schemes(args: argparse.Namespace, shape: ModelShape) -> tuple[list[Scheme],
             if args.recipe:
                 raise
             notes.append(f"left out: {problem}")
+    said = _kv_cache_note(args, shape)
+    notes += [said] if said else []
     if any(scheme.experts_compressed for scheme in schemes[1:]):
         notes.append(EXPERTS_ON_CPUS)
     return schemes, notes
+
+
+def _kv_cache_note(args: argparse.Namespace, shape: ModelShape) -> str | None:
+    """What scales say of --kv-cache; the scheme alone halves nothing, a server's option does."""
+    if shape.path is None or shape.quantized != QUANT_METHOD:
+        return None
+    has = open_compressed(shape.path).spec.kv_cache is not None
+    if args.kv_cache == "auto":
+        asked = (
+            "the model has scales for an FP8 KV cache: --kv-cache fp8 plans one of half the size"
+        )
+        return asked if has else None
+    if has:
+        return "FP8 KV cache: serve with --kv-cache-dtype fp8"
+    return "the model has no scales for an FP8 KV cache: vLLM would take 1 for all"
 
 
 def _calibration(

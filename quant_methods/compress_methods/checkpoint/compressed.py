@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
+KV_SCALES = ("q_scale", "k_scale", "v_scale")
+"""Names of an attention layer's scales for an FP8 cache, see `loading/kv_cache.py`."""
 IN_LIST = re.compile(r"(.+?)\.(\d{1,6})\.")
 """A list of modules and the number in it that a name begins with."""
 
@@ -64,6 +66,7 @@ class CompressedCheckpoint:
     spec: CompressionSpec
     matrices: dict[str, Matrix]
     dense: dict[str, Entry]
+    kv_scales: dict[str, Entry] = field(default_factory=dict)
 
     @property
     def shared(self) -> dict[str, str]:
@@ -140,7 +143,29 @@ def open_compressed(path: str | Path, allow_incomplete: bool = False) -> Compres
                 f"{entry.path}: {name} is not compressed, but its format is {rule.format!r}"
             )
     _require_blocks(directory, config, entries, matrices)
-    return CompressedCheckpoint(directory, config, spec, matrices, dense)
+    scales = _take_scales(directory, spec, dense)
+    return CompressedCheckpoint(directory, config, spec, matrices, dense, scales)
+
+
+def _take_scales(
+    directory: Path, spec: CompressionSpec, dense: dict[str, Entry]
+) -> dict[str, Entry]:
+    """The scales of the KV cache, out of `dense`; `CheckpointError` where a layer lacks one."""
+    if spec.kv_cache is None:
+        return {}
+    found = {n: dense.pop(n) for n in list(dense) if n.rpartition(".")[2] in KV_SCALES}
+    if not found:
+        raise CheckpointError(f"{directory}: kv_cache is {spec.kv_cache!r}, but no scale is there")
+    for name, entry in found.items():
+        owner = name.rpartition(".")[0]
+        lost = next((leaf for leaf in KV_SCALES if f"{owner}.{leaf}" not in found), None)
+        if lost is not None:
+            raise CheckpointError(f"{entry.path}: {owner}.{lost} is missing ({name} is there)")
+        if (entry.shape, entry.dtype) != ((1,), "float32"):
+            raise CheckpointError(
+                f"{entry.path}: {name} is {list(entry.shape)} {entry.dtype}, expected [1] float32"
+            )
+    return found
 
 
 def _require_blocks(

@@ -9,7 +9,8 @@ read by the plugin, `check`, `inspect` and `load_model`.
      "base_model": "...", "recipe_sha256": "...", "tool_version": "..."}
 
 First match wins, in full, on the Hugging Face module name; no match means the module is kept as it
-is. `shape` is [rows, cols] = [outputs, inputs] of every module the rule matches.
+is. `kv_cache: fp8`, where it is there, says that attention layers have scales for such a cache.
+`shape` is [rows, cols] = [outputs, inputs] of every module the rule matches.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ KEYS = (
     "base_model",
     "recipe_sha256",
     "tool_version",
+    "kv_cache",
 )
+KV_CACHES = ("fp8",)
+"""What a cache of keys and values may have scales for."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class CompressionSpec:
     base_model: str = ""
     recipe_sha256: str = ""
     tool_version: str = ""
+    kv_cache: str | None = None
 
     def rule_for(self, module: str) -> Rule | None:
         """The first rule that matches a module, tied modules answering as their owner."""
@@ -88,6 +93,7 @@ class CompressionSpec:
             "base_model": self.base_model,
             "recipe_sha256": self.recipe_sha256,
             "tool_version": self.tool_version,
+            **({} if self.kv_cache is None else {"kv_cache": self.kv_cache}),
         }
 
 
@@ -114,6 +120,11 @@ def parse(block: Any, where: str = "quantization_config") -> CompressionSpec:
     embedding = block.get("embedding")
     if not isinstance(tied, Mapping) or not all(isinstance(v, str) for v in tied.values()):
         raise CheckpointError(f"{where}: tied is {tied!r}, expected a mapping of module names")
+    kv_cache = block.get("kv_cache")
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        raise CheckpointError(
+            f"{where}: kv_cache is {kv_cache!r}, expected {' or '.join(KV_CACHES)}"
+        )
     if embedding is not None and not isinstance(embedding, str):
         raise CheckpointError(f"{where}: embedding is {embedding!r}, expected a module name")
     return CompressionSpec(
@@ -124,6 +135,7 @@ def parse(block: Any, where: str = "quantization_config") -> CompressionSpec:
         base_model=str(block.get("base_model", "")),
         recipe_sha256=str(block.get("recipe_sha256", "")),
         tool_version=str(block.get("tool_version", "")),
+        kv_cache=kv_cache,
     )
 
 

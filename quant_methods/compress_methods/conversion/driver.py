@@ -28,8 +28,9 @@ from compress_methods.checkpoint.source import require_finite
 from compress_methods.conversion.held_out import Written, compare_held_out, embedding_rows
 from compress_methods.conversion.journal import Journal
 from compress_methods.conversion.part import BlockPart, Facts, Planned, StreamedPart
-from compress_methods.conversion.passes import carried
+from compress_methods.conversion.passes import carried, kv_cache
 from compress_methods.conversion.passes.weighing import asked_of, weigh
+from compress_methods.conversion.planning.kv_cache import KV_SHARD
 from compress_methods.conversion.planning.plan import HEAD_BLOCK, Shard
 from compress_methods.conversion.recovery import forget_damaged
 from compress_methods.conversion.running import Running
@@ -122,18 +123,21 @@ class Sweep:
 
     def _convert(self, shard: Shard) -> Facts:
         """Visit and write one shard; returns its facts for journal and report."""
+        if shard.name == KV_SHARD:
+            return kv_cache.write_scales(self.journal, shard, self.planned.skeleton)
         self._start(shard)
         part = self._open(shard)
         for visitor in self.passes:
             visitor.visit(part)
         if self.running.processes.leads:
             self._write(shard, part)
-        if isinstance(part, BlockPart) and part.index != HEAD_BLOCK:
-            self._advance(part)
-            self.runner_.unload(part.prefix)
-            self.journal.save_states((shard.block or 0) + 1, self.states)
-        edited = [name for name in part.edited if name not in self._packed_parameters(shard)]
-        told = {"refined": part.refined, "edited": edited, "notes": part.notes}
+        with kv_cache.watched(self.planned, self.running.processes) as seen:
+            if isinstance(part, BlockPart) and part.index != HEAD_BLOCK:
+                self._advance(part)
+                self.runner_.unload(part.prefix)
+                self.journal.save_states((shard.block or 0) + 1, self.states)
+        edited = sorted(part.edited.keys() - {job.slot.parameter for job in shard.jobs})
+        told = {"refined": part.refined, "edited": edited, "notes": part.notes, kv_cache.FACT: seen}
         return {"modules": part.modules, **{key: value for key, value in told.items() if value}}
 
     @property
@@ -144,8 +148,7 @@ class Sweep:
     def _open(self, shard: Shard) -> StreamedPart:
         """The shard as its passes see it; a block is loaded, and the original's states moved."""
         index = shard.block
-        if index is not None and index >= 0:
-            index = self.target.layers[index]
+        index = index if index is None or index < 0 else self.target.layers[index]
         if self.runner is None or index is None:
             return StreamedPart(*self._streamed(shard, index))
         part = self._block(shard, index)
@@ -192,9 +195,6 @@ class Sweep:
         edited = {n for line in self.journal.finished.values() for n in line.get("edited", ())}
         return Written(self.journal.directory, self.planned, edited)
 
-    def _packed_parameters(self, shard: Shard) -> set[str]:
-        return {job.slot.parameter for job in shard.jobs}
-
     # Writing
 
     def _write(self, shard: Shard, part: StreamedPart) -> None:
@@ -234,8 +234,8 @@ class Sweep:
 
     def _size(self, shard: Shard) -> int:
         source = self.planned.source
-        matrices = sum(source.nbytes_of(job.slot) for job in shard.jobs)
-        return matrices + sum(source.entries[name].nbytes for name in shard.copies)
+        copied = sum(source.entries[name].nbytes for name in shard.copies)
+        return copied + sum(source.nbytes_of(job.slot) for job in shard.jobs)
 
     # Text
 
@@ -245,8 +245,8 @@ class Sweep:
         teaches = any(visitor.needs_teacher for visitor in self.passes) or (
             visits and self.planned.plan.needs_original
         )
-        held = (HELD_COMPRESSED,) if self.base is not None else (HELD_BASE, HELD_COMPRESSED)
-        return ((CALIBRATION,) if visits else ()) + ((TEACHER,) if teaches else ()) + held
+        held = (HELD_BASE, HELD_COMPRESSED)[self.base is not None :]
+        return (*(CALIBRATION,) * visits, *(TEACHER,) * teaches, *held)
 
     def _start(self, shard: Shard | None) -> None:
         """Before the first shard that needs it: materialize what surrounds the blocks, embed."""
@@ -369,8 +369,8 @@ class Sweep:
         ]
         bare = replace(self.planned, plan=replace(self.planned.plan, shards=tuple(shards)))
         target, self.target = self.target, replace(self.target, planned=bare)
-        label = self.label + ", surveying blocks"
-        with Progress(count, label, done=first, quiet=self.running.quiet) as self.progress:
+        label, quiet = self.label + ", surveying blocks", self.running.quiet
+        with Progress(count, label, done=first, quiet=quiet) as self.progress:
             self.runner = self._make_runner()
             self.states = self._load_states(self.runner, first, names)
             for index in range(first, count):

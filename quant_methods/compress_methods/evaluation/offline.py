@@ -16,6 +16,7 @@ serve the compressed one and use `compress_methods.evaluation.served`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from compress_methods.calibration.text import require_text, windows
 from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
+from compress_methods.checkpoint.loading.kv_cache import read_scales, rounded_cache
 from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.errors import CheckpointError
 from compress_methods.evaluation.fit import loading_dtype
@@ -45,15 +47,18 @@ def evaluate(
     limit_tokens: int | None = None,
     progress: Progress | None = None,
     device: str = AUTO,
+    kv_cache: bool = False,
 ) -> Outcome:
     """Compare a model with its original on a .txt, .jsonl or .parquet file, without a server.
 
     The text is cut into windows of `length` tokens by the original's tokenizer; `limit_tokens`
     keeps the first so many. `progress` counts tokens; its total is set here. Models run on `device`
-    (`auto`, `cpu`, `cuda:N`). Raises `CheckpointError` or `CalibrationError`.
+    (`auto`, `cpu`, `cuda:N`). `kv_cache`: the model has the keys and values that a cache in FP8
+    with its scales would give it. Raises `CheckpointError` or `CalibrationError`.
     """
     model_path, base_path = Path(model_dir), Path(base_dir)
     place = resolve_device(device)
+    scales = read_scales(model_path) if kv_cache else {}
     require_text(Path(text_path))
     advice = "serve the compressed model with vLLM and give --url"
     dtype = loading_dtype([base_path, model_path], advice)
@@ -70,7 +75,9 @@ def evaluate(
         progress.total = sum(len(window) for window in texts)
     for window in texts:
         tokens, places = (window, None) if mask is None else mask.hide(window)
-        expected, found = (outputs(one, tokens) for one in (base, model))
+        expected = outputs(base, tokens)
+        with rounded_cache(model, scales) if kv_cache else nullcontext():
+            found = outputs(model, tokens)
         if expected.shape != found.shape:
             what = "values per embedding" if architecture.loss == STATES else "logits per token"
             raise CheckpointError(

@@ -21,7 +21,8 @@ refuses those with none, `keep` leaves them as they are, `refuse` refuses the re
 instead of or beside `formats` and `modules`, takes what `match` takes: modules that have zeros
 already, for `conversion/passes/zero_packing.py` to pack without loss. A recipe of several stages
 holds `formats` and `modules` in its last one; see `stages.py`. `accept` and `fallback` are in
-`accept.py`.
+`accept.py`. `kv_cache: fp8` beside `formats` adds scales for keys and values, which a server takes
+that is started with `--kv-cache-dtype fp8`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 
 from compress_methods.algorithms import ALGORITHMS, Algorithm
 from compress_methods.calibration.settings import CalibrationSettings, parse_settings
+from compress_methods.checkpoint.quantization_config import KV_CACHES
 from compress_methods.errors import FormatError, RecipeError, nearest
 from compress_methods.formats import Format, format_from_dict
 from compress_methods.formats.wrappers.padded import padded_formats, unit_of
@@ -47,7 +49,7 @@ from compress_methods.system.pattern import PatternError, compile_pattern
 from compress_methods.system.resources import config_path
 from compress_methods.system.user_file import read_yaml, require_path
 
-KEYS = ("formats", "modules", "calibration", "pack_zeros", "on_unfit", "budget")
+KEYS = ("formats", "modules", "calibration", "pack_zeros", "on_unfit", "budget", "kv_cache")
 MODULE_KEYS = ("match", "format", "algorithm", "allocate", "split", "on_unfit")
 ON_UNFIT = ("smaller_group", "pad", "keep", "refuse")
 DEFAULT_ALGORITHM = "rtn"
@@ -100,10 +102,11 @@ class Recipe:
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Modules that a rule or `pack_zeros` named, with the reason why they stay dense."""
     budget: Budget | None = None
+    kv_cache: str | None = None
 
     @property
     def needs_calibration(self) -> bool:
-        return any(
+        return self.kv_cache is not None or any(
             rule.candidates or rule.algorithm.needs(self.formats[rule.format])
             for rule in self.modules
         )
@@ -125,6 +128,8 @@ class Recipe:
         }
         if self.budget is not None:
             block["budget"] = self.budget.to_dict()
+        if self.kv_cache is not None:
+            block["kv_cache"] = self.kv_cache
         return {**block, "pack_zeros": list(self.pack_zeros)} if self.pack_zeros else block
 
     @property
@@ -164,7 +169,7 @@ def parse_recipe(block: Any, where: str, name: str) -> Recipe:
         raise RecipeError(f"{where}: expected a mapping, found {type(block).__name__}")
     known_keys(block, (*KEYS, *GATE_KEYS), where)
     packed = _patterns(block["pack_zeros"], f"{where}: pack_zeros") if "pack_zeros" in block else ()
-    if packed and not ("formats" in block or "modules" in block):
+    if packed and not ("formats" in block or "modules" in block or "kv_cache" in block):
         return Recipe(name, {}, (), parse_calibration(block, where), packed)
     formats_block = block.get("formats")
     if not isinstance(formats_block, Mapping) or not formats_block:
@@ -186,7 +191,11 @@ def parse_recipe(block: Any, where: str, name: str) -> Recipe:
     budget = parse_budget(block, where)
     _check_budget(budget, rules, where)
     settings = parse_calibration(block, where)
-    return Recipe(name, formats, rules, settings, packed, budget=budget)
+    kv_cache = block.get("kv_cache")
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        expected = " or ".join(KV_CACHES)
+        raise RecipeError(f"{where}: kv_cache is {kv_cache!r}, expected {expected}")
+    return Recipe(name, formats, rules, settings, packed, budget=budget, kv_cache=kv_cache)
 
 
 def parse_calibration(block: Mapping[str, Any], where: str) -> CalibrationSettings:

@@ -52,7 +52,7 @@ from compress_methods.system.user_file import require_path
 from compress_methods.transforms import TRANSFORMS, Pass
 
 KEYS = ("stages", "calibration", "prune_to")
-PACKING_KEYS = ("formats", "modules", "budget")
+PACKING_KEYS = ("formats", "modules", "budget", "kv_cache")
 SEARCH = "search"
 BUDGET_STEPS = 64
 

@@ -66,6 +66,7 @@ examples:
   vllm-compress eval out/int4 --against path/to/model --text novel.txt --tokens 20000
   vllm-compress eval out/int4 --against path/to/model --text chats.jsonl --url http://localhost:8000
   vllm-compress eval out/int4 --against path/to/model --tasks questions.jsonl,mine.yaml
+  vllm-compress eval out/int4 --against path/to/model --text novel.txt --kv-cache fp8
 """
 
 
@@ -109,6 +110,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="use the text's first N tokens only"
     )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="fp8: round keys and values of DIR as vLLM's --kv-cache-dtype fp8 does, by its scales",
+    )
     add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -125,6 +132,10 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(f"--logprobs is {args.logprobs}, expected a number from 1, or -1")
     if args.text is None and args.tasks is None and args.pairs is None:
         raise CalibrationError("expected --text FILE, --tasks FILE, --pairs FILE or several")
+    if args.kv_cache != "auto" and (args.url is not None or args.text is None):
+        raise CalibrationError(
+            "--kv-cache fp8 is of --text without --url; a server has its own --kv-cache-dtype"
+        )
     if args.pairs is not None and args.url is not None:
         raise CalibrationError("--pairs loads DIR; leave out --url")
     if args.tasks is not None and args.url is not None:
@@ -210,6 +221,7 @@ def _measure(args: argparse.Namespace) -> Outcome:
                 limit_tokens=args.tokens,
                 progress=progress,
                 device=args.device,
+                kv_cache=args.kv_cache == "fp8",
             )
         return evaluate_url(
             args.url,

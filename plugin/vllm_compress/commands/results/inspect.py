@@ -48,6 +48,8 @@ examples:
   refined                       by trained block: iterations, the best of them, and loss
                                 ([iteration, share of codes that are whole,
                                 relative error of its output], ...); else null
+  kv_cache                      by attention layer that has scales for an FP8 cache: q, k and v;
+                                else null
 Numbers that do not apply are null.
 """
 HEADER = (
@@ -83,6 +85,7 @@ class Inspection:
     modules: dict[str, Row]
     refined: dict[str, Any] | None = None
     shared: dict[str, str] = field(default_factory=dict)
+    kv_cache: dict[str, list[float]] | None = None
 
     def totals(self) -> dict[str, Any]:
         """The keys of --json that are sums over modules."""
@@ -148,11 +151,11 @@ def read(directory: Path, *, count: bool = False) -> Inspection:
     errors = report.get("modules") or {}
     modules: dict[str, Row] = {}
     shared: dict[str, str] = {}
-    base_model = report.get("base_model")
+    base_model, kv_cache = report.get("base_model"), None
     if is_compressed(directory):
         checkpoint = open_compressed(directory)
         base_model = checkpoint.spec.base_model or base_model
-        shared = checkpoint.shared
+        shared, kv_cache = checkpoint.shared, _kv_cache(checkpoint.kv_scales)
         for name, matrix in checkpoint.matrices.items():
             weights = matrix.rows * matrix.cols
             modules[name] = Row(
@@ -174,7 +177,15 @@ def read(directory: Path, *, count: bool = False) -> Inspection:
     recipe = (report.get("recipe") or {}).get("name")
     name = directory.resolve().name
     before, refined = report.get("bytes_before"), report.get("refined")
-    return Inspection(name, base_model, recipe, before, modules, refined, shared)
+    return Inspection(name, base_model, recipe, before, modules, refined, shared, kv_cache)
+
+
+def _kv_cache(scales: Mapping[str, Entry]) -> dict[str, list[float]] | None:
+    """Scales of an FP8 cache by attention layer: of queries, keys and values."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for name in sorted(scales, key=lambda name: "qkv".index(name.rpartition(".")[2][0])):
+        found[name.rpartition(".")[0]].append(float(scales[name].read()))
+    return dict(found) or None
 
 
 def _dense_rows(
@@ -223,6 +234,12 @@ def render(found: Inspection, every_module: bool) -> str:
         lines.append(f"compressed  {size_text(totals['compressed_bytes'])}, {bits}")
         lines.append(f"the rest    {size_text(totals['dense_bytes'])}")
     lines += _sharers(found.shared)
+    if found.kv_cache:
+        most = ", ".join(
+            f"{what} up to {max(scales):.3g}"
+            for what, scales in zip("qkv", zip(*found.kv_cache.values(), strict=True), strict=True)
+        )
+        lines.append(f"KV cache    fp8 scales of {len(found.kv_cache)} layers: {most}")
     if found.refined:
         from compress_methods.conversion.report import refined_text
 

@@ -28,6 +28,7 @@ from compress_methods.conversion.planning.candidates import (
     tie,
 )
 from compress_methods.conversion.planning.fit import Unfit, kept, refuse
+from compress_methods.conversion.planning.kv_cache import KV_SHARD, STALE, kv_bytes, stale_scales
 from compress_methods.errors import RecipeError
 from compress_methods.formats import Format, TensorSpec
 from compress_methods.formats.dense import Dense
@@ -129,7 +130,9 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        return any(job.choices or job.algorithm.needs(job.format) for job in self.jobs)
+        return self.recipe.kv_cache is not None or any(
+            job.choices or job.algorithm.needs(job.format) for job in self.jobs
+        )
 
     def decided(self, formats: Mapping[str, Format]) -> Plan:
         """The plan with other formats for some modules, and the exact bytes that come out."""
@@ -166,6 +169,7 @@ class Plan:
             base_model=base_model,
             recipe_sha256=self.recipe.sha256,
             tool_version=tool_version,
+            kv_cache=self.recipe.kv_cache,
         )
 
 
@@ -195,13 +199,16 @@ def make_plan(
     _check_fused(found, skeleton)
     _check_allocation(jobs, recipe)
     _check_whole(found, skeleton, source)
+    scales = kv_bytes(recipe, skeleton, layout)
     shards = tuple(make_shards(jobs, skeleton, source, aliases))
+    shards += (Shard(KV_SHARD, None, (), ()),) if scales else ()
     copied = {name for shard in shards for name in shard.copies}
     used = {source.tensor_of(job.slot) for job in jobs.values()}
     dropped = {
         source.tensor_of(found[alias].slot): f"shared with {owner}, stored once"
         for alias, owner in aliases.items()
     }
+    dropped |= dict.fromkeys(stale_scales(source.entries, skeleton), STALE)
     for name in source.entries:
         if name not in copied and name not in used and name not in dropped:
             dropped[name] = "tied to the embedding, stored once"
@@ -213,7 +220,7 @@ def make_plan(
         shards,
         dropped,
         source.nbytes,
-        total + kept_bytes + allowed.reserved,
+        total + kept_bytes + scales + allowed.reserved,
         {**skeleton.tied, **aliases},
         skeleton.embedding,
         tuple(skeleton.slots),
@@ -344,7 +351,8 @@ def make_shards(
     drop_tied = skeleton.embedding in jobs and skeleton.tied
     groups: dict[int | None, list[str]] = {}
     parameter_of = {tensor: parameter for parameter, tensor in source.names.items()}
-    for name in source.entries:
+    stale = set(stale_scales(source.entries, skeleton))
+    for name in (name for name in source.entries if name not in stale):
         parameter = parameter_of.get(name, name)
         module = parameter.removesuffix(".weight")
         if name in compressed or (drop_tied and module in skeleton.tied):

@@ -32,6 +32,10 @@ PACKED, INTEGERS, FLOATS, MICROSCALED = (
     "float-quantized",
     "mxfp4-pack-quantized",
 )
+KV_CACHE = {
+    **{"num_bits": 8, "type": "float", "strategy": "tensor"},
+    **{"dynamic": False, "symmetric": True},
+}
 BITS = (2, 4, 8)
 
 
@@ -120,6 +124,7 @@ def config(spec: CompressionSpec) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [],
+        **({} if spec.kv_cache is None else {"kv_cache_scheme": dict(KV_CACHE)}),
     }
 
 
