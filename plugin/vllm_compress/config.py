@@ -206,10 +206,10 @@ class CompressConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             matrices = self.experts(prefix, layer)
             if matrices:
-                from vllm_compress.layers.experts import CompressedExperts
+                from vllm_compress.layers.handed_experts import experts_method
 
                 self.claims.add(matrices.values())
-                return CompressedExperts(matrices, layer.moe_config, self.claims)
+                return experts_method(matrices, layer.moe_config, self.claims, prefix)
         return None
 
     def experts(self, prefix: str, layer: Any) -> dict[tuple[int, str], Target]:

@@ -107,12 +107,3 @@ def local_directory(model: str, revision: str | None) -> Path | None:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
-
-
-def require_served_experts(module: str, *, on_cpu: bool) -> None:
-    """`CheckpointError` where the compressed expert `module` is one that no server takes."""
-    if not on_cpu:
-        raise CheckpointError(
-            f"{module}: compressed experts are served on CPUs only; convert again with a rule that "
-            "keeps the experts as they are"
-        )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from compress_methods.checkpoint.compressed import CompressedCheckpoint
     from compress_methods.conversion.planning.plan import Plan
     from compress_methods.conversion.stages import Stage
+    from compress_methods.formats import Format
     from compress_methods.recipe.stages import StagedRecipe
 
 DESCRIPTION = "Check a recipe against a model, or a compressed model against the place it will run."
@@ -135,10 +137,12 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
 
 def _experts(plan: Plan) -> dict[str, str]:
     """Where experts can be served, if there are some."""
-    from vllm_compress.operations.capacity.footprint.storage import EXPERTS_ON_CPUS
+    from vllm_compress.handed import handed_kind
 
-    found = any(job.slot.kind == "experts" for job in plan.jobs)
-    return {"experts": EXPERTS_ON_CPUS} if found else {}
+    found = {job.format for job in plan.jobs if job.slot.kind == "experts"}
+    copies = (name for shard in plan.shards for name in shard.copies)
+    known = len(found) == 1 and all(map(handed_kind, found)) and not _of_experts_bias(copies)
+    return {"experts": "by vLLM's kernels on GPUs" if known else "on CPUs only"} if found else {}
 
 
 def _training(recipe: StagedRecipe, stages: Sequence[Stage]) -> dict[str, Any]:
@@ -260,11 +264,21 @@ def _kv_cache(checkpoint: CompressedCheckpoint) -> str | None:
 
 def _check_experts(checkpoint: CompressedCheckpoint, device: str) -> None:
     """`CheckpointError` where experts are compressed that the server would refuse."""
-    from vllm_compress.targets import require_served_experts
+    from vllm_compress.handed import require_served_experts
 
-    packed = next((name for name in checkpoint.matrices if EXPERTS in name), None)
-    if packed is not None:
-        require_served_experts(packed, on_cpu=device == "cpu")
+    layers: dict[str, dict[str, Format]] = defaultdict(dict)
+    for name, matrix in checkpoint.matrices.items():
+        if EXPERTS in name:
+            layers[name.partition(EXPERTS)[0]][name] = matrix.format
+    has_bias, on_cpu = _of_experts_bias(checkpoint.dense), device == "cpu"
+    for packed in layers.values():
+        formats = set(packed.values())
+        require_served_experts(next(iter(packed)), formats, on_cpu=on_cpu, has_bias=has_bias)
+
+
+def _of_experts_bias(tensors: Iterable[str]) -> bool:
+    """Whether one of the tensors is a bias of experts."""
+    return any(EXPERTS in name and name.endswith("bias") for name in tensors)
 
 
 def _require_memory(model: str, needed: int, hardware: str | None) -> int | None:

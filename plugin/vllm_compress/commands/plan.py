@@ -26,7 +26,7 @@ from vllm_compress.operations.capacity.footprint.shapes import (
     shipped_shapes,
 )
 from vllm_compress.operations.capacity.footprint.storage import (
-    EXPERTS_ON_CPUS,
+    EXPERTS_HANDED,
     Scheme,
     apply_recipe,
     as_it_is,
@@ -323,7 +323,7 @@ def _schemes(args: argparse.Namespace, shape: ModelShape) -> tuple[list[Scheme],
     said = _kv_cache_note(args, shape)
     notes += [said] if said else []
     if any(scheme.experts_compressed for scheme in schemes[1:]):
-        notes.append(EXPERTS_ON_CPUS)
+        notes.append(EXPERTS_HANDED)
     return schemes, notes
 
 

@@ -56,6 +56,10 @@ class VllmFp8(FromVllm):
         return found
 
     def register(self, layer: Any, stored: Stored, pad: int, dtype: torch.dtype) -> None:
+        from vllm.model_executor.layers.quantization.utils.fp8_utils import (
+            process_fp8_weight_channel_strategy,
+        )
+
         fmt = stored.format
         assert isinstance(fmt, Float)
         codes = _padded(stored.tensors[MAIN_TENSOR].view(torch.uint8), pad)
@@ -63,9 +67,12 @@ class VllmFp8(FromVllm):
         scales = stored.tensors[SCALES].float()
         layer.orig_dtype, layer.input_scale, layer.weight_block_size = dtype, None, None
         if by_row(fmt):
-            # What multiplies rows wants columns first, and is told so.
-            layer.register_parameter("weight", _parameter(weight.T, input_dim=0, output_dim=1))
-            layer.register_parameter(SCALE, _parameter(_padded(scales, pad)))
+            # AMD's MI300 has another E4M3, of which the same bits are half as much. vLLM's kernels
+            # see to that for blocks only; of rows its own checkpoints' schemes do. What multiplies
+            # rows wants columns first, and is told so.
+            weight, scales, _ = process_fp8_weight_channel_strategy(weight, _padded(scales, pad))
+            layer.register_parameter("weight", _parameter(weight, input_dim=0, output_dim=1))
+            layer.register_parameter(SCALE, _parameter(scales))
             return
         layer.weight_block_size = [fmt.group_rows, fmt.group_size]
         layer.register_parameter("weight", _parameter(weight, input_dim=1, output_dim=0))

@@ -2,10 +2,10 @@
 
 Each expert's gate and up matrices become one, its down matrix the other; tensor parallelism cuts
 them as those of a dense layer, expert parallelism gives a rank whole experts. Router, shared
-experts and the sum over ranks are vLLM's own. On CPUs only, where the product is ours
-(`kernels/experts.py`). Fails, in one line, where experts have an activation that is not known and
-where a format cannot be cut; `CompressConfig.experts` has refused biases and layers of which only
-some experts are compressed.
+experts and the sum over ranks are vLLM's own. On CPUs the product is ours (`kernels/experts.py`),
+elsewhere vLLM's (`handed_experts.py`). Fails, in one line, where experts have an activation that is
+not known and where a format cannot be cut; `CompressConfig.experts` has refused layers of which
+only some experts are compressed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
-from vllm.platforms import current_platform
 
 from compress_methods.errors import CheckpointError
 from compress_methods.formats import Stored, torch_dtype
@@ -29,7 +28,7 @@ from vllm_compress.kernels import runtime
 from vllm_compress.kernels.worker import prepare_worker
 from vllm_compress.layers import collector
 from vllm_compress.layers.claims import Claims
-from vllm_compress.targets import Target, require_served_experts
+from vllm_compress.targets import Target
 
 GATE, UP, DOWN = "w1", "w3", "w2"
 """vLLM's names for an expert's matrices. Without gates the only other one is called `w1`."""
@@ -40,25 +39,21 @@ IN_CHECKPOINTS, IN_VLLM = ".mlp.experts.", ".mlp.experts.routed_experts."
 Place = tuple[int, str]
 
 
-class CompressedExperts(FusedMoEMethodBase):
-    """Made anew for each layer, of the matrices of all its experts."""
+class LoadedExperts:
+    """The matrices of a layer's experts as they come from the checkpoint, each kept until all are
+    there. What is made of them is another class's matter."""
 
-    def __init__(
-        self, targets: Mapping[Place, Target], moe: Any, claims: Claims | None = None
-    ) -> None:
-        super().__init__(moe)
+    moe: Any
+
+    def begin(self, targets: Mapping[Place, Target], claims: Claims | None) -> None:
+        """What a constructor does."""
         self.targets, self.claims = dict(targets), claims
         self.found: dict[Place, dict[str, Tensor]] | None = {}
-        self.names: list[str] = []
-        self.plan = ""
 
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any
     ) -> tuple[int, int]:
         return hidden_size, intermediate_size_per_partition
-
-    def get_fused_moe_quant_config(self, layer: Any) -> None:
-        return None
 
     def create_weights(
         self,
@@ -94,13 +89,7 @@ class CompressedExperts(FusedMoEMethodBase):
         """What is not served, and shapes."""
         module = next(iter(self.targets.values())).module
         activation = layer.activation.value
-        require_served_experts(module, on_cpu=current_platform.is_cpu())
-        if activation not in products.ACTIVATIONS or self.moe.swiglu_limit is not None:
-            raise CheckpointError(
-                f"{module}: compressed experts with activation {activation!r}"
-                + (" and a limit" if self.moe.swiglu_limit is not None else "")
-                + f" are not served, only {', '.join(products.ACTIVATIONS)}"
-            )
+        self.check_activation(module, activation)
         for (_, shard), target in self.targets.items():
             shape = (self.hidden, inner) if shard == DOWN else (inner, self.hidden)
             if target.shape != shape:
@@ -108,6 +97,9 @@ class CompressedExperts(FusedMoEMethodBase):
                     f"{target.module}: compressed as {list(target.shape)}, but the model's is "
                     f"{list(shape)}; config.json and weights disagree"
                 )
+
+    def check_activation(self, module: str, activation: str) -> None:
+        """Raise `CheckpointError` where what lies between the matrices is not known."""
 
     def _attach(self, layer: Any) -> None:
         """Register an empty parameter for each stored tensor, whose loader keeps the tensor."""
@@ -162,20 +154,68 @@ class CompressedExperts(FusedMoEMethodBase):
 
         return load
 
+    def _numbers(self) -> list[int]:
+        return sorted({expert for expert, _ in self.targets})
+
+    def _local(self, layer: Any, expert: int) -> int:
+        return int(layer._map_global_expert_id_to_local_expert_id(expert))
+
+    def here(self, layer: Any) -> list[int]:
+        """Numbers of the experts that this rank has, by their places."""
+        mine = [e for e in self._numbers() if self._local(layer, e) >= 0]
+        return sorted(mine, key=lambda expert: self._local(layer, expert))
+
+    def let_go(self, layer: Any) -> torch.device:
+        """Remove what tensors were loaded through; returns the device of the layer."""
+        device: torch.device = next(layer.parameters()).device
+        runtime.remove(
+            layer, [n for n, _ in layer.named_parameters(recurse=False) if n not in BIASES]
+        )
+        for number in self._numbers():
+            layer._modules.pop(str(number), None)
+        return device
+
+    def piece(self, expert: int, shard: str, device: torch.device) -> Stored:
+        assert self.found is not None
+        target = self.targets[expert, shard]
+        tensors = self.found.pop((expert, shard), {})
+        if self.dummy and not tensors:
+            tensors = collector.zeros(target)
+        collector.check(target, tensors)
+        whole = (0, self.hidden)
+        rows, cols = (whole, self.inner) if shard == DOWN else (self.inner, whole)
+        (piece,) = collector.cut(target, tensors, [rows], cols)
+        return piece.to(device)
+
+
+class CompressedExperts(LoadedExperts, FusedMoEMethodBase):
+    """Made anew for each layer, of the matrices of all its experts."""
+
+    def __init__(
+        self, targets: Mapping[Place, Target], moe: Any, claims: Claims | None = None
+    ) -> None:
+        super().__init__(moe)
+        self.begin(targets, claims)
+        self.names: list[str] = []
+        self.plan = ""
+
+    def check_activation(self, module: str, activation: str) -> None:
+        if activation not in products.ACTIVATIONS or self.moe.swiglu_limit is not None:
+            raise CheckpointError(
+                f"{module}: compressed experts with activation {activation!r}"
+                + (" and a limit" if self.moe.swiglu_limit is not None else "")
+                + f" are not served, only {', '.join(products.ACTIVATIONS)}"
+            )
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        return None
+
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.found is None:
             return
-        placeholders = [
-            name for name, _ in layer.named_parameters(recurse=False) if name not in BIASES
-        ]
-        device = next(layer.parameters()).device
-        here = [e for e in self._numbers() if self._local(layer, e) >= 0]
-        here.sort(key=lambda expert: self._local(layer, expert))
+        here, device = self.here(layer), self.let_go(layer)
         prepared = (self._prepared(expert, device) for expert in here)
         plan, tensors = products.stack(prepared, len(here))
-        runtime.remove(layer, placeholders)
-        for number in self._numbers():
-            layer._modules.pop(str(number), None)
         if self.moe.has_bias:
             gpt_oss_names().pop(IN_CHECKPOINTS, None)
             first, last = (layer.get_parameter(name) for name in BIASES)
@@ -193,31 +233,13 @@ class CompressedExperts(FusedMoEMethodBase):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self.found = None
 
-    def _numbers(self) -> list[int]:
-        return sorted({expert for expert, _ in self.targets})
-
-    def _local(self, layer: Any, expert: int) -> int:
-        return int(layer._map_global_expert_id_to_local_expert_id(expert))
-
     def _prepared(self, expert: int, device: torch.device) -> tuple[Prepared, Prepared]:
         """This rank's part of an expert; what was loaded of it is let go."""
         shards = [shard for shard in (GATE, UP) if (expert, shard) in self.targets]
-        rows = [self._piece(expert, shard, device) for shard in shards]
+        rows = [self.piece(expert, shard, device) for shard in shards]
         want = Want(dtype=self.dtype)
         first = runtime.prepare(runtime.join(rows), want)
-        return first, runtime.prepare([self._piece(expert, DOWN, device)], want)
-
-    def _piece(self, expert: int, shard: str, device: torch.device) -> Stored:
-        assert self.found is not None
-        target = self.targets[expert, shard]
-        tensors = self.found.pop((expert, shard), {})
-        if self.dummy and not tensors:
-            tensors = collector.zeros(target)
-        collector.check(target, tensors)
-        whole = (0, self.hidden)
-        rows, cols = (whole, self.inner) if shard == DOWN else (self.inner, whole)
-        (piece,) = collector.cut(target, tensors, [rows], cols)
-        return piece.to(device)
+        return first, runtime.prepare([self.piece(expert, DOWN, device)], want)
 
     def apply(
         self,

@@ -32,6 +32,8 @@ from compress_methods.kernels.base import (
 )
 
 RANK = 200
+GPUS = ("cuda", "xpu")
+"""Devices by torch's names, AMD's among the first. Only NVIDIA's were ever run on."""
 STEP, LEAST_STEP = 64, 16
 """Columns of a tile: at most, unless blocks of n:m have more, and at least."""
 SPARSE_STEP = 32
@@ -130,7 +132,7 @@ class TritonProduct(Kernel):
         fmt = stored.format
         inner = fmt.values if isinstance(fmt, Sparse) else fmt
         known = type(inner) in READERS and (isinstance(fmt, Sparse) or not isinstance(fmt, Dense))
-        there = stored.device.type == "cuda" or self.wanted(want)
+        there = stored.device.type in GPUS or self.wanted(want)
         return RANK if known and there and product() is not None else None
 
     def prepare(self, stored: Stored, want: Want) -> Prepared:

@@ -45,9 +45,9 @@ def exact_products() -> None:
 
 def signature(device: torch.device) -> str:
     """What the bits of a result depend on besides the inputs: kind of device, number of threads."""
-    if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
-    return f"{device.type} {torch.cuda.get_device_name(device)}"
+    if device.type == "cuda":
+        return f"{device.type} {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def peak_device_bytes(device: torch.device) -> int | None:

@@ -150,7 +150,7 @@ def test_hardware_table_is_complete() -> None:
         assert isinstance(machine["memory_bytes"], int), key
         assert isinstance(machine["bandwidth_bytes_per_s"], int), key
         assert all(figure > 0 for figure in machine["teraops"].values()), key
-        assert set(machine["teraops"]) <= {"fp32", "bf16", "fp16", "int8", "fp8"}, key
+        assert set(machine["teraops"]) <= {"fp32", "bf16", "fp16", "int8", "fp8", "fp4"}, key
         assert machine["price_per_hour"] is None, key
         assert machine["per_host"] >= 1, key
         assert machine["checked"], key

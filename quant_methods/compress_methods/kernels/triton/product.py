@@ -203,10 +203,13 @@ def decode_tiles(  # type: ignore[no-untyped-def]
 
 
 @cache
-def _processors(index: int) -> int:
-    if index < 0:
-        return PROCESSORS_ASSUMED
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+def processors(device: torch.device) -> int:
+    """How many of a device compute at once; NVIDIA's and AMD's answer to the name of `cuda`."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if device.type == "xpu":
+        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
+    return PROCESSORS_ASSUMED
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,7 @@ class Matrix:
         together = min(MOST_TOKENS, max(LEAST, triton.next_power_of_2(tokens)))
         grid = (-(-self.rows // ROWS), -(-tokens // together))
         tiles = -(-self.cols // self.layout.step)
-        index = (x.device.index or 0) if x.is_cuda else -1
-        wanted = -(-PROGRAMS_PER_PROCESSOR * _processors(index) // (grid[0] * grid[1]))
+        wanted = -(-PROGRAMS_PER_PROCESSOR * processors(x.device) // (grid[0] * grid[1]))
         steps = -(-tiles // min(tiles, max(1, wanted)))
         count = -(-tiles // steps)
         shares = torch.empty(count, tokens, self.rows, dtype=torch.float32, device=x.device)

@@ -129,18 +129,30 @@ def test_check_before_serving_names_formats_and_kernels(
     assert "nothing wrong found" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("name", "recipe"), [("mixtral", "nf4"), ("gpt_oss", "int8")])
 def test_experts_that_would_not_be_served_are_told_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, recipe: str
 ) -> None:
+    """No kernel of vLLM's reads nf4, and none of its methods is handed biases."""
     kind, config = MIXTURES[name]
     model, out = make_model(kind, tmp_path / "model", **config), str(tmp_path / "out")
-    assert main(["check", str(model), "--recipe", "int8", "-o", out, "--json"]) == 0
-    assert "on CPUs only" in json.loads(capsys.readouterr().out)["experts"]
-    assert main(["convert", str(model), "--recipe", "int8", "-o", out, "--quiet"]) == 0
+    assert main(["check", str(model), "--recipe", recipe, "-o", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experts"] == "on CPUs only"
+    assert main(["convert", str(model), "--recipe", recipe, "-o", out, "--quiet"]) == 0
     assert main(["check", out, "--hardware", "h100-sxm"]) == 2
     assert "experts.0." in capsys.readouterr().err
     assert main(["check", out, "--hardware", "local"]) == 0
+
+
+def test_experts_that_vllm_multiplies_on_gpus_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, config = MIXTURES["mixtral"]
+    model, out = make_model(kind, tmp_path / "model", **config), str(tmp_path / "out")
+    assert main(["check", str(model), "--recipe", "int8", "-o", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experts"] == "by vLLM's kernels on GPUs"
+    assert main(["convert", str(model), "--recipe", "int8", "-o", out, "--quiet"]) == 0
+    assert main(["check", out, "--hardware", "h100-sxm"]) == 0
 
 
 def test_of_a_wrapper_the_kernel_of_the_format_inside_is_named_too() -> None:

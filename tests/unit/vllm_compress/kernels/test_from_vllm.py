@@ -132,6 +132,21 @@ def test_floats_of_8_bits_are_as_vllm_loads_them(activations: str | None, blocks
     assert not found[ROWS:].any()
 
 
+def test_where_e4m3_is_another_rows_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On AMD's MI300: the same bits are half as much, and those of minus zero are no number."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_fp8_fnuz", classmethod(lambda _: True))
+    matrix = stored(Float("fp8", activations="fp8"))
+    codes = matrix.tensors["weight_packed"].view(torch.uint8)
+    codes[0, :2] = torch.tensor([0x80, 0x00], dtype=torch.uint8)
+    layer = layer_of(from_vllm_floats.VllmFp8(), matrix, 6)
+    assert layer.weight.dtype == torch.float8_e4m3fnuz
+    found = layer.weight.float().T * layer.weight_scale
+    assert torch.equal(found[:ROWS], matrix.values())
+    assert not found[ROWS:].any()
+
+
 @pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
 def test_floats_of_4_bits_are_as_vllm_loads_them(kind: str) -> None:
     """Neighbours share a byte, as compressed-tensors' own code takes them apart."""

@@ -24,7 +24,7 @@ from vllm_compress.operations.capacity.footprint.shapes import NUMBER, Matrix, M
 ORIGINAL, STORED = "original", "as stored"
 UNKNOWN = -1
 """The layer that another will share the matrices of, before that is measured."""
-EXPERTS_ON_CPUS = "experts that a recipe compresses are served on CPUs only"
+EXPERTS_HANDED = "experts that a recipe compresses are multiplied by vLLM's kernels on GPUs"
 DTYPES = {1: "8-bit", 2: "bf16", 4: "fp32"}
 
 

@@ -29,6 +29,7 @@ from compress_methods.formats.integer import Integer
 from compress_methods.formats.lookup import Lookup
 from compress_methods.formats.sparse import Sparse
 from compress_methods.formats.trellis import Trellis
+from vllm_compress.handed import handed_kind
 from vllm_compress.operations.capacity.footprint.memory import (
     Layout,
     part_bytes,
@@ -244,6 +245,9 @@ def kernel_refusal(scheme: Scheme, machine: Hardware) -> str | None:
     """Say why a scheme is not planned on a machine: no GPU kernel reads it."""
     for part in scheme.parts if machine.kind == "gpu" else ():
         fmt, looked_up = part.format, part.matrix.kind == "embedding" and not scheme.shape.tied
+        experts = part.matrix.experts and part.matrix.kind
+        if experts and fmt is not None and handed_kind(fmt) is None:
+            return f"experts in {fmt.describe()} are served on CPUs only"
         if fmt is not None and not looked_up and kernel_of(fmt, machine) is None:
             return (
                 f"no GPU kernel for {fmt.describe()}: unpacked at every step, slower than the "
