@@ -368,7 +368,7 @@ def _lines(result: dict[str, Any]) -> str:
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ("\n" + " " * 18 if key in ("stages", "training") else ", ").join(value)
-        elif key.startswith("kv_"):
+        elif key.startswith("kv_bytes_"):
             value = f"{value:,} bytes"
         elif isinstance(value, int) and ("bytes" in key or "disk" in key or "memory" in key):
             value = f"{value / 1e6:,.1f} MB"
