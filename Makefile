@@ -20,7 +20,7 @@ demo: setup ## compress a small model, serve it, ask it, read its metrics
 
 test: setup tools ## all tests, those that start vLLM servers too
 	@$(PYTHON) -m pytest tests -m "not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder
-	@$(PYTHON) -m pytest tests -m alone
+	@$(PYTHON) -m pytest $$(grep -rl --include='test_*.py' 'mark\.alone' tests) -m alone
 
 test-fast: setup ## the tests that take seconds
 	@$(PYTHON) -m pytest tests -m "not slow"

@@ -28,11 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.support.server import VllmServer
 
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.e2e,
-    pytest.mark.slow,
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 CLIENTS = 16
 APART_SECONDS = 0.1
 TOKENS = (75, 75, 150, 150, 300, 300)
@@ -188,6 +184,7 @@ def check_counts(told: dict[str, float], answers: list[Answer]) -> None:
     assert told["time_per_output_token_seconds_count"] == sum(a.tokens > 1 for a in answers)
 
 
+@pytest.mark.alone
 def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
     """Counts always; each kind of time in one of the loads, as a client that is held up times
     itself, and what holds it up in one load need not be what does in another. Later loads are
@@ -235,6 +232,7 @@ def errors_of_times(server: Deployment, tokens: int) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.alone
 def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:
     for ours, theirs in {
         "prompt_tokens_total": "prompt_tokens_total",
@@ -253,6 +251,7 @@ def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:
         assert demo_a.total(f"vllm_compress_{ours}") == demo_a.total(f"vllm:{theirs}"), ours
 
 
+@pytest.mark.alone
 def test_static_series_and_label(demo_a: Deployment) -> None:
     samples = demo_a.samples()
     ours = [(n, dict(ls)) for (n, ls) in samples if n.startswith("vllm_compress_")]
