@@ -60,6 +60,13 @@ def add_parser(subparsers: Any) -> None:
         "--deep", action="store_true", help="read every file of a result against its checksum"
     )
     parser.add_argument("--draft", metavar="DIR", help="with this result, what will draft for it")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of torchrun on this machine, for a recipe that trains (default 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -132,7 +139,7 @@ def _before_converting(args: argparse.Namespace) -> dict[str, Any]:
         result["stages"] = statement(stages).splitlines()[:-1]
     if levels:
         result |= {"levels": len(levels), "bytes_after_least": levels[-1].bytes}
-    return result | _training(recipe, stages) | _experts(plan)
+    return result | _training(recipe, stages, args.processes) | _experts(plan)
 
 
 def _experts(plan: Plan) -> dict[str, str]:
@@ -145,22 +152,26 @@ def _experts(plan: Plan) -> dict[str, str]:
     return {"experts": "by vLLM's kernels on GPUs" if known else "on CPUs only"} if found else {}
 
 
-def _training(recipe: StagedRecipe, stages: Sequence[Stage]) -> dict[str, Any]:
-    """What each training of a recipe takes; the other numbers leave it out."""
+def _training(recipe: StagedRecipe, stages: Sequence[Stage], count: int) -> dict[str, Any]:
+    """What each training of a recipe takes, in each of `count` processes; the other numbers leave
+    it out."""
     from compress_methods.conversion.resources import flops_per_second
     from compress_methods.training.cost import planned_of, require_memory
+    from compress_methods.training.processes import require_shared
     from compress_methods.training.recover import require_trainer
 
     if not recipe.training:
         return {}
     require_trainer()
+    each = " in each process" if count > 1 else ""
     flops, told = flops_per_second(), []
-    for planned in planned_of(recipe, stages):
+    for planned in planned_of(recipe, stages, count):
         training = planned.training
+        require_shared(training, count)
         require_memory(planned, f"train {training.train}")
         told.append(
             f"{training.train} for {training.steps} steps: {planned.moved:,} values, about "
-            f"{planned.memory / 1e6:,.1f} MB of memory and {planned.seconds(flops):,.0f} s"
+            f"{planned.memory / 1e6:,.1f} MB of memory{each} and {planned.seconds(flops):,.0f} s"
         )
     return {"training": told}
 

@@ -27,6 +27,8 @@ examples:
     --data answers.jsonl --sequences 2000 --length 512
   torchrun --nproc-per-node 4 -m vllm_compress.cli recover out/depth25 --teacher path/to/model \\
     -o out/healed --train distill    # four GPUs or machines' cores; each has the whole student
+  torchrun --nproc-per-node 4 -m vllm_compress.cli recover out/depth25 --teacher path/to/model \\
+    -o out/healed --train distill --shard    # each has a share of it, and of the teacher
 """
 
 
@@ -101,6 +103,13 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="compute blocks twice, in less memory",
     )
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        default=None,
+        help="divide what is trained, and the teacher's blocks, among torchrun's processes (FSDP); "
+        "not with qat, --match or --on-policy",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
 
     keys = [
         *("steps", "batch", "sequences", "held_out", "length", "seed", "rate", "data"),
-        *("on_policy", "teacher_mix", "lora", "top_k", "gradient_checkpointing"),
+        *("on_policy", "teacher_mix", "lora", "top_k", "gradient_checkpointing", "shard"),
     ]
     given = {key: value for key in keys if (value := getattr(args, key)) is not None}
     block = {"train": args.train, "loss": _loss(args.loss), **given}

@@ -102,7 +102,7 @@ def outputs(model: Any, window: Tensor) -> Tensor:
     return states.cpu()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what gathers its parameters keeps room for them
 def all_logits(model: Any, window: Tensor) -> Tensor:
     """[n, vocab] logits at all tokens of `window` [n], in main memory."""
     logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]

@@ -16,7 +16,8 @@ token of that is, in this share, drawn by the teacher. `lora` above 0 is the ran
 `distill` or `sft` trains instead of the weights. `match: {hidden: 1.0, attention: 0.5}` adds how
 far inner states are from the teacher's, so weighted. `top_k` above 0: the teacher writes that many
 tokens that it finds likeliest at each place down first, and is not in memory afterwards.
-`gradient_checkpointing: true` computes blocks twice rather than keep what is inside them.
+`gradient_checkpointing: true` computes blocks twice rather than keep what is inside them. `shard:
+true` divides what is trained among the processes that torchrun has started.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Training:
     match: Mapping[str, float] = field(default_factory=dict)
     top_k: int = 0
     gradient_checkpointing: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.train not in RATES:
@@ -110,6 +112,14 @@ class Training:
                 raise RecipeError(f"{key} needs a loss of {', '.join(BETAS)} or {{jsd: 0.5}}")
         if self.top_k and (self.loss != KL or self.on_policy or self.match):
             raise RecipeError("top_k needs `loss: kl`, without on_policy and match")
+        whole = {
+            f"train: {QAT}": self.train == QAT,
+            "on_policy": self.on_policy,
+            "match": self.match,
+        }
+        for what, is_asked in whole.items():
+            if self.shard and is_asked:
+                raise RecipeError(f"shard and {what} do not go together; leave one of them out")
         for name, weight in self.match.items():
             if name not in MATCHED:
                 raise RecipeError(f"match: unknown {name!r:.80}; {nearest(str(name), MATCHED)}")

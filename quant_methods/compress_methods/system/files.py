@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -77,3 +78,12 @@ def write_picture(path: Path, figure: Any) -> None:
     """Atomically write a matplotlib figure as PNG, the same bytes whenever it is drawn."""
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+
+
+def finite(value: Any) -> Any:
+    """The value with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

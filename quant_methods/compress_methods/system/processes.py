@@ -60,6 +60,15 @@ class Processes:
         if self.leads:
             self.wait()
 
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """One process after the other does it."""
+        for _ in range(self.rank):
+            self.wait()
+        yield
+        for _ in range(self.rank, self.count):
+            self.wait()
+
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
@@ -149,6 +158,11 @@ def _meeting() -> Iterator[None]:
 def count_of() -> int:
     """How many processes were started together, as torchrun and accelerate tell."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count_here() -> int:
+    """How many of them share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count_of()))
 
 
 def is_first() -> bool:

@@ -9,6 +9,14 @@ With T values in the teacher, S in the student and P that move, in float32:
               `gradient_checkpointing`; T + S for one that is judged; what models write themselves
               token by token takes longer
 
+Of several processes each has that, with its share of a batch. With `shard` each of N has
+
+    memory    1/N of the teacher's blocks, of 5 P (as above, but for what it began with) and, with
+              `lora`, of the student's blocks; whole what surrounds the blocks, with its gradients,
+              and packed codes; two blocks of the teacher, and eight times one of the student
+
+and main memory has room for one model more, which is being read.
+
 Fails where: attention over long texts costs more than matrices do, or other jobs share the cores.
 """
 
@@ -42,18 +50,24 @@ CHECKS = 13
 """How often held-out text is read: on the way, at the start, and reported on twice."""
 USED = 0.4
 """Of the speed of large products."""
+SHARED_COPIES = 5
+TOGETHER, PASSING = 2, 8
+"""Blocks of the teacher, and tensors as large as one of the student, that are there at a time."""
 Packed = Sequence[tuple[Format, int, int]]
 """Formats of matrices, their rows and columns."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A training of a student, of whose matrices some are `packed`."""
+    """A training of a student, of whose matrices some are `packed`, by so many `processes`, of
+    which some are `here`, on this machine."""
 
     training: Training
     teacher: Skeleton
     student: Skeleton
     packed: Packed = ()
+    processes: int = 1
+    here: int = 1
 
     @property
     def moved(self) -> int:
@@ -75,10 +89,38 @@ class Planned:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak."""
-        held = values_of(self.teacher) + 2 * values_of(self.student) + COPIES * self.moved
-        code = BASE_BYTES + TRAINER_BYTES
-        return code + FLOAT * held + self.training.batch * self._activations
+        """Bytes at the peak, in each process."""
+        return self._held + math.ceil(self.training.batch / self.processes) * self._activations
+
+    @property
+    def needed(self) -> int:
+        """Bytes of this machine that all processes on it take."""
+        return self.here * self.memory + self._reading
+
+    @property
+    def _held(self) -> int:
+        """Bytes in each process without activations."""
+        whole = values_of(self.teacher) + 2 * values_of(self.student) + COPIES * self.moved
+        values = self._share if self.training.shard else whole
+        return BASE_BYTES + TRAINER_BYTES + FLOAT * values
+
+    @property
+    def _reading(self) -> int:
+        """Bytes of a model that is read before it is divided."""
+        largest = max(values_of(self.teacher), values_of(self.student) + 2 * self.moved)
+        return FLOAT * largest if self.training.shard else 0
+
+    @property
+    def _share(self) -> int:
+        """Values that are in each process where the training is divided."""
+        theirs, mine = _around(self.teacher), _around(self.student)
+        blocks, own = (values_of(one) - _around(one) for one in (self.teacher, self.student))
+        divided = blocks + SHARED_COPIES * self.moved + (own if self.training.lora else 0)
+        whole = theirs + mine + 2 * min(mine, self.moved)
+        codes = sum(fmt.nbytes(rows, cols) for fmt, rows, cols in self.packed) // FLOAT
+        passing = TOGETHER * blocks // len(self.teacher.blocks)
+        passing += PASSING * own // len(self.student.blocks)
+        return math.ceil(divided / self.processes) + whole + codes + passing
 
     @property
     def _activations(self) -> int:
@@ -88,7 +130,8 @@ class Planned:
         hidden = config.hidden_size
         channels = getattr(config, "intermediate_size", None) or 4 * hidden
         inside = STATES * hidden + CHANNELS * channels
-        kept = blocks * hidden + inside if training.gradient_checkpointing else blocks * inside
+        again = training.gradient_checkpointing or training.shard
+        kept = blocks * hidden + inside if again else blocks * inside
         logits = training.length * config.vocab_size
         if not (training.match or training.teacher_mix):
             logits = min(logits, LIMIT // training.batch)
@@ -96,8 +139,9 @@ class Planned:
 
     def batch_within(self, free: int) -> int:
         """The largest batch that fits into so many bytes, 0 where none does."""
-        held = self.memory - self.training.batch * self._activations
-        return max(0, (free - held) // self._activations)
+        rest = free - self.here * self._held - self._reading
+        each = max(0, rest // (self.here * self._activations))
+        return each * self.processes
 
     def seconds(self, flops: float) -> float:
         """On a machine that does so many operations a second in large products."""
@@ -105,7 +149,9 @@ class Planned:
         theirs, mine = values_of(self.teacher), values_of(self.student)
         tokens = training.steps * training.batch * training.length
         asked = 0 if training.by_token or training.top_k else theirs
-        products = tokens * (asked + (4 if training.gradient_checkpointing else 3) * mine)
+        products = tokens * (
+            asked + (4 if training.gradient_checkpointing or training.shard else 3) * mine
+        )
         products += CHECKS * training.held_out * training.length * (theirs + mine)
         text = training.text.rows * training.length
         products += text * theirs if training.top_k else 0
@@ -114,8 +160,10 @@ class Planned:
         return 2 * (products + one_by_one / NARROW_MATMUL) / (USED * flops)
 
 
-def planned_of(recipe: StagedRecipe, stages: Sequence[Stage]) -> Iterator[Planned]:
-    """The trainings of a recipe whose other stages are planned."""
+def planned_of(
+    recipe: StagedRecipe, stages: Sequence[Stage], processes: int = 1
+) -> Iterator[Planned]:
+    """The trainings of a recipe whose other stages are planned, by processes of one machine."""
     teacher = stages[0].planned.skeleton
     for place, training in recipe.training:
         done, student, packed = 0, teacher, list[tuple[Format, int, int]]()
@@ -129,7 +177,13 @@ def planned_of(recipe: StagedRecipe, stages: Sequence[Stage]) -> Iterator[Planne
             elif stage.packs and done <= place:
                 jobs = stage.planned.plan.jobs
                 packed = [(job.format, job.slot.rows, job.slot.cols) for job in jobs]
-        yield Planned(training, teacher, student, packed)
+        yield Planned(training, teacher, student, packed, processes, processes)
+
+
+def _around(skeleton: Skeleton) -> int:
+    """Parameters of a model that are of no block."""
+    named = skeleton.model.named_parameters()
+    return sum(one.numel() for name, one in named if skeleton.block_of(name) is None)
 
 
 def values_of(skeleton: Skeleton) -> int:
@@ -140,11 +194,12 @@ def values_of(skeleton: Skeleton) -> int:
 def require_memory(planned: Planned, what: str) -> None:
     """`RecipeError` where a training takes more than is free, with the batch that would fit."""
     free = available_bytes()
-    if planned.memory <= free:
+    if planned.needed <= free:
         return
     batch = planned.batch_within(free)
     fits = f"; batch: {batch} fits" if batch else ""
+    several = f" in {planned.here} processes" if planned.here > 1 else ""
     raise RecipeError(
-        f"{what} takes about {size_text(planned.memory)} of memory, {size_text(free)} are "
+        f"{what} takes about {size_text(planned.needed)} of memory{several}, {size_text(free)} are "
         f"free{fits}"
     )

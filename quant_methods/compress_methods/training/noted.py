@@ -17,6 +17,7 @@ count together, whichever they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from compress_methods.checkpoint.integrity import read_checked, write_checked
 from compress_methods.checkpoint.safetensors import Entry, read_header
+from compress_methods.system.processes import Processes
 from compress_methods.system.progress import Progress
 from compress_methods.training.lessons import TOKENS, TOP_LOGPROBS, TOP_TOKENS, Row
 
@@ -53,21 +55,36 @@ class Noted(Mapping[str, Tensor]):
 
 
 def note_all(
-    teacher: Any, rows: Sequence[Row], count: int, batch: int, folder: Path, progress: Progress
+    teacher: Any,
+    rows: Sequence[Row],
+    count: int,
+    batch: int,
+    folder: Path,
+    progress: Progress,
+    processes: Processes | None = None,
 ) -> list[Row]:
     """The rows, all of one length, with the `count` likeliest tokens of the teacher, which are in
-    `folder` afterwards. `progress` counts rows."""
+    `folder` afterwards. `progress` counts rows. Several processes compute them together, for each
+    may have but a share of the teacher; the first one writes."""
+    processes = processes or Processes()
     folder.mkdir(exist_ok=True)
     found: list[Row] = []
     for first in range(0, len(rows), PART):
         some = rows[first : first + PART]
         path = folder / f"part-{first // PART:05d}.safetensors"
-        if read_checked(path) is None:
-            write_checked(path, _noted(teacher, some, count, batch))
+        if processes.first(partial(_is_missing, path)):
+            told = _noted(teacher, some, count, batch)
+            if processes.leads:
+                write_checked(path, told)
+            processes.wait()
         entries = read_header(path)
         found += [Noted(row, entries, place) for place, row in enumerate(some)]
         progress.step(len(some))
     return found
+
+
+def _is_missing(path: Path) -> bool:
+    return read_checked(path) is None
 
 
 @torch.no_grad()

@@ -28,10 +28,11 @@ Leaves = Mapping[str, Tensor]
 
 class Piece(ABC):
     """Something stored that is trained: `leaves` are its parameters as training begins, `slots`
-    where its values go in the model, and `rates` how fast a leaf moves, 1 unless given. `zeros`:
-    how many values stay zero."""
+    where its values go in the model, and `rates` how fast a leaf moves, 1 unless given. `still`:
+    what does not move and is as large as they are. `zeros`: how many values stay zero."""
 
     leaves: dict[str, Tensor]
+    still: Leaves = MappingProxyType({})
     slots: Sequence[Slot | str]
     zeros: int = 0
     rates: Mapping[str, float] = MappingProxyType({})
@@ -46,6 +47,16 @@ class Piece(ABC):
 
     def limit(self, leaves: Leaves) -> None:  # noqa: B027
         """Bring leaves back, in place, to where what is stored reaches."""
+
+    def hand_over(self, device: torch.device) -> None:
+        """Keep of `leaves` and `still` no more than shapes, and all else on a device: they lie
+        elsewhere, and are given to `value` and `stored` together."""
+        for name, held in list(vars(self).items()):
+            to = torch.device("meta") if name in ("leaves", "still") else device
+            if isinstance(held, Tensor):
+                setattr(self, name, held.to(to))
+            elif isinstance(held, dict):
+                setattr(self, name, {n: t.to(to) for n, t in held.items()})
 
 
 class Floats(Piece):
@@ -88,17 +99,19 @@ class Adapted(Floats):
         generator: torch.Generator,
     ) -> None:
         super().__init__(entry, slot, device)
-        self.values = self.leaves["values"]
-        *stack, rows, cols = self.values.shape
+        values = self.leaves["values"]
+        self.still = {"values": values}
+        *stack, rows, cols = values.shape
         right = torch.randn(*stack, rank, cols, generator=generator).to(device)
         # So divided, a step of A changes values by as much whatever the rank is.
         self.leaves = {
-            "left": self.values.new_zeros(*stack, rows, rank),
+            "left": values.new_zeros(*stack, rows, rank),
             "right": right / math.sqrt(rank),
         }
 
     def value(self, leaves: Leaves) -> Tensor:
-        return self._whole(self.values + leaves["left"] @ leaves["right"])
+        held = {**self.still, **leaves}
+        return self._whole(held["values"] + held["left"] @ held["right"])
 
 
 class Packed(Piece):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class _Block(nn.Module):
+class OwnForward(nn.Module):
     """A block by its class's own forward."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -30,10 +30,10 @@ class _Block(nn.Module):
 def recompute_blocks(blocks: nn.ModuleList) -> None:
     """Have each block computed again where gradients go back through it."""
     for block in blocks:
-        block.forward = partial(_forward, _Block(block))
+        block.forward = partial(_forward, OwnForward(block))
 
 
-def _forward(inner: _Block, *args: Any, **given: Any) -> Any:
+def _forward(inner: OwnForward, *args: Any, **given: Any) -> Any:
     if not torch.is_grad_enabled():
         return inner(*args, **given)
     values: dict[str, Tensor] = dict(inner.named_parameters())

@@ -28,15 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress_methods import __version__
 from compress_methods.calibration.self_generated import sample_from_model
 from compress_methods.calibration.tokenizer import check_length, check_vocabulary, load_tokenizer
-from compress_methods.checkpoint.companions import copy_companions
 from compress_methods.checkpoint.compressed import (
     INCOMPLETE,
-    INDEX,
     open_compressed,
     read_entries,
     read_json,
@@ -44,7 +41,7 @@ from compress_methods.checkpoint.compressed import (
 from compress_methods.checkpoint.integrity import REPORT, seal
 from compress_methods.checkpoint.loading.model import is_compressed, load_model
 from compress_methods.checkpoint.loading.tied import open_skeleton
-from compress_methods.checkpoint.safetensors import Writer, read_header
+from compress_methods.checkpoint.rewritten import write_changed
 from compress_methods.checkpoint.source import (
     Source,
     fingerprint,
@@ -60,14 +57,14 @@ from compress_methods.conversion.running import Running
 from compress_methods.errors import CheckpointError, RecipeError
 from compress_methods.evaluation.metrics import Evaluation, Sums, compare_logits, summarize
 from compress_methods.evaluation.offline import all_logits
-from compress_methods.formats import Format, TensorSpec
-from compress_methods.model.device import peak_device_bytes, signature
+from compress_methods.formats import Format
+from compress_methods.model.device import peak_device_bytes
 from compress_methods.model.task import NEXT_TOKEN
 from compress_methods.recipe.training import Training
 from compress_methods.search.publish import CARD, opened, publish
-from compress_methods.system.files import copy_file, write_text
+from compress_methods.system.files import finite, write_text
 from compress_methods.system.memory import peak_bytes
-from compress_methods.system.processes import Processes
+from compress_methods.system.processes import count_here
 from compress_methods.system.progress import Progress
 from compress_methods.training.cost import Planned, require_memory
 from compress_methods.training.lessons import COUNTED, Row
@@ -97,8 +94,7 @@ class Pair:
         parts = [TRAINING, fingerprint(self.student), fingerprint(self.teacher), told]
         parts += [
             self.material.text.identity or "model",
-            __version__,
-            signature(self.running.device),
+            *(__version__, self.running.signature),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -113,7 +109,7 @@ def recover(
     pair = open_pair(model, teacher, settings, running)
     if not processes.leads:
         if processes.agree(False):
-            learn(pair, out / WORK, processes)
+            _carry_out(pair, out / WORK)
         processes.wait()
         return read_json(out / REPORT)
     with opened(out, pair.fingerprint) as journal:
@@ -122,7 +118,7 @@ def recover(
             found = verified(journal, pair.student.directory, None, running.quiet)
         made = RESULT in journal.finished and journal.holds(RESULT)
         if processes.agree(found is None and not made):
-            _make(pair, journal, processes)
+            _make(pair, journal)
         if found is None:
             found = publish(journal, RESULT, TRAINING, lambda report, _: report)
         processes.wait()
@@ -132,7 +128,7 @@ def recover(
 def open_pair(model: str | Path, teacher: str | Path, settings: Training, running: Running) -> Pair:
     """Both checkpoints and the text, checked before anything runs; a `CompressError` says what is
     wrong with them."""
-    if running.device.index:
+    if running.device.index and running.processes.count == 1:
         raise RecipeError(
             f"training runs on the first GPU, not on {running.device}; choose it by "
             "CUDA_VISIBLE_DEVICES"
@@ -155,19 +151,19 @@ def open_pair(model: str | Path, teacher: str | Path, settings: Training, runnin
         check_adapters(mine.directory, settings.lora)
     check_length(theirs.directory, settings.length)
     check_length(mine.directory, settings.length)
-    if running.device.type == "cpu":
-        require_memory(_planned(mine, theirs, settings), f"training {mine.name}")
+    if running.device.type == "cpu" and running.processes.leads:
+        require_memory(_planned(mine, theirs, settings, running), f"training {mine.name}")
     material = read_material(theirs.directory, settings)
     return Pair(mine, theirs, material, settings, running)
 
 
-def _planned(mine: Source, theirs: Source, settings: Training) -> Planned:
+def _planned(mine: Source, theirs: Source, settings: Training, running: Running) -> Planned:
     packed: list[tuple[Format, int, int]] = []
     if is_compressed(mine.directory):
         held = open_compressed(mine.directory).held.values()
         packed = [(matrix.format, matrix.rows, matrix.cols) for matrix in held]
     teacher, student = (open_skeleton(source.directory) for source in (theirs, mine))
-    return Planned(settings, teacher, student, packed)
+    return Planned(settings, teacher, student, packed, running.processes.count, count_here())
 
 
 def require_trainer() -> None:
@@ -194,7 +190,7 @@ def _vocabulary(directory: Path) -> Any:
 @dataclass(frozen=True)
 class Learned:
     """A student that was trained, its teacher (None where that had to go), the rows to report on,
-    and how far from the teacher it was on them."""
+    and how far from the teacher it was on them, which the first process knows."""
 
     student: Student
     teacher: Any
@@ -203,54 +199,94 @@ class Learned:
     before: Evaluation | None
 
 
-def learn(pair: Pair, work: Path, processes: Processes) -> Learned:
-    """Train in this process, and in the others; the first one alone looks at what is reported."""
+def learn(pair: Pair, work: Path) -> Learned:
+    """Train in this process, and in the others."""
     from compress_methods.training.trainer import train  # seconds, and only to train
 
-    settings, running = pair.settings, pair.running
+    settings, running, processes = pair.settings, pair.running, pair.running.processes
     with processes.in_turn():
         rows = _rows(pair, work)
-    teacher = load_model(pair.teacher.directory, torch.float32, running.device)
-    student = Student(
-        pair.student.directory,
-        settings.train,
-        running.device,
-        pair.teacher,
-        settings.lora,
-        settings.seed,
-    )
-    if settings.gradient_checkpointing:
-        student.recompute()
     learnt = settings.sequences + settings.held_out
     reported = rows[learnt:]
-    before = measure(teacher, student.model, reported) if processes.leads else None
+    teacher = _loaded(pair, pair.teacher.directory)
+    before = None
+    if settings.shard:
+        before = measure(teacher, _loaded(pair, pair.student.directory), reported)
+    student = _student(pair)
+    if processes.leads and before is None:
+        before = measure(teacher, student.model, reported)
     if settings.top_k:
-        with processes.in_turn():
-            rows = _noted(pair, teacher, rows[:learnt], work)
+        rows = _noted(pair, teacher, rows[:learnt], work)
         teacher = None
     with Progress(settings.steps, f"training ({settings.train})", quiet=running.quiet) as progress:
-        outcome = train(student, teacher, rows, settings, work / CHECKPOINTS, progress, processes)
+        outcome = train(student, teacher, rows, settings, work / CHECKPOINTS, progress, running)
         if outcome.note:
             progress.say(outcome.note)
     return Learned(student, teacher, outcome, reported, before)
 
 
-def _make(pair: Pair, journal: Journal, processes: Processes) -> None:
-    """Train, write and measure; the result is then in the work folder, and journaled."""
-    began, settings, device = time.monotonic(), pair.settings, pair.running.device
-    learned = learn(pair, journal.work, processes)
-    student, outcome, before = learned.student, learned.outcome, learned.before
+def _loaded(pair: Pair, directory: Path) -> Any:
+    """A model to measure with."""
+    if pair.settings.shard:
+        from compress_methods.training.shards import load_divided  # seconds, and only for several
+
+        return load_divided(directory, pair.running)
+    return load_model(directory, torch.float32, pair.running.device)
+
+
+def _student(pair: Pair) -> Student:
+    settings, running, directory = pair.settings, pair.running, pair.student.directory
+    if settings.shard:
+        from compress_methods.training.shards import DividedStudent
+
+        with running.processes.one_by_one():
+            return DividedStudent(directory, settings.train, running, settings.lora, settings.seed)
+    student = Student(
+        directory, settings.train, running.device, pair.teacher, settings.lora, settings.seed
+    )
+    if settings.gradient_checkpointing:
+        student.recompute()
+    return student
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a training came to. `zeros`: how many values stayed zero."""
+
+    outcome: Any
+    zeros: int
+    before: Evaluation
+    after: Evaluation
+
+
+def _carry_out(pair: Pair, work: Path) -> Made | None:
+    """Train, write into the work folder and measure that; the first process has the figures."""
+    learned, processes = learn(pair, work), pair.running.processes
+    teacher, reported, place = learned.teacher, learned.reported, work / RESULT
+    outcome, before = learned.outcome, learned.before
+    changed, zeros = learned.student.stored(), sum(one.zeros for one in learned.student.pieces)
+    del learned
+    with processes.in_turn():
+        if processes.leads:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            write_changed(pair.student.directory, place, changed)
+    del changed
+    if not (processes.leads or pair.settings.shard):
+        return None
+    teacher = teacher or _loaded(pair, pair.teacher.directory)
+    after = measure(teacher, _loaded(pair, place), reported)
     assert before is not None
-    teacher, reported, place = learned.teacher, learned.reported, journal.work / RESULT
-    changed, zeros = student.stored(), sum(piece.zeros for piece in student.pieces)
-    del student, learned
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    write_changed(pair.student.directory, place, changed)
-    if teacher is None:
-        teacher = load_model(pair.teacher.directory, torch.float32, device)
-    after = measure(teacher, load_model(place, torch.float32, device), reported)
-    facts = _finite(
+    return Made(outcome, zeros, before, after)
+
+
+def _make(pair: Pair, journal: Journal) -> None:
+    """Train, write and measure; the result is then in the work folder, and journaled."""
+    began, settings, place = time.monotonic(), pair.settings, journal.work / RESULT
+    made = _carry_out(pair, journal.work)
+    assert made is not None
+    outcome = made.outcome
+    facts = finite(
         {
             **settings.to_dict(),
             "teacher": pair.teacher.name,
@@ -258,10 +294,10 @@ def _make(pair: Pair, journal: Journal, processes: Processes) -> None:
             "best": outcome.best,
             "loss_curve": [list(point) for point in outcome.loss],
             "held_out_curve": [list(point) for point in outcome.kl],
-            "zeros_kept": zeros,
+            "zeros_kept": made.zeros,
             "note": outcome.note,
-            "before": before.to_dict(),
-            "held_out": after.to_dict(),
+            "before": made.before.to_dict(),
+            "held_out": made.after.to_dict(),
         }
     )
     seconds = time.monotonic() - began
@@ -277,7 +313,7 @@ def _reported(pair: Pair, facts: dict[str, Any], seconds: float) -> dict[str, An
     run = {
         "seconds": seconds,
         "peak_memory_bytes": peak_bytes(),
-        "device": signature(device),
+        "device": pair.running.signature,
         "peak_device_bytes": peak_device_bytes(device),
         "bytes_per_second": None,
         "tool_version": __version__,
@@ -309,7 +345,10 @@ def _noted(pair: Pair, teacher: Any, rows: list[Row], work: Path) -> list[Row]:
     """The rows with what the teacher says of them, in the work folder."""
     settings, quiet = pair.settings, pair.running.quiet
     with Progress(len(rows), "the teacher writes its predictions down", quiet=quiet) as progress:
-        return note_all(teacher, rows, settings.top_k, settings.batch, work / NOTED, progress)
+        return note_all(
+            *(teacher, rows, settings.top_k, settings.batch),
+            *(work / NOTED, progress, pair.running.processes),
+        )
 
 
 def measure(teacher: Any, model: Any, rows: Sequence[Row]) -> Evaluation:
@@ -321,25 +360,6 @@ def measure(teacher: Any, model: Any, rows: Sequence[Row]) -> Evaluation:
         expected, found = (all_logits(one, tokens)[:-1][counted] for one in (teacher, model))
         sums.append(compare_logits(expected, found, tokens[1:][counted]))
     return summarize(sums)
-
-
-def write_changed(directory: Path, place: Path, changed: Mapping[str, Tensor]) -> None:
-    """The checkpoint of `directory` in `place`, with other values for the tensors `changed`."""
-    entries = read_entries(directory)
-    for path in sorted({entry.path for entry in entries.values()}):
-        held = read_header(path)
-        specs = {name: TensorSpec(entry.shape, entry.dtype) for name, entry in held.items()}
-        with Writer(place / path.name, specs) as writer:
-            for name, entry in held.items():
-                if name in changed:
-                    writer.put(name, changed[name])
-                    continue
-                for _, slab in entry.slabs():
-                    writer.put(name, slab)
-    copy_companions(directory, place)
-    for path in (directory / "config.json", directory / INDEX):
-        if path.exists():
-            copy_file(path, place / path.name)
 
 
 def _report_of(pair: Pair) -> dict[str, Any]:
@@ -378,12 +398,3 @@ def _stage(facts: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any
         "bytes_after": size,
         "held_out": facts["held_out"],
     }
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

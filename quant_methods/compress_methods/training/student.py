@@ -28,7 +28,7 @@ the next is as large as a value, so at high rates noise turns more of them than 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,38 @@ from compress_methods.training.recompute import recompute_blocks
 MATRIX_DIMENSIONS = 2
 
 
+class Part(nn.Module):
+    """Pieces whose values are computed together; its parameters are what they train."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        super().__init__()
+        self.pieces = list(pieces)
+        leaves = (leaf for piece in self.pieces for leaf in piece.leaves.values())
+        self.trained = nn.ParameterList(nn.Parameter(leaf.clone()) for leaf in leaves)
+
+    def paired(self) -> Iterator[tuple[Piece, Leaves]]:
+        """The pieces with their parameters."""
+        parameters = iter(self.trained)
+        for piece in self.pieces:
+            yield piece, {name: next(parameters) for name in piece.leaves}
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's parameters, as they come from what is trained."""
+        found: dict[str, Tensor] = {}
+        for piece, leaves in self.paired():
+            value = piece.value(leaves)
+            for slot in piece.slots:
+                if isinstance(slot, str):
+                    found[slot] = value
+                elif not slot.index:
+                    found[slot.parameter] = value.T if slot.transposed else value
+                else:
+                    name = slot.parameter
+                    whole = found.setdefault(name, model.get_parameter(name).clone())
+                    slot.of(whole).copy_(value)
+        return found
+
+
 class Student(nn.Module):
     """The model of a directory; its parameters are what `method` trains, or with `rank` adapters
     that start from `seed`. `teacher`: whose matrices it was made of."""
@@ -69,19 +101,38 @@ class Student(nn.Module):
         self._model = (load_model(directory, torch.float32, device),)
         self.blocks_name = open_skeleton(directory).blocks_name
         if rank:
-            self.pieces = list(_adapters(directory, rank, seed, device))
+            pieces = list(_adapters(directory, rank, seed, device))
         else:
-            self.pieces = list(_pieces(directory, method, device, teacher))
-        if not any(piece.leaves for piece in self.pieces):
+            pieces = list(_pieces(directory, method, device, teacher))
+        if not any(piece.leaves for piece in pieces):
             raise RecipeError(f"{directory}: holds nothing that {method} could train")
-        leaves = [leaf for piece in self.pieces for leaf in piece.leaves.values()]
-        self.trained = nn.ParameterList(nn.Parameter(leaf.clone()) for leaf in leaves)
+        self.parts = nn.ModuleList(self._parted(pieces))
         self.beside = nn.ParameterList()
         """What is trained along and is no part of the checkpoint."""
 
     @property
     def model(self) -> Any:
         return self._model[0]
+
+    def _parted(self, pieces: Sequence[Piece]) -> Iterable[Part]:
+        """Where parameters lie."""
+        return [Part(pieces)]
+
+    def each(self) -> Iterator[Part]:
+        """The parts, in order."""
+        for part in self.parts:
+            assert isinstance(part, Part)
+            yield part
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What of the checkpoint is trained."""
+        return [piece for part in self.each() for piece in part.pieces]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of the pieces, one after another."""
+        return [parameter for part in self.each() for parameter in part.trained]
 
     def recompute(self) -> None:
         """Keep less for the way back, and compute it again."""
@@ -108,35 +159,23 @@ class Student(nn.Module):
     @torch.no_grad()
     def limit(self) -> None:
         """Bring parameters back to where what is stored reaches."""
-        for piece, leaves in self._paired():
+        for piece, leaves in self.paired():
             piece.limit(leaves)
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint that training changes, as it is to be written."""
-        found = [piece.stored(leaves) for piece, leaves in self._paired()]
+        found = [piece.stored(leaves) for piece, leaves in self.paired()]
         return {name: t.cpu().contiguous() for tensors in found for name, t in tensors.items()}
 
-    def _paired(self) -> Iterator[tuple[Piece, Leaves]]:
-        parameters = iter(self.trained)
-        for piece in self.pieces:
-            yield piece, {name: next(parameters) for name in piece.leaves}
+    def paired(self) -> Iterator[tuple[Piece, Leaves]]:
+        """The pieces with their parameters."""
+        for part in self.each():
+            yield from part.paired()
 
     def values(self) -> dict[str, Tensor]:
         """The model's parameters, as they come from what is trained."""
-        found: dict[str, Tensor] = {}
-        for piece, leaves in self._paired():
-            value = piece.value(leaves)
-            for slot in piece.slots:
-                if isinstance(slot, str):
-                    found[slot] = value
-                elif not slot.index:
-                    found[slot.parameter] = value.T if slot.transposed else value
-                else:
-                    name = slot.parameter
-                    whole = found.setdefault(name, self.model.get_parameter(name).clone())
-                    slot.of(whole).copy_(value)
-        return found
+        return {name: t for part in self.each() for name, t in part.values(self.model).items()}
 
 
 def _pieces(

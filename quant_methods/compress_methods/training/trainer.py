@@ -20,10 +20,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_callback import PrinterCallback
 
+from compress_methods.conversion.running import Running
 from compress_methods.model.skeleton import quiet_transformers
 from compress_methods.recipe.training import QAT, Training
 from compress_methods.system.processes import Processes
 from compress_methods.system.progress import Progress
+from compress_methods.training import shards
 from compress_methods.training.lessons import Row
 from compress_methods.training.material import Batch, collate
 from compress_methods.training.objectives.objective import Objective
@@ -37,6 +39,7 @@ NOTICEABLE = 1e-4
 """KL of a start that is nearly perfect may grow by so much without a word."""
 WHOLE = "whole"
 """A file in a checkpoint that was written to its end."""
+SCHEDULER = "scheduler.pt"
 KL = "eval_loss"
 LOSS = "loss"
 
@@ -59,17 +62,21 @@ def train(
     settings: Training,
     work: Path,
     progress: Progress,
-    processes: Processes | None = None,
+    running: Running | None = None,
 ) -> Outcome:
     """Train on the first of the `sequences + 2 * held_out` rows, judged by those after them; the
     student is then the best that there was. Checkpoints go to `work`."""
-    processes = processes or Processes()
+    running = running or Running(student.trained[0].device)
+    processes = running.processes
     judged = rows[settings.sequences : settings.sequences + settings.held_out]
-    start = [parameter.detach().clone() for parameter in student.trained]
     objective = Objective(settings, teacher, student)
-    watcher = _Watcher(progress, LOSS if settings.by_token else "KL")
-    trainer = _Distiller(
-        _Lesson(student, objective),
+    watcher = _Watcher(progress, LOSS if settings.by_token else "KL", processes)
+    lesson = _Lesson(student, objective)
+    if settings.shard:
+        shards.divide_rest(lesson, running)
+    start = [parameter.detach().clone() for parameter in student.trained]
+    trainer = (_Divided if settings.shard else _Distiller)(
+        lesson,
         _arguments(settings, work, student.trained[0].device, processes.count),
         data_collator=collate,
         train_dataset=rows[: settings.sequences],
@@ -107,7 +114,8 @@ class _Watcher(TrainerCallback):
     """Progress, limits of what is stored, the mark of a whole checkpoint, and the end of a training
     that makes things worse."""
 
-    def __init__(self, progress: Progress, judged_by: str) -> None:
+    def __init__(self, progress: Progress, judged_by: str, processes: Processes) -> None:
+        self.processes = processes
         self.progress, self.note, self.last = progress, "", ""
         self.judged_by = f"held-out {judged_by}"
 
@@ -123,6 +131,7 @@ class _Watcher(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.processes.wait()  # all have files in it
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
@@ -171,6 +180,41 @@ class _Distiller(Trainer):
     ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+class _Divided(_Distiller):
+    """Each process saves and loads its own share."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        # Or it would be wrapped to average gradients, which is done. Only now, because
+        # transformers has no way to save such a model, and says so when it begins.
+        self.is_distributed_loading_by_transformers = True
+
+    @property
+    def _rank(self) -> int:
+        return self.watcher.processes.rank
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        assert output_dir is not None
+        shards.save_model(self.model, Path(output_dir), self._rank)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        shards.load_model_share(self.model, Path(resume_from_checkpoint), self._rank)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        shards.save_optimizer(self.optimizer, Path(output_dir), self._rank)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            shards.load_optimizer(self.optimizer, Path(checkpoint), self._rank)
+            saved = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+            self.lr_scheduler.load_state_dict(saved)
 
 
 def _arguments(

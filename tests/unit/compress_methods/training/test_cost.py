@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from compress_methods.model.skeleton import Skeleton
 from compress_methods.recipe.stages import load_staged
 from compress_methods.recipe.training import Training
 from compress_methods.training import cost
-from compress_methods.training.cost import Planned, planned_of, require_memory
+from compress_methods.training.cost import Planned, planned_of, require_memory, values_of
 from compress_methods.training.student import Student
 
 SIZE: dict[str, Any] = {"steps": 100, "batch": 8, "sequences": 64, "held_out": 8, "length": 128}
@@ -63,6 +64,29 @@ def test_less_is_asked_for_where_less_is_kept(skeleton: Skeleton) -> None:
     assert planned(skeleton, batch=16, sequences=64).memory > plain.memory
     assert planned(skeleton, data="text.txt").seconds(1e9) < plain.seconds(1e9)
     assert planned(skeleton, on_policy=0.5).seconds(1e9) > plain.seconds(1e9)
+
+
+def test_a_share_is_what_a_process_takes(skeleton: Skeleton) -> None:
+    training = Training("distill", shard=True, gradient_checkpointing=True, **SIZE)
+    two, four = (Planned(training, skeleton, skeleton, (), n, n) for n in (2, 4))
+    whole = replace(planned(skeleton, gradient_checkpointing=True), processes=4)
+    assert four.memory < two.memory
+    blocks = values_of(skeleton) - 2 * 4096 * 256 - 256
+    divided = cost.FLOAT * (blocks + cost.SHARED_COPIES * whole.moved)
+    found = two.memory - two.training.batch // 2 * two._activations
+    found -= four.memory - four.training.batch // 4 * four._activations
+    assert found == pytest.approx(divided / 4, abs=8)
+    # That of several of one machine is told together, and a model is read by one at a time.
+    assert four.needed == 4 * four.memory + cost.FLOAT * 3 * values_of(skeleton)
+
+
+def test_the_batch_that_fits_several_processes_is_shared_by_them(
+    skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (replace(planned(skeleton, batch=b), processes=2, here=2) for b in (8, 4))
+    monkeypatch.setattr(cost, "available_bytes", lambda: two.needed + 1)
+    with pytest.raises(RecipeError, match=r"in 2 processes, .* are free; batch: 4 fits"):
+        require_memory(one, "train distill")
 
 
 def test_the_batch_that_fits_is_named(skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:

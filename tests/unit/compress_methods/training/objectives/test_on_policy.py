@@ -46,7 +46,7 @@ def student(novels_8m: Path) -> Student:
     """The teacher with a head that makes it less sure of everything."""
     found = Student(novels_8m, "distill", CPU)
     with torch.no_grad():
-        for piece, leaves in found._paired():
+        for piece, leaves in found.paired():
             if piece.slots == ["lm_head.weight"] or "lm_head" in str(piece.slots[0]):
                 leaves["values"].mul_(0.7)
     return found
