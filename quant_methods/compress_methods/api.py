@@ -33,6 +33,7 @@ from compress_methods.search.gate import Gate
 from compress_methods.search.prune_to import Opening, Search
 from compress_methods.system.processes import count_of
 from compress_methods.system.user_file import require_path
+from compress_methods.training.processes import require_shared
 from compress_methods.training.recover import recover as train_towards
 from compress_methods.training.staged import Trained
 
@@ -66,7 +67,10 @@ def convert(
     """
     require_path(out, OutputError)
     staged = load_staged(recipe)
-    require_divisible_recipe(staged, count_of())
+    for _, training in staged.training:
+        require_shared(training, count_of())
+    if not staged.training:  # of which each segment is divided that can be
+        require_divisible_recipe(staged, count_of())
     running = Running(resolve_device(device), dtype, quiet).joined()
     model = at_revision(model, revision)
     opening = (model, allow_pickle, tensor_parallel_size)

@@ -29,7 +29,8 @@ examples:
   torchrun --nproc-per-node 2 -m vllm_compress.cli convert ./model -o ./w4 --recipe int4-gptq
 
 torchrun has several processes share the text and the matrices, each on a GPU of its own (cuda:N is
-for one alone); one that fails ends all, and the same command continues.
+for one alone); one that fails ends all, and the same command continues. Of a recipe that trains
+they share trainings and packings; what they cannot share the first does alone.
 
 A recipe with `accept` publishes a result only if its loss is within the bounds, with 95% confidence
 on held-out text; else its `fallback` recipes are tried. If none passes, OUT is left as it was found

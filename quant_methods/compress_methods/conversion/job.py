@@ -167,7 +167,7 @@ def carry_out(
     if processes.leads:
         require_room(stages_disk([stage.planned for stage in stages], calibrated), out)
     identity = job_fingerprint(recipe, stages, text, running)
-    _require_same(processes.gathered(identity))
+    require_same(processes.gathered(identity))
     journal = _opened(out, identity, processes)
     try:
         if journal.complete:
@@ -223,7 +223,7 @@ def _opened(out: Path, identity: str, processes: Processes) -> Journal:
         raise OutputError(named(problem, out)) from problem
 
 
-def _require_same(identities: Sequence[str]) -> None:
+def require_same(identities: Sequence[str]) -> None:
     """`OutputError` where processes are about to work on different things."""
     for rank, identity in enumerate(identities):
         if identity != identities[0]:

@@ -15,17 +15,19 @@ from compress_methods.conversion.journal import REPORT, Journal
 from compress_methods.conversion.report import model_card
 from compress_methods.errors import CompressError, OutputError, named
 from compress_methods.system.files import fsync_directory, write_text
+from compress_methods.system.processes import Processes
 
 CARD = "README.md"
 Report = dict[str, Any]
 
 
 @contextmanager
-def opened(out: Path, fingerprint: str) -> Iterator[Journal]:
-    """The journal of a search in `out`. What is finished stays there whatever is raised; a user's
-    mistake before anything was finished leaves the place as it was found."""
+def opened(out: Path, fingerprint: str, processes: Processes | None = None) -> Iterator[Journal]:
+    """The journal of a search in `out`, for all `processes` of one. What is finished stays there
+    whatever is raised; a user's mistake before anything was finished leaves the place as it was
+    found."""
     try:
-        journal = Journal(out, fingerprint)
+        journal = Journal(out, fingerprint, processes)
     except OSError as problem:
         raise OutputError(named(problem, out)) from problem
     with closing(journal):

@@ -5,6 +5,10 @@ in `.work/segment-N`, journaled and verified like a conversion, and read by the 
 moves into OUT. The teacher is always the original. All conversions see the same calibration text,
 and what the result loses is measured against the original.
 
+Several processes that torchrun has started carry out a training as they do `recover`, a packing as
+they do `convert`; what those cannot share (transforms, `refine`, budgets) the first one does alone,
+as it would without the others. It has the directory and its journal.
+
 Fails where: the original and a result do not fit into memory together.
 """
 
@@ -16,10 +20,12 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress_methods.checkpoint.integrity import find_damaged
 from compress_methods.checkpoint.interchange import Layout
@@ -32,10 +38,12 @@ from compress_methods.conversion.job import (
     check_calibration,
     job_fingerprint,
     needs_calibration,
+    require_same,
     sample_tokens,
     statement,
 )
 from compress_methods.conversion.journal import REPORT, WORK, Journal
+from compress_methods.conversion.passes.divisible import is_divisible
 from compress_methods.conversion.planning.calibration import settings_of
 from compress_methods.conversion.recovery import verified
 from compress_methods.conversion.running import Running
@@ -45,6 +53,7 @@ from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.recipe.training import Training
 from compress_methods.search.prune_to import Opening
 from compress_methods.search.publish import Report, opened, publish
+from compress_methods.system.processes import Processes
 from compress_methods.training.material import plain_rows, read_material
 from compress_methods.training.recover import TRAINING, measure, recover, require_trainer
 
@@ -85,21 +94,34 @@ class Trained:
         """Carry out, or go on; returns the report."""
         if not self.running.quiet:
             print(statement(self.stages), file=sys.stderr, flush=True)
-        with opened(self.out, self._fingerprint()) as journal:
+        processes, identity = self.running.processes, self._fingerprint()
+        require_same(processes.gathered(identity))
+        with opened(self.out, identity, processes) as journal:
             if journal.complete:
-                found = verified(journal, self.source.directory, None, self.running.quiet)
+                found = processes.first(
+                    lambda: verified(journal, self.source.directory, None, self.running.quiet)
+                )
                 if found is not None:
                     return found
+                journal.tell()
             if self.text.tokens is None and (self.text.asked or needs_calibration(self.stages)):
-                kept = journal.work / TOKENS
-                tokens = sample_tokens(self.stages, kept, self.running, self.text.preset)
-                self.text = replace(self.text, tokens=tokens)
-            self._forget_damaged(journal)
+                self.text = replace(
+                    self.text, tokens=processes.first(partial(self._sample, journal))
+                )
+            if processes.leads:
+                self._forget_damaged(journal)
+            journal.tell()
             for number in range(self._count):
                 self._segment(journal, number)
             last = self._name(self._count - 1)
             told = [journal.finished[self._name(i)]["told"] for i in range(self._count)]
-            return publish(journal, last, SEGMENTS, lambda r, at: self._amended(r, at, told))
+            return processes.first(
+                lambda: publish(journal, last, SEGMENTS, lambda r, at: self._amended(r, at, told))
+            )
+
+    def _sample(self, journal: Journal) -> Tensor:
+        """Text that the original writes."""
+        return sample_tokens(self.stages, journal.work / TOKENS, self.running, self.text.preset)
 
     @property
     def _count(self) -> int:
@@ -135,13 +157,22 @@ class Trained:
         if isinstance(segment, Training):
             report = recover(before, self.source.directory, segment, place, self.running)
         else:
-            stages = open_stages(before, segment, *self.opening[1:], quiet=self.running.quiet)
-            text = Text() if segment.starts_anew else self.text
-            report = carry_out(segment, stages, place, text, self.running)
+            report = self._convert(segment, before, place)
         told = {key: report[key] for key in TOLD if key in report}
         journal.record(name, f"{WORK}/{name}/{REPORT}", {"told": told})
-        if number:
+        if number and self.running.processes.leads:
             shutil.rmtree(Path(before).parent, ignore_errors=True)
+
+    def _convert(self, segment: StagedRecipe, before: str | Path, place: Path) -> Report:
+        """By all processes where they can share it, else by the first."""
+        running, processes = self.running, self.running.processes
+        stages = open_stages(before, segment, *self.opening[1:], quiet=running.quiet)
+        text = Text() if segment.starts_anew else self.text
+        runs_text = text.asked or needs_calibration(stages)
+        if is_divisible(segment, stages[-1].planned, runs_text, processes.count):
+            return carry_out(segment, stages, place, text, running)
+        alone = replace(running, processes=Processes())
+        return processes.first(lambda: carry_out(segment, stages, place, text, alone))
 
     def _amended(self, report: Report, place: Path, told: Sequence[Mapping[str, Any]]) -> Report:
         """The last segment's report, speaking of the whole recipe."""

@@ -2,7 +2,8 @@
 
 What is divided: the calibration text, where all that is learned of it are sums over tokens, and the
 matrices to solve. What looks at the states themselves, or tries one thing after another, is carried
-out by one process: transforms, training, `accept`, searches, and of a packing what is refused here.
+out by one process: transforms, `accept`, searches, and of a packing what is refused here. Of a
+recipe that trains each segment is told apart, see `training/staged.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ def require_divisible_recipe(recipe: StagedRecipe, count: int) -> None:
     rules = recipe.packing.modules if recipe.packing is not None else ()
     asked = {
         "accept": recipe.accept is not None,
-        "train": bool(recipe.training),
         "search": recipe.search is not None or recipe.level is not None,
         "loss_groups": any(rule.algorithm.loss_groups for rule in rules),
         **{visitor.name: True for visitor in recipe.transforms},
@@ -39,6 +39,16 @@ def require_divisible(planned: Planned, runs_text: bool, count: int) -> None:
             f"recipe {recipe.name!r}: calibration: samples is {recipe.calibration.samples}, "
             f"expected at least one for each of {count} processes"
         )
+
+
+def is_divisible(recipe: StagedRecipe, planned: Planned, runs_text: bool, count: int) -> bool:
+    """Whether so many processes can carry out a recipe as planned."""
+    try:
+        require_divisible_recipe(recipe, count)
+        require_divisible(planned, runs_text, count)
+    except RecipeError:
+        return False
+    return True
 
 
 def _undivided(planned: Planned) -> Iterator[str]:
