@@ -19,6 +19,16 @@ struct Values {
   vec::Floats v[kLine / vec::kFloats];
 };
 
+#ifdef VC_BLOCKS  // which a cursor decodes
+template <int bits>
+struct Decoder {
+  using Line = Codes;
+};
+template <int bits>
+struct Mid {
+  using Line = Codes;
+};
+#else
 template <int bits>
 struct Decoder;
 
@@ -91,6 +101,7 @@ struct Mid {  // twice the codes: scales are halves, and zeros whole
     for (auto& codes : line.v) codes = vec::twice(codes);
   }
 };
+#endif
 
 // Codes of a table, which every row has of its own or all rows of a vector share.
 template <int bits, bool shared>

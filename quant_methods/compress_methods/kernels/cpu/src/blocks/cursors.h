@@ -43,6 +43,29 @@ struct Cursor {
   }
 };
 
+template <int bits>
+struct Cursor<Decoder<bits>> {
+  const uint8_t* p;
+  int64_t bytes;
+  vec::Planes<bits> planes;
+
+  VC_INLINE Cursor(const uint8_t* from, int64_t line_bytes, const Key&)
+      : p(from), bytes(line_bytes / kParts) {}
+  VC_INLINE void next(Codes& to) {
+    planes.read(p, to.v);
+    p += bytes;
+  }
+};
+
+template <int bits>
+struct Cursor<Mid<bits>> : Cursor<Decoder<bits>> {  // twice the codes: scales are halves, zeros whole
+  using Cursor<Decoder<bits>>::Cursor;
+  VC_INLINE void next(Codes& to) {
+    Cursor<Decoder<bits>>::next(to);
+    for (auto& codes : to.v) codes = vec::twice(codes);
+  }
+};
+
 // Where values and mask of a sparse line are.
 struct SparseLine {
   const uint8_t *line, *values = nullptr, *mask = nullptr;

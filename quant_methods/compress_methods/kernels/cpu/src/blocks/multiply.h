@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "blocks/cursors.h"
+#include "blocks/in_place.h"
 #include "blocks/inputs.h"
 
 namespace block {
@@ -240,7 +241,7 @@ struct Bf16 {
 };
 
 // Sums of a step, in registers; with few of them several chains hide latency.
-template <class Kind, int tokens, int blocks>
+template <class Code, class Kind, int tokens, int blocks>
 struct Dots {
   static constexpr int kSums = tokens * blocks;
   static constexpr int kChains = kSums <= 4 ? (Kind::kFactors > 2 ? 4 : 2) : kSums <= 8 ? 2 : 1;
@@ -257,7 +258,7 @@ struct Dots {
     }
   }
 
-  template <class Code, int i>
+  template <int i>
   VC_INLINE void multiply(const typename Code::Line* lines, const uint8_t* in) {
     typename Kind::Factor factors[blocks];
 #pragma GCC unroll 2
@@ -275,13 +276,14 @@ struct Dots {
       }
     }
   }
-  template <class Code, int... i>
+  template <int... i>
   VC_INLINE void multiply_all(const typename Code::Line* lines, const uint8_t* in,
                               std::integer_sequence<int, i...>) {
-    (multiply<Code, i>(lines, in), ...);
+    (multiply<i>(lines, in), ...);
   }
 
   VC_INLINE typename Kind::Sum of(int t, int b) const {
+    if constexpr (is_in_place<Code>) return Code::total(v[0][t][b], v[1][t][b]);
     typename Kind::Sum sum = v[0][t][b];
 #pragma GCC unroll 4
     for (int c = 1; c < kChains; ++c) sum = added(sum, v[c][t][b]);
@@ -298,7 +300,7 @@ void multiply(const Place& place) {
   const int32_t *zeros = p.zeros, *in_sums = p.in_sums;
   Sums<tokens, blocks> sums(p.sums);
   for (int64_t part = 0; part < p.parts;) {
-    Dots<Kind, tokens, blocks> dots;
+    Dots<Code, Kind, tokens, blocks> dots;
     dots.clear();
     for (const int64_t end = std::min(p.parts, part + p.step); part < end; ++part) {
       typename Code::Line lines[blocks];
@@ -311,7 +313,7 @@ void multiply(const Place& place) {
       }
       first.next(lines[0]);
       if constexpr (blocks == 2) second.next(lines[1]);
-      dots.template multiply_all<Code>(lines, x, std::make_integer_sequence<int, Kind::kFactors>());
+      dots.multiply_all(lines, x, std::make_integer_sequence<int, Kind::kFactors>());
       x += kColumns * Kind::kSize;
     }
 #pragma GCC unroll 12
@@ -331,7 +333,12 @@ void multiply(const Place& place) {
 // By the number of tokens, from one on.
 template <class Code, class Kind, int blocks, int... less>
 constexpr auto products_of(std::integer_sequence<int, less...>) {
-  return std::array<Multiply, sizeof...(less)>{multiply<Code, Kind, less + 1, blocks>...};
+  if constexpr (std::is_same_v<Kind, Vnni> && blocks == 1) {
+    return std::array<Multiply, sizeof...(less)>{
+        multiply<typename Streamed<Code, less + 1>::type, Kind, less + 1, blocks>...};
+  } else {
+    return std::array<Multiply, sizeof...(less)>{multiply<Code, Kind, less + 1, blocks>...};
+  }
 }
 template <class Code, class Kind, int blocks, int most = kMostStreamed>
 inline constexpr auto kProducts =

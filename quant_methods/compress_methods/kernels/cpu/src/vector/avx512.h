@@ -28,78 +28,141 @@ VC_INLINE void prefetch_far(const uint8_t* p) {  // into the second-level cache
 inline Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(Bytes a, uint8_t* p) { _mm512_storeu_si512(p, a.v); }
 inline Bytes twice(Bytes a) { return {_mm512_add_epi8(a.v, a.v)}; }
-inline __m512i quarters(int a, int b, int c, int d) {
-  const __m512i low =
-      _mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi32(a), _mm_set1_epi32(b)));
-  return _mm512_inserti64x4(low, _mm256_setr_m128i(_mm_set1_epi32(c), _mm_set1_epi32(d)), 1);
+// Keeps a constant in a register: GCC 12 would make it anew wherever it is used, from integers.
+VC_INLINE __m512i held(__m512i constant) {
+  asm("" : "+v"(constant));
+  return constant;
 }
+VC_INLINE __m512i quarters(int a, int b, int c, int d) {
+  return held(_mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
+}
+VC_INLINE __m512i bytes_of(int value) { return held(_mm512_set1_epi8(static_cast<char>(value))); }
 
-// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the
-// lowest.
-template <int bits>
-VC_INLINE void planes(const uint8_t* p, Bytes* out) {
-  const __m512i low_bits = _mm512_set1_epi8((1 << bits) - 1);
-  if constexpr (bits == 8) {
-    out[0] = load(p), out[1] = load(p + 64);
-  } else if constexpr (bits == 4) {
-    const __m512i all = _mm512_loadu_si512(p);
-    out[0] = {_mm512_and_si512(all, low_bits)};
-    out[1] = {_mm512_and_si512(_mm512_srli_epi16(all, 4), low_bits)};
-  } else {
+// Fields of 2 bits: byte i of 32 keeps columns i, i + 32, ... from the lowest.
+struct Pairs2 {
+  __m512i first = quarters(0, 0, 2, 2), second = quarters(4, 4, 6, 6);
+
+  // The fields at the low ends of bytes; what lies above them is not cleared.
+  VC_INLINE void read(const uint8_t* p, __m512i& low, __m512i& high) const {
     const __m512i twice =
         _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    out[0] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(0, 0, 2, 2)), low_bits)};
-    out[1] = {_mm512_and_si512(_mm512_srlv_epi32(twice, quarters(4, 4, 6, 6)), low_bits)};
+    low = _mm512_srlv_epi32(twice, first), high = _mm512_srlv_epi32(twice, second);
   }
-}
-// Bits of the columns of a vector, in the third place of their bytes, from a plane of one bit.
-inline __m512i third_bits(__m512i all, int vector) {
-  return _mm512_rolv_epi32(all, vector ? quarters(30, 29, 28, 27) : quarters(2, 1, 0, 31));
-}
-// Adds 2^place where the bit of a column is set.
-template <int place>
-VC_INLINE void add_bits(const uint8_t* p, Bytes* out) {
-  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i value = _mm512_set1_epi8(1 << place);
-  constexpr int kOrAnd = 0xf8;  // a | (b & c)
-  for (int i = 0; i < 2; ++i) {
-    const __m512i bits = _mm512_rol_epi32(third_bits(all, i), place - 2);
-    out[i] = {_mm512_ternarylogic_epi32(out[i].v, bits, value, kOrAnd)};
-  }
-}
-VC_INLINE void add_third_bits(const uint8_t* p, Bytes* out) { add_bits<2>(p, out); }
-VC_INLINE void add_fifth_bits(const uint8_t* p, Bytes* out) { add_bits<4>(p, out); }
-// Codes of 6 bits of the lower four and the upper two.
-VC_INLINE Bytes with_upper(Bytes lower, Bytes upper) {
-  return {_mm512_or_si512(lower.v, _mm512_slli_epi16(upper.v, 4))};
-}
+};
 
-// The 16 bytes that codes stand for, the same in all rows of a vector.
+// Bits, byte i of 16 keeping those of columns i, i + 16, ...: put in the same place of all bytes.
+template <int place>
+struct Bits {
+  static constexpr int at(int column) { return (place - column) & 31; }
+  __m512i first = quarters(at(0), at(1), at(2), at(3));
+  __m512i second = quarters(at(4), at(5), at(6), at(7));
+
+  // What lies beside them is not cleared.
+  VC_INLINE void read(const uint8_t* p, __m512i& low, __m512i& high) const {
+    const __m512i all =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low = _mm512_rolv_epi32(all, first), high = _mm512_rolv_epi32(all, second);
+  }
+};
+
+// 128 fields of `bits` bits: byte i of 16 * bits keeps columns i, i + 16 * bits, ... from the
+// lowest. Those of 3, 5 and 6 bits are fields of 2 or 4, and the rest of them behind.
+template <int bits>
+struct Planes;
+
+template <>
+struct Planes<2> {
+  Pairs2 pairs;
+  __m512i mask = bytes_of(3);
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    pairs.read(p, out[0].v, out[1].v);
+    out[0] = {_mm512_and_si512(out[0].v, mask)}, out[1] = {_mm512_and_si512(out[1].v, mask)};
+  }
+};
+template <>
+struct Planes<4> {
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    const __m512i all = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    out[0] = {_mm512_and_si512(all, mask)};
+    out[1] = {_mm512_and_si512(_mm512_srli_epi16(all, 4), mask)};
+  }
+};
+template <>
+struct Planes<8> {
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const { out[0] = load(p), out[1] = load(p + 64); }
+};
+// One bit more than `lower` has.
+template <int lower>
+struct WithBit {
+  Planes<lower> planes;
+  Bits<lower> bits;
+  __m512i value = bytes_of(1 << lower);
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    constexpr int kOrAnd = 0xf8;  // a | (b & c)
+    __m512i low, high;
+    planes.read(p, out), bits.read(p + 16 * lower, low, high);
+    out[0] = {_mm512_ternarylogic_epi32(out[0].v, low, value, kOrAnd)};
+    out[1] = {_mm512_ternarylogic_epi32(out[1].v, high, value, kOrAnd)};
+  }
+};
+template <>
+struct Planes<3> : WithBit<2> {};
+template <>
+struct Planes<5> : WithBit<4> {};
+template <>
+struct Planes<6> {
+  Planes<4> lower;
+  Planes<2> upper;
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    Bytes above[2];
+    lower.read(p, out), upper.read(p + 64, above);
+    for (int i = 0; i < 2; ++i) {
+      out[i] = {_mm512_or_si512(out[i].v, _mm512_slli_epi16(above[i].v, 4))};
+    }
+  }
+};
+
+// The 16 bytes that codes stand for, the same in all rows of a vector. Entries repeat after 2^bits
+// of them, and only six bits of an index count: what lies above a code need not be cleared.
 template <int bits, bool shared>
-struct Table {
+struct Table;
+
+inline __m512i sixteen(const uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <>
+struct Table<4, true> {
   __m512i v;
-  VC_INLINE explicit Table(const uint8_t* p)
-      : v(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
-  // Entries repeat after 2^bits of them, and only six bits of an index count: what lies above a
-  // code need not be cleared.
+  VC_INLINE explicit Table(const uint8_t* p) : v(sixteen(p)) {}
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    const __m512i low = _mm512_loadu_si512(p);
+    out[0] = {_mm512_permutexvar_epi8(low, v)};
+    out[1] = {_mm512_permutexvar_epi8(_mm512_srli_epi16(low, 4), v)};
+  }
+};
+template <>
+struct Table<2, true> {
+  __m512i v;
+  Pairs2 pairs;
+  VC_INLINE explicit Table(const uint8_t* p) : v(sixteen(p)) {}
   VC_INLINE void read(const uint8_t* p, Bytes* out) const {
     __m512i low, high;
-    if constexpr (bits == 4) {
-      low = _mm512_loadu_si512(p), high = _mm512_srli_epi16(low, 4);
-    } else {
-      const __m512i twice =
-          _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-      low = _mm512_srlv_epi32(twice, quarters(0, 0, 2, 2));
-      high = _mm512_srlv_epi32(twice, quarters(4, 4, 6, 6));
-    }
-    if constexpr (bits == 3) {
-      const __m512i all =
-          _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 32)));
-      const __m512i two_bits = _mm512_set1_epi8(3);
-      constexpr int kSelect = 0xca;  // a ? b : c
-      low = _mm512_ternarylogic_epi32(two_bits, low, third_bits(all, 0), kSelect);
-      high = _mm512_ternarylogic_epi32(two_bits, high, third_bits(all, 1), kSelect);
-    }
+    pairs.read(p, low, high);
+    out[0] = {_mm512_permutexvar_epi8(low, v)}, out[1] = {_mm512_permutexvar_epi8(high, v)};
+  }
+};
+template <>
+struct Table<3, true> {
+  __m512i v, two_bits = bytes_of(3);
+  Pairs2 pairs;
+  Bits<2> bits;
+  VC_INLINE explicit Table(const uint8_t* p) : v(sixteen(p)) {}
+  VC_INLINE void read(const uint8_t* p, Bytes* out) const {
+    constexpr int kSelect = 0xca;  // a ? b : c
+    __m512i low, high, low_bits, high_bits;
+    pairs.read(p, low, high), bits.read(p + 32, low_bits, high_bits);
+    low = _mm512_ternarylogic_epi32(two_bits, low, low_bits, kSelect);
+    high = _mm512_ternarylogic_epi32(two_bits, high, high_bits, kSelect);
     out[0] = {_mm512_permutexvar_epi8(low, v)}, out[1] = {_mm512_permutexvar_epi8(high, v)};
   }
 };
@@ -107,6 +170,7 @@ struct Table {
 template <int bits>
 struct Table<bits, false> {
   __m512i v[4], first;
+  Planes<bits> planes;
   VC_INLINE explicit Table(const uint8_t* p) {
     for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(p + 64 * i);
     const __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -114,8 +178,7 @@ struct Table<bits, false> {
   }
   // Seven bits of an index find the table of one of eight rows, and its entry.
   VC_INLINE void read(const uint8_t* p, Bytes* out) const {
-    planes<bits == 3 ? 2 : bits>(p, out);
-    if constexpr (bits == 3) add_third_bits(p + 32, out);
+    planes.read(p, out);
     out[0] = values(out[0]), out[1] = values(out[1]);
   }
   VC_INLINE Bytes values(Bytes codes) const {
