@@ -5,9 +5,6 @@ vLLM's own statistics and config classes are fed to the logger, so a field renam
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,48 +267,3 @@ def test_a_field_vllm_renamed_costs_its_own_series_only(
     assert value("generation_tokens_total", deployment=name) == 0
     assert value("prompt_tokens_total", deployment=name) == 8
     assert value("requests_running", deployment=name, engine="0") == 5
-
-
-PROCESS = """
-import sys
-from types import SimpleNamespace as N
-from vllm.v1.spec_decode.metrics import SpecDecodingStats
-from vllm.v1.metrics.stats import IterationStats, SchedulerStats
-from vllm_compress.metrics.stat_logger import DeploymentStatLogger
-config = N(
-    model_config=N(model=sys.argv[1], served_model_name="m"),
-    parallel_config=N(world_size=1),
-    device_config=N(device_type="cpu"),
-)
-tokens = int(sys.argv[2])
-stats = IterationStats()
-stats.num_generation_tokens = tokens
-stats.time_to_first_tokens_iter.append(tokens)
-logger = DeploymentStatLogger(config, [0])
-logger.record(SchedulerStats(num_running_reqs=tokens), stats)
-"""
-
-
-@pytest.mark.slow
-def test_api_servers_add_up(tmp_path: Path) -> None:
-    """Two processes and prometheus' multiprocess folder, as with `--api-server-count 2`."""
-    from prometheus_client import CollectorRegistry
-    from prometheus_client.multiprocess import MultiProcessCollector
-
-    env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), DEPLOYMENT_VARIABLE: "pair"}
-    for tokens in ("30", "12"):
-        command = [sys.executable, "-c", PROCESS, str(MODEL), tokens]
-        subprocess.run(command, env=env, check=True, timeout=120)
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(tmp_path))
-    pair = {"deployment": "pair"}
-
-    def total(series: str, **labels: str) -> float | None:
-        return registry.get_sample_value(PREFIX + series, pair | labels)
-
-    assert total("generation_tokens_total") == 42
-    assert total("time_to_first_token_seconds_sum") == 42
-    assert total("time_to_first_token_seconds_count") == 2
-    assert total("requests_running", engine="0") == 12  # the most recent, not the sum
-    assert total("devices") == 1
-    assert total("weight_bytes") == sum(entry.nbytes for entry in entries(MODEL))
