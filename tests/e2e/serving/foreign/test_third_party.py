@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.e2e.support.engine import OFFLINE, REPOSITORY, Engine, Result
-from tests.e2e.support.server import ENVIRONMENT
+from tests.e2e.support.encoders import BERT, save_with_biases
+from tests.e2e.support.engine import REPOSITORY, Engine, Result
 from tests.e2e.support.tiny import make_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -31,8 +32,6 @@ share = tests.third_party.sharing:Share
 smooth = tests.third_party.smoothing:Smooth
 [vllm_compress.architectures]
 bert = tests.third_party.encoder:BERT
-"""
-KERNELS = """
 [vllm_compress.kernels]
 low_rank = tests.third_party.low_rank:LowRankKernel
 """
@@ -41,18 +40,24 @@ OUTRANKS = """
 unpacked = tests.third_party.kernel:Unpacked
 """
 CONVERT = """
-import sys, json
+import json, sys
 from pathlib import Path
-from compress_methods import convert
+from compress_methods import convert, load_model
 from tests.e2e.support.tiny import reference
-model, out, recipe, prompts = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
-text = Path(model) / "text.txt"
-convert(model, recipe, out, calibration=text if text.exists() else None, quiet=True)
-print(json.dumps(reference(out, prompts)[0]))
+place, recipes, prompts = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+for name, (model, text, recipe) in recipes.items():
+    text = place / text if text else None
+    convert(place / model, recipe, place / name, calibration=text, quiet=True)
+expected = {n: reference(place / n, prompts)[0] for n in recipes if n != "encoder"}
+import torch
+with torch.no_grad():
+    expected["encoder"] = load_model(place / "encoder")(torch.tensor(prompts)).logits[0].tolist()
+print(json.dumps(expected))
 """
 PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 410, 33, 34]]
 INT4 = {"format": "integer", "bits": 4, "group_size": 32}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
 
 
 def distribution(site: Path, entries: str) -> dict[str, str]:
@@ -66,149 +71,112 @@ def distribution(site: Path, entries: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
+def packing(algorithm: str = "rtn", **formats: Any) -> dict[str, Any]:
+    """A recipe; `formats` by what their rule matches."""
+    return {
+        "formats": dict(formats),
+        "modules": [{"match": n, "format": n, "algorithm": algorithm} for n in formats],
+        "calibration": {"held_out": 0, "samples": 4, "length": 32},
+    }
+
+
+PLAIN = packing(blocks=INT4)
+STAGES = [{"transform": "share", "layer": 1, "owner": 0}, {**PLAIN}]
+CORRECTED = packing("corrected_gptq", blocks={"format": "low_rank", "base": INT4, "rank": 8})
+RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lookup": ("model", "", packing(blocks={"format": "lookup2"})),
+    "wrapper": ("model", "", CORRECTED),
+    "tables": ("model", "", packing(embedding={"format": "two_tables"}, blocks=INT4)),
+    "shared": ("model", "", {"calibration": STAGES[1].pop("calibration"), "stages": STAGES}),
+    "plain": ("model", "", PLAIN),
+    "encoder": ("bert", "", PLAIN),
+}
+"""Name of what comes out -> model, text and recipe."""
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return distribution(tmp_path_factory.mktemp("site"), ENTRIES + KERNELS)
+    return distribution(tmp_path_factory.mktemp("site"), ENTRIES)
 
 
 @pytest.fixture(scope="module")
 def toys(installed: dict[str, str]) -> Iterator[Engine]:
-    with Engine(installed) as running:
+    with Engine({**installed, **TWO_RANKS}) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("Llama", tmp_path_factory.mktemp("toys") / "model")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toys")
 
 
-def converted(env: dict[str, str], model: Path, out: Path, recipe: dict[str, Any]) -> list[float]:
-    """Convert in a process of its own; what transformers computes with the stored values."""
-    arguments = [str(model), str(out), json.dumps(recipe), json.dumps(PROMPTS)]
-    found: list[float] = printed(env, CONVERT, arguments)[0]
-    return found
+@pytest.fixture(scope="module")
+def expected(installed: dict[str, str], place: Path, some_text: Path) -> dict[str, Any]:
+    """Convert in a process where the toys are installed; what transformers computes with the stored
+    values, by the name of the recipe."""
+    from transformers import BertConfig, BertForMaskedLM
 
-
-def printed(env: dict[str, str], code: str, arguments: list[str]) -> Any:
-    """The JSON that a program prints last."""
+    model = make_model("Llama", place / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        source = REPOSITORY / "tests" / "assets" / "novels-8m" / name
+        (model / name).write_bytes(source.read_bytes())
+    (place / "text.txt").write_bytes(some_text.read_bytes())
+    torch.manual_seed(0)
+    save_with_biases(BertForMaskedLM(BertConfig(**BERT)), place / "bert")
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **env},
+        [sys.executable, "-c", CONVERT, str(place), json.dumps(RECIPES), json.dumps(PROMPTS)],
+        env={**os.environ, **installed},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def packing(**formats: Any) -> dict[str, Any]:
-    """A recipe that rounds to nearest; `formats` by what their rule matches."""
-    return {
-        "formats": dict(formats),
-        "modules": [{"match": name, "format": name, "algorithm": "rtn"} for name in formats],
-        "calibration": {"held_out": 0},
-    }
-
-
-def same(result: Result, expected: list[float]) -> None:
+def same(result: Result, expected: list[list[float]]) -> None:
     assert not result.error, result.error
-    assert result.logprobs[0] == pytest.approx(expected, abs=2e-3)
+    assert result.logprobs[0] == pytest.approx(expected[0], abs=2e-3)
 
 
-def test_lookup_format(
-    installed: dict[str, str], toys: Engine, model: Path, tmp_path: Path
-) -> None:
-    recipe = packing(blocks={"format": "lookup2"})
-    expected = converted(installed, model, tmp_path / "out", recipe)
-    same(toys.run(tmp_path / "out", PROMPTS, dtype="float32"), expected)
+def test_lookup_format(toys: Engine, place: Path, expected: dict[str, Any]) -> None:
+    same(toys.run(place / "lookup", PROMPTS, dtype="float32"), expected["lookup"])
     assert "no fast kernel for lookup2 on cpu" in toys.log
 
 
 def test_wrapper_format_whose_base_keeps_its_kernel(
-    installed: dict[str, str], toys: Engine, model: Path, tmp_path: Path
+    toys: Engine, place: Path, expected: dict[str, Any]
 ) -> None:
-    recipe = packing(blocks={"format": "low_rank", "base": INT4, "rank": 8})
-    recipe["modules"][0]["algorithm"] = "corrected_gptq"
-    recipe["calibration"] = {"samples": 4, "length": 32, "held_out": 0}
-    (model / "text.txt").unlink(missing_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        source = REPOSITORY / "tests" / "assets" / "novels-8m" / name
-        (model / name).write_bytes(source.read_bytes())
-    recipe = {**recipe, "modules": [{**recipe["modules"][0]}]}
-    expected = converted(installed, model, tmp_path / "out", recipe)
     before = len(toys.log)
-    env = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
-    same(toys.run(tmp_path / "out", PROMPTS, dtype="float32", env=env), expected)
+    same(toys.run(place / "wrapper", PROMPTS, dtype="float32", env=EXACT), expected["wrapper"])
     assert "no fast kernel" not in toys.log[before:]
 
 
-def test_embedding_of_replicated_tensors_on_two_ranks(
-    installed: dict[str, str], model: Path, tmp_path: Path
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_embedding_of_replicated_tensors(
+    toys: Engine, place: Path, expected: dict[str, Any], ranks: int
 ) -> None:
-    recipe = packing(embedding={"format": "two_tables"}, blocks=INT4)
-    expected = converted(installed, model, tmp_path / "out", recipe)
     env = {"VLLM_COMPRESS_KERNEL": "reference"}
-    with Engine({**installed, **TWO_RANKS}) as parallel:
-        options: dict[str, Any] = {"dtype": "float32", "env": env}
-        same(parallel.run(tmp_path / "out", PROMPTS, **options), expected)
-        options["tensor_parallel_size"] = 2
-        same(parallel.run(tmp_path / "out", PROMPTS, **options), expected)
+    options: dict[str, Any] = {"dtype": "float32", "env": env, "tensor_parallel_size": ranks}
+    same(toys.run(place / "tables", PROMPTS, **options), expected["tables"])
 
 
-def test_shared_layer(installed: dict[str, str], toys: Engine, model: Path, tmp_path: Path) -> None:
-    recipe = packing(blocks=INT4)
-    held = recipe.pop("calibration")
-    recipe = {
-        "stages": [{"transform": "share", "layer": 1, "owner": 0}, recipe],
-        "calibration": held,
-    }
-    expected = converted(installed, model, tmp_path / "out", recipe)
-    env = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
-    same(toys.run(tmp_path / "out", PROMPTS, dtype="float32", env=env), expected)
+def test_shared_layer(toys: Engine, place: Path, expected: dict[str, Any]) -> None:
+    same(toys.run(place / "shared", PROMPTS, dtype="float32", env=EXACT), expected["shared"])
 
 
-ENCODE = """
-import json, sys
-from vllm import LLM
-llm = LLM(sys.argv[1], runner="pooling", enforce_eager=True, dtype="float32", max_model_len=256,
-          skip_tokenizer_init=True, num_gpu_blocks_override=16)
-prompt = {"prompt_token_ids": json.loads(sys.argv[2])}
-found = llm.encode([prompt], pooling_task="token_classify", use_tqdm=False)[0].outputs.data
-print(json.dumps(found.float().tolist()))
-"""
-LOGITS = """
-import json, sys, torch
-from compress_methods import convert, load_model
-from transformers import AutoModelForMaskedLM, BertConfig
-model, out, recipe, prompt = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
-torch.manual_seed(0)
-config = BertConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                    intermediate_size=256, max_position_embeddings=256, initializer_range=0.1)
-AutoModelForMaskedLM.from_config(config).save_pretrained(model)
-convert(model, recipe, out, quiet=True)
-with torch.no_grad():
-    print(json.dumps(load_model(out)(torch.tensor([prompt])).logits[0].softmax(-1).tolist()))
-"""
+def test_encoder(toys: Engine, place: Path, expected: dict[str, Any]) -> None:
+    """Its scores of every token are those of transformers with the stored values."""
+    options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": False}
+    result = toys.run(place / "encoder", PROMPTS, task="token_classify", env=EXACT, **options)
+    assert not result.error, result.error
+    assert torch.allclose(torch.tensor(result.pooled[0]), torch.tensor(expected["encoder"]), atol=2e-3)
 
 
-def test_encoder(installed: dict[str, str], tmp_path: Path) -> None:
-    """Its predictions of every token are those of transformers with the stored values."""
-    paths = [str(tmp_path / "model"), str(tmp_path / "out")]
-    arguments = [*paths, json.dumps(packing(blocks=INT4)), json.dumps(PROMPTS[0])]
-    expected = printed(installed, LOGITS, arguments)
-    env = {**ENVIRONMENT, **OFFLINE, **installed, "VLLM_COMPRESS_KERNEL": "cpu_exact"}
-    found = printed(env, ENCODE, [paths[1], json.dumps(PROMPTS[0])])
-    assert len(found) == len(PROMPTS[0])
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-2, abs=1e-6)
-
-
-def test_kernel_that_outranks_ours(model: Path, tmp_path: Path) -> None:
-    env = distribution(tmp_path / "site", OUTRANKS)
-    expected = converted(env, model, tmp_path / "out", packing(blocks=INT4))
-    with Engine(env) as engine:
-        same(engine.run(tmp_path / "out", PROMPTS, dtype="float32"), expected)
+def test_kernel_that_outranks_ours(place: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    with Engine(distribution(tmp_path / "site", OUTRANKS)) as engine:
+        same(engine.run(place / "plain", PROMPTS, dtype="float32"), expected["plain"])
         # Of each layer q, k, v side by side, o, gate and up, down.
         assert engine.log.count("unpacked takes a matrix of") == 2 * 4
