@@ -9,20 +9,21 @@ import pytest
 from tests.benchmarks.conversion.memory import convert_apart, gptq, make_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
-SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8}
+SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6}
 
 
 def test_rtn_needs_less_memory_than_the_model_is_large(tmp_path: Path) -> None:
-    size = make_llama(tmp_path / "model", SHAPE, shards=4, vocabulary=4096)
+    size = make_llama(tmp_path / "model", SHAPE, shards=4, vocabulary=1024)
     measured = convert_apart(tmp_path / "model", "int8", tmp_path / "out", None)
-    assert size > 950e6
-    assert measured["peak_bytes"] < 0.7 * size
+    assert size > 730e6
+    assert measured["peak_bytes"] < 0.85 * size
 
 
 def test_gptq_needs_no_more_memory_for_more_layers(tmp_path: Path, some_text: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(some_text.read_text() * 4)
     recipe = gptq(2)
+    recipe["calibration"]["length"] = 128
     recipe["modules"][0]["algorithm"] = {"algorithm": "gptq", "sweeps": 0}  # time, and no memory
     peaks, sizes = [], []
     for layers in (1, 5):  # peaks of the same conversion differ by as much as two layers take
