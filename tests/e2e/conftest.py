@@ -22,14 +22,6 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Engine]:
-    """The same where two ranks have a core each."""
-    pytest.importorskip("vllm")
-    with Engine({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
 def novels_int4(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """novels-8m with 4-bit weights in groups of 128."""
     return compress(novels_8m, tmp_path_factory.mktemp("e2e") / "int4", INT4, {"blocks": "w4"})

@@ -43,12 +43,10 @@ def model(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("ranks", "kernel"), [(1, "cpu_exact"), (1, "cpu"), (2, "cpu_exact")])
 def test_served_as_transformers_computes(
     engine: Engine,
-    two_ranks: Engine,
     model: Path,
     novel_tokens: list[list[int]],
     ranks: int,
     kernel: str,
 ) -> None:
-    running = engine if ranks == 1 else two_ranks
     bound = 1e-3 if kernel == "cpu_exact" else INT8_ACTIVATIONS
-    check_served(running, model, novel_tokens[:2], bound, ranks=ranks, kernel=kernel)
+    check_served(engine, model, novel_tokens[:2], bound, ranks=ranks, kernel=kernel)

@@ -124,9 +124,8 @@ def test_the_planner_weighs_every_pair_to_the_byte(
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_pair_is_served(engine: Engine, two_ranks: Engine, packed: Path, ranks: int) -> None:
-    running = two_ranks if ranks == 2 else engine
-    check_served(running, packed, PROMPTS, WORST, ranks=ranks, kernel="cpu_exact", agree=0.9)
+def test_every_pair_is_served(engine: Engine, packed: Path, ranks: int) -> None:
+    check_served(engine, packed, PROMPTS, WORST, ranks=ranks, kernel="cpu_exact", agree=0.9)
 
 
 STAGES: dict[str, list[dict[str, Any]]] = {

@@ -76,12 +76,10 @@ def test_served_as_transformers_computes(
 
 
 def test_two_ranks_share_the_factors(
-    two_ranks: Engine, mixed: Path, novel_tokens: list[list[int]]
+    engine: Engine, mixed: Path, novel_tokens: list[list[int]]
 ) -> None:
     logprobs, _ = reference(mixed, novel_tokens[:4])
-    result = two_ranks.run(
-        mixed, novel_tokens[:4], dtype="float32", env=EXACT, tensor_parallel_size=2
-    )
+    result = engine.run(mixed, novel_tokens[:4], dtype="float32", env=EXACT, tensor_parallel_size=2)
     print(f"two ranks: at worst {worst(result, logprobs):.6f} nats")
     assert worst(result, logprobs) < WORST
 

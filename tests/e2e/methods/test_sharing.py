@@ -32,18 +32,17 @@ def model(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_served_as_transformers_computes(
-    engine: Engine, two_ranks: Engine, model: Path, novel_tokens: list[list[int]], ranks: int
+    engine: Engine, model: Path, novel_tokens: list[list[int]], ranks: int
 ) -> None:
-    running = engine if ranks == 1 else two_ranks
-    check_served(running, model, novel_tokens[:2], 1e-3, ranks=ranks, kernel="cpu_exact")
+    check_served(engine, model, novel_tokens[:2], 1e-3, ranks=ranks, kernel="cpu_exact")
 
 
 def test_pipeline_stages_are_refused(
-    two_ranks: Engine, model: Path, novel_tokens: list[list[int]]
+    engine: Engine, model: Path, novel_tokens: list[list[int]]
 ) -> None:
-    result = two_ranks.run(
+    result = engine.run(
         model, novel_tokens[:1], dtype="float32", pipeline_parallel_size=2, env=EXACT
     )
     assert result.error
     said = "shared by layers of several pipeline ranks, which cannot share weights"
-    assert said in two_ranks.log
+    assert said in engine.log

@@ -36,9 +36,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_served_as_transformers_computes(
-    engine: Engine, two_ranks: Engine, models: list[Path], ranks: int
-) -> None:
-    running = engine if ranks == 1 else two_ranks
+def test_served_as_transformers_computes(engine: Engine, models: list[Path], ranks: int) -> None:
     for model in models:
-        check_served(running, model, PROMPTS, WORST, ranks=ranks, agree=0.9)
+        check_served(engine, model, PROMPTS, WORST, ranks=ranks, agree=0.9)

@@ -50,17 +50,17 @@ def test_families(engine: Engine, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "fmt"), [("mixtral", "sparse"), ("qwen3_moe", "lookup"), ("gpt_oss", "int8")]
 )
-def test_formats_over_two_ranks(two_ranks: Engine, tmp_path: Path, name: str, fmt: str) -> None:
+def test_formats_over_two_ranks(engine: Engine, tmp_path: Path, name: str, fmt: str) -> None:
     packed = pack(name, fmt, tmp_path)
-    check_served(two_ranks, packed, prompts(), EXACT, ranks=2, kernel="reference")
+    check_served(engine, packed, prompts(), EXACT, ranks=2, kernel="reference")
 
 
-def test_experts_over_two_ranks(two_ranks: Engine, tmp_path: Path) -> None:
+def test_experts_over_two_ranks(engine: Engine, tmp_path: Path) -> None:
     """Expert parallelism: each rank has half of the experts, whole."""
     packed = pack("mixtral", "int8", tmp_path)
     options: dict[str, Any] = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     env = {"VLLM_COMPRESS_KERNEL": "reference"}
-    result = two_ranks.run(packed, prompts(), dtype="float32", env=env, **options)
+    result = engine.run(packed, prompts(), dtype="float32", env=env, **options)
     assert compare(result, *reference(packed, prompts()))[0] < EXACT
 
 

@@ -38,7 +38,6 @@ PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 21, 22, 23]]
 
 def test_two_ranks_give_the_log_probabilities_of_one(
     engine: Engine,
-    two_ranks: Engine,
     novels_8m: Path,
     novel_tokens: list[list[int]],
     tmp_path: Path,
@@ -66,7 +65,7 @@ def test_two_ranks_give_the_log_probabilities_of_one(
     prompts = [tokens[:64] for tokens in novel_tokens[:4]]
     options: dict[str, Any] = {"tokens": 8, "dtype": "float32", "env": EXACT}
     one = engine.run(model, prompts, **options)
-    two = two_ranks.run(model, prompts, tensor_parallel_size=2, **options)
+    two = engine.run(model, prompts, tensor_parallel_size=2, **options)
     assert not one.error, one.error
     assert not two.error, two.error
     pairs = zip(chain(*one.logprobs), chain(*two.logprobs), strict=True)
@@ -76,14 +75,14 @@ def test_two_ranks_give_the_log_probabilities_of_one(
     assert one.generated == two.generated
 
 
-def test_two_ranks_hold_what_others_quantized(two_ranks: Engine, tmp_path: Path) -> None:
+def test_two_ranks_hold_what_others_quantized(engine: Engine, tmp_path: Path) -> None:
     """Row-parallel layers too, of whose groups a rank holds half."""
     fmt = Integer(4, 64, scale_dtype="float16")
     model = make_model("Llama", tmp_path / "model")
     packed, dense = write_foreign(model, tmp_path, "compressed-tensors", fmt)
     expected, _ = reference(dense, PROMPTS)
     env = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
-    result = two_ranks.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2, env=env)
+    result = engine.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2, env=env)
     assert not result.error, result.error
     for got, wanted in zip(result.logprobs, expected, strict=True):
         assert got == pytest.approx(wanted, abs=2e-3)

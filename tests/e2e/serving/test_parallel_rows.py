@@ -30,20 +30,20 @@ def pack(name: str, directory: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_two_ranks(two_ranks: Engine, tmp_path: Path, name: str) -> None:
+def test_two_ranks(engine: Engine, tmp_path: Path, name: str) -> None:
     packed = pack(name, tmp_path, **CASES[name])
     expected, _ = reference(packed, PROMPTS)
     env = {"VLLM_COMPRESS_KERNEL": "reference"}
-    result = two_ranks.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2, env=env)
+    result = engine.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2, env=env)
     assert not result.error, result.error
     for got, wanted in zip(result.logprobs, expected, strict=True):
         assert got == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_mamba2_is_refused(two_ranks: Engine, tmp_path: Path, groups: int) -> None:
+def test_mamba2_is_refused(engine: Engine, tmp_path: Path, groups: int) -> None:
     """vLLM cuts its fused in_proj in a way that ours does not follow."""
     packed = pack("mamba2", tmp_path, n_groups=groups)
-    result = two_ranks.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2)
+    result = engine.run(packed, PROMPTS, dtype="float32", tensor_parallel_size=2)
     assert result.error
-    assert "a compressed Mamba-2 is not served over several ranks" in two_ranks.log
+    assert "a compressed Mamba-2 is not served over several ranks" in engine.log

@@ -28,6 +28,7 @@ from typing import Any
 from tests.e2e.support.server import ENVIRONMENT, resident_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+A_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
 
 
@@ -110,9 +111,12 @@ class Engine:
         **options: Any,
     ) -> Result:
         """Load a model, score the prompts and continue them greedily, or pool them as a `task` of
-        vLLM's pooling runner does; `options` are `LLM`'s. `reload`: a directory whose weights take
-        the place of the model's before anything is asked."""
-        job = {"model": str(model), "prompts": prompts, "env": env or {}, "tokens": tokens}
+        vLLM's pooling runner does; `options` are `LLM`'s, and two ranks have a core each. `reload`:
+        a directory whose weights take the place of the model's before anything is asked."""
+        parallel = {"tensor_parallel_size", "pipeline_parallel_size"} & options.keys()
+        apart = A_CORE_EACH if any(options[name] > 1 for name in parallel) else {}
+        env = {**apart, **(env or {})}
+        job = {"model": str(model), "prompts": prompts, "env": env, "tokens": tokens}
         job |= {"task": task, "reload": str(reload)}
         line = json.dumps({**job, "options": options}) + "\n"
         with suppress(BrokenPipeError):  # it died before: no answer comes, and the log says why

@@ -92,16 +92,16 @@ def test_what_vllm_does_not_load_is_served_once_imported(
 
 
 def test_groups_that_two_ranks_cut_are_refused_until_they_are_imported(
-    two_ranks: Engine, tmp_path: Path
+    engine: Engine, tmp_path: Path
 ) -> None:
     model = make_model("Llama", tmp_path / "model", intermediate_size=640)
     fmt = Integer(4, 128, scale_dtype="float16")
     packed, dense = write_foreign(model, tmp_path, "compressed-tensors", fmt)
     ranks = {"dtype": "float32", "tensor_parallel_size": 2, "env": EXACT}
-    assert two_ranks.run(packed, PROMPTS, **ranks).error
-    assert "columns each would cut a group" in two_ranks.log
+    assert engine.run(packed, PROMPTS, **ranks).error
+    assert "columns each would cut a group" in engine.log
     import_checkpoint(packed, tmp_path / "o", tensor_parallel_size=2, quiet=True)
-    result = two_ranks.run(tmp_path / "o", PROMPTS, **ranks)
+    result = engine.run(tmp_path / "o", PROMPTS, **ranks)
     assert not result.error, result.error
     for got, wanted in zip(result.logprobs, reference(dense, PROMPTS)[0], strict=True):
         assert got == pytest.approx(wanted, abs=1e-3)

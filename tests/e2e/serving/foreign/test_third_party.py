@@ -56,7 +56,6 @@ print(json.dumps(expected))
 """
 PROMPTS = [[5, 6, 7, 8, 9, 300, 20, 410, 33, 34]]
 INT4 = {"format": "integer", "bits": 4, "group_size": 32}
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 EXACT = {"VLLM_COMPRESS_KERNEL": "cpu_exact"}
 
 
@@ -101,7 +100,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def toys(installed: dict[str, str]) -> Iterator[Engine]:
-    with Engine({**installed, **TWO_RANKS}) as running:
+    with Engine(installed) as running:
         yield running
 
 
@@ -172,7 +171,9 @@ def test_encoder(toys: Engine, place: Path, expected: dict[str, Any]) -> None:
     options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": False}
     result = toys.run(place / "encoder", PROMPTS, task="token_classify", env=EXACT, **options)
     assert not result.error, result.error
-    assert torch.allclose(torch.tensor(result.pooled[0]), torch.tensor(expected["encoder"]), atol=2e-3)
+    assert torch.allclose(
+        torch.tensor(result.pooled[0]), torch.tensor(expected["encoder"]), atol=2e-3
+    )
 
 
 def test_kernel_that_outranks_ours(place: Path, expected: dict[str, Any], tmp_path: Path) -> None:

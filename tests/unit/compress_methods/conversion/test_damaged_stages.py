@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,20 @@ def test_a_damaged_stage_is_made_again(
     require_intact(out)
 
 
+@pytest.fixture(scope="module")
+def searched(novels_8m: Path, some_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the search makes undisturbed."""
+    out = tmp_path_factory.mktemp("searched") / "out"
+    convert(novels_8m, SEARCH, out, calibration=some_text, quiet=True)
+    return out
+
+
 @pytest.mark.slow
 def test_the_result_of_a_search_is_verified_and_searched_again(
-    novels_8m: Path, some_text: Path, tmp_path: Path
+    searched: Path, novels_8m: Path, some_text: Path, tmp_path: Path
 ) -> None:
-    report = convert(novels_8m, SEARCH, tmp_path, calibration=some_text, quiet=True)
+    shutil.copytree(searched, tmp_path, dirs_exist_ok=True)
+    report = json.loads((tmp_path / "report.json").read_text())
     assert {"curve.png", "README.md", "config.json"} < report["files"].keys()
     require_intact(tmp_path)
     before = without_report(tmp_path)
@@ -100,13 +111,13 @@ def test_the_result_of_a_search_is_verified_and_searched_again(
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_search_stopped_while_its_result_moves_ends_whole(
     damage: bool,
+    searched: Path,
     novels_8m: Path,
     some_text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(novels_8m, SEARCH, whole, calibration=some_text, quiet=True)
+    out = tmp_path / "out"
     replace, moved = Path.replace, []
 
     def stop(self: Path, target: Path) -> Path:
@@ -126,5 +137,5 @@ def test_a_search_stopped_while_its_result_moves_ends_whole(
         with pytest.raises(OutputError, match="the same command makes it again"):
             convert(novels_8m, SEARCH, out, calibration=some_text, quiet=True)
     convert(novels_8m, SEARCH, out, calibration=some_text, quiet=True)
-    assert without_report(out) == without_report(whole)
+    assert without_report(out) == without_report(searched)
     assert find_damaged(out) == []

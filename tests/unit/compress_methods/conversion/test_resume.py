@@ -20,7 +20,7 @@ from compress_methods.errors import CheckpointError, OutputError
 from tests.robustness.process import finish, start
 from tests.robustness.result import contents
 
-KILLS = 10
+KILLS = 6
 RECIPE = """
 formats: {w: {format: integer, bits: 4, group_size: 128}}
 modules: [{match: blocks, format: w, algorithm: {algorithm: gptq, sweeps: 0}}]
@@ -81,7 +81,7 @@ def written(out: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_the_result_has_the_same_bytes(
+def test_killed_at_random_moments_the_result_has_the_same_bytes(
     novels_8m: Path, some_text: Path, recipe: Path, tmp_path: Path
 ) -> None:
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
