@@ -18,11 +18,13 @@ def register() -> None:
         from vllm_compress.config import register_config
         from vllm_compress.kernels.third_party import enter_if_offered
         from vllm_compress.metrics.deployment import declare_environment
+        from vllm_compress.model_classes import register_classes
         from vllm_compress.scales import register_loader
         from vllm_compress.shutdown import reject_by_error
 
         declare_environment()
         register_config()
+        register_classes()
         register_loader()
         enter_if_offered()
         reject_by_error()

@@ -96,6 +96,7 @@ class CompressConfig(QuantizationConfig):
         from vllm_compress.model_classes import (
             check_rows,
             check_vocabulary,
+            choose_classes,
             is_draft,
             warn_unproven,
         )
@@ -116,6 +117,7 @@ class CompressConfig(QuantizationConfig):
         if hf_config is not None and not is_draft(names):
             self._expect_claims()
             warn_unproven(hf_config)
+            choose_classes(hf_config)
 
     def _expect_claims(self) -> None:
         """All but tied heads, for which some models run the embedding itself."""

@@ -1,5 +1,5 @@
 """What vLLM's class for a model does to compressed matrices: takes no embedding or output head,
-moves rows, or has never been compared with transformers.
+moves rows, or has never been compared with transformers; and which class of ours takes its place.
 
 A model class that builds `VocabParallelEmbedding` or `ParallelLMHead` without `quant_config` would
 meet tensors it has no parameter for. Read from the source of the class, its bases and the classes
@@ -27,6 +27,23 @@ logger = getLogger("vllm.vllm_compress")
 EMBEDDING = "VocabParallelEmbedding"
 HEAD = "ParallelLMHead"
 PACKAGE = "vllm.model_executor.models"
+OURS = {"NomicBertModel": "CompressedNomicBertModel", "GteModel": "CompressedGteModel"}
+"""Architectures whose compressed checkpoints a class of `rope_encoders.py` loads."""
+
+
+def register_classes() -> None:
+    """Make vLLM know our classes, by names that no checkpoint has; loads none of them."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in OURS.values():
+        ModelRegistry.register_model(name, f"vllm_compress.rope_encoders:{name}")
+
+
+def choose_classes(hf_config: Any) -> None:
+    """Have vLLM build ours for a compressed checkpoint. What it asks of an architecture before it
+    has asked of the vLLM class by the name in config.json."""
+    names = getattr(hf_config, "architectures", None) or []
+    hf_config.architectures = [OURS.get(name, name) for name in names]
 
 
 def check_vocabulary(architectures: list[str], config: CompressConfig) -> None:

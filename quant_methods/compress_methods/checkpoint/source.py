@@ -23,6 +23,7 @@ from compress_methods.checkpoint.companions import SUFFIXES, companion_files, co
 from compress_methods.checkpoint.compressed import INDEX, SINGLE, read_entries, read_json
 from compress_methods.checkpoint.integrity import sha256
 from compress_methods.checkpoint.interchange import DecodedEntry, decoded_entries
+from compress_methods.checkpoint.interchange.divided import divided
 from compress_methods.checkpoint.interchange.gguf import gguf_entries
 from compress_methods.checkpoint.interchange.gguf.container import SUFFIX
 from compress_methods.checkpoint.interchange.gguf.entries import METHOD
@@ -267,6 +268,7 @@ def open_source(directory: Path, skeleton: Skeleton, name: str, allow_pickle: bo
             entries = decoded_entries(block, entries)
         except CheckpointError as problem:
             raise CheckpointError(f"{directory}: {problem}") from None
+    entries = divided(skeleton, entries)
     names = checkpoint_names(skeleton, entries)
     parts = find_parts(skeleton, entries, names)
     for parameter, shape in skeleton.parameter_names().items():

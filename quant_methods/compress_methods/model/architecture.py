@@ -192,6 +192,24 @@ register_architecture(
         vllm_names={"^modernbert.encoder_layer.": "model."},
     )
 )
+ROPE = replace(
+    BERT,
+    name="NomicBERT",
+    model_types=("nomic_bert",),
+    fused=GENERIC.fused,
+    row_parallel=frozenset(("o_proj", "down_proj")),
+    vllm_names={
+        "encoder.layer.": "encoder.layers.",
+        "attention.qkv_proj": "attn.qkv_proj",
+        "attention.dense": "attn.out_proj",
+    },
+)
+register_architecture(ROPE)
+register_architecture(
+    replace(
+        ROPE, name="GTE", model_types=("gte",), added_config={"position_embedding_type": "rope"}
+    )
+)
 VISION = "gemma3 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl"
 """A language model with a vision tower beside it, compared by text alone."""
 register_architecture(Architecture("vision-language", tuple(VISION.split()), proven=True))

@@ -1,15 +1,18 @@
-"""Models that vLLM has no class for, but a class that computes the same: read as if they were that.
+"""Models that are read as if they were others, or by another config.json, which compute the same.
 
 A DistilBERT is a BERT without types of tokens and without a pooler: norms after the sums, GELU, an
 epsilon of 1e-12. What comes out of a conversion is a BERT, which any vLLM serves, with labels of
 tokens too. With one label of a text it is none: a ReLU is where BERT's pooler has a tanh.
+
+A NomicBERT has two kinds of config.json: transformers' own and one in the words of GPT-2, which is
+what vLLM's class reads. What comes out of a conversion says everything in both.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -23,8 +26,8 @@ class Relayout:
 
     architectures: Mapping[str, str]
     config: Callable[[Config], dict[str, Any]]
-    names: tuple[tuple[str, str], ...]
-    zeros: Callable[[Config], dict[str, tuple[int, ...]]]
+    names: tuple[tuple[str, str], ...] = ()
+    zeros: Callable[[Config], dict[str, tuple[int, ...]]] = field(default=lambda config: {})
 
     def name(self, tensor: str) -> str:
         """What the other model calls a tensor."""
@@ -80,7 +83,42 @@ DISTILBERT = Relayout(
     ),
     zeros=lambda config: {"embeddings.token_type_embeddings.weight": (1, config.get("dim", 768))},
 )
-RELAYOUTS = {"distilbert": DISTILBERT}
+GPT2_WORDS = {
+    "hidden_size": ("n_embd", 768),
+    "num_hidden_layers": ("n_layer", 12),
+    "num_attention_heads": ("n_head", 12),
+    "intermediate_size": ("n_inner", 3072),
+    "layer_norm_eps": ("layer_norm_epsilon", 1e-12),
+    "max_position_embeddings": ("max_trained_positions", 2048),
+}
+"""transformers' word -> the other one, and what both mean where neither is said."""
+BUILT_IN: dict[str, Any] = {
+    "activation_function": "swiglu",
+    **dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias", "prenorm", "causal"), False),
+    **dict.fromkeys(("parallel_block", "use_rms_norm", "rotary_emb_interleaved"), False),
+    "rotary_emb_fraction": 1.0,
+    **dict.fromkeys(("rotary_emb_scale_base", "rotary_scaling_factor"), None),
+    "moe_every_n_layers": 0,
+}
+"""What transformers' class for NomicBERT computes, whatever the config says."""
+LEFT_OUT = ("auto_map", "n_positions")
+"""Code of its own, and how far positions reach once they are scaled."""
+
+
+def _nomic_config(config: Config) -> dict[str, Any]:
+    found = {key: value for key, value in config.items() if key not in LEFT_OUT}
+    for key, expected in BUILT_IN.items():
+        if found.setdefault(key, expected) != expected:
+            raise ValueError(f"{key} is {found[key]!r}, expected {expected!r}")
+    for key, (other, default) in GPT2_WORDS.items():
+        found[key] = found[other] = found.get(key, found.get(other, default))
+    rope = {"rope_type": "default", "rope_theta": float(found.get("rotary_emb_base", 1000))}
+    return {"rope_parameters": rope, "hidden_act": "silu", **found}
+
+
+NOMIC_KINDS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+NOMIC = Relayout({f"NomicBert{kind}": f"NomicBert{kind}" for kind in NOMIC_KINDS}, _nomic_config)
+RELAYOUTS = {"distilbert": DISTILBERT, "nomic_bert": NOMIC}
 
 
 def relayout_of(config: Config) -> Relayout | None:

@@ -180,13 +180,12 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-        values = config.to_dict()
+        local = {"local_files_only": True, "trust_remote_code": False}
+        values, _ = transformers.PreTrainedConfig.get_config_dict(directory, **local)
         if relayout_of(values) is not None:
-            values = relaid(values)
-            config = transformers.AutoConfig.for_model(**values)
+            config = transformers.AutoConfig.for_model(**relaid(values))
+        else:
+            config = transformers.AutoConfig.from_pretrained(directory, **local)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         if tied is not None:
@@ -221,15 +220,21 @@ def checkpoint_names(skeleton: Skeleton, found: Mapping[str, Any]) -> dict[str, 
 
     Parameters that the checkpoint doesn't hold under any such name are left out.
     """
-    prefix = f"{skeleton.model.base_model_prefix}."
     names = {}
     for name in skeleton.parameter_names():
         stored = skeleton.stored_names.of(name)
-        variants = (name, name.removeprefix(prefix), prefix + name, stored)
+        variants = (*name_variants(skeleton, name), *name_variants(skeleton, stored))
         match = next((v for v in variants if v in found), None)
         if match is not None:
             names[name] = match
     return names
+
+
+def name_variants(skeleton: Skeleton, name: str) -> tuple[str, ...]:
+    """A name without the base model's prefix, with it, and with one that transformers drops."""
+    prefix = f"{skeleton.model.base_model_prefix}."
+    bare = name.removeprefix(prefix)
+    return name, bare, prefix + name, *(each + bare for each in skeleton.stored_names.prefixes)
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -78,6 +78,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], str]] = {
         {**DISTIL, "num_labels": 5},
         TOKENS,
     ),
+    "nomic": ("NomicBertModel", BERT, EMBED),
+    "gte": ("GteModel", BERT, EMBED),
     "qwen2-embedding": ("Qwen2ForCausalLM", CAUSAL, EMBED),
     "qwen2-tied-embedding": (
         "Qwen2ForCausalLM",

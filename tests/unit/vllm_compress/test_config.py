@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,12 @@ pytest.importorskip("vllm")
 
 from vllm_compress import register
 from vllm_compress.config import CompressConfig
-from vllm_compress.model_classes import check_vocabulary, takes_quant_config
+from vllm_compress.model_classes import (
+    OURS,
+    check_vocabulary,
+    choose_classes,
+    takes_quant_config,
+)
 from vllm_compress.targets import Target
 
 W4 = {"format": "integer", "bits": 4, "group_size": 32}
@@ -58,6 +64,21 @@ def test_register_can_be_repeated() -> None:
     register()
     assert QUANTIZATION_METHODS.count("vllm_compress") == 1
     assert get_quantization_config("vllm_compress") is CompressConfig
+
+
+def test_a_class_of_ours_is_for_compressed_checkpoints_alone() -> None:
+    from vllm.model_executor.models import ModelRegistry
+
+    register()
+    for theirs, mine in OURS.items():
+        hf_config = SimpleNamespace(architectures=[theirs])
+        choose_classes(hf_config)
+        assert hf_config.architectures == [mine]
+        assert ModelRegistry.models[mine].load_model_cls().__name__ == mine
+        assert "vllm_compress" not in ModelRegistry.models[theirs].module_name
+    other = SimpleNamespace(architectures=["BertModel"])
+    choose_classes(other)
+    assert other.architectures == ["BertModel"]
 
 
 def test_fused_layers_are_found_by_their_parts() -> None:
