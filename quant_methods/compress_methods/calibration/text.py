@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress_methods.calibration.chat import has_template, join, render
 from compress_methods.calibration.rows import COLUMNS, EXPECTED, KINDS, read_row
-from compress_methods.calibration.tokenizer import leading_bos
+from compress_methods.calibration.tokenizer import leading_bos, require_known
 from compress_methods.errors import CalibrationError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -127,8 +127,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text`, no special tokens around them."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Token ids of `text`, no special tokens around them; raises `CheckpointError` where the model
+    of the tokenizer does not know one."""
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    require_known(ids, tokenizer)
+    return ids
 
 
 def append_document(ids: list[int], text: str, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from compress_methods.errors import CalibrationError, CheckpointError
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint directory; raises `CheckpointError`."""
+    """The tokenizer of a checkpoint directory, which remembers how many tokens the model knows;
+    raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
     except Exception as problem:  # transformers and tokenizers raise many kinds here
@@ -22,6 +24,18 @@ def load_tokenizer(directory: Path) -> Any:
         if "custom code" in str(problem):
             reason = "it brings Python code of its own, which is never run"
         raise CheckpointError(f"{directory}: has no usable tokenizer ({reason})") from problem
+    tokenizer.vocabulary_of_model = _text_config(directory).get("vocab_size")
+    return tokenizer
+
+
+def require_known(ids: Sequence[int], tokenizer: Any) -> None:
+    """Raise `CheckpointError` where a text has tokens that the model has no embedding for."""
+    known = getattr(tokenizer, "vocabulary_of_model", None)
+    if isinstance(known, int) and ids and max(ids) >= known:
+        raise CheckpointError(
+            f"{tokenizer.name_or_path}: its tokenizer gives token {max(ids)} "
+            f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), but its model knows {known} tokens"
+        )
 
 
 def leading_bos(tokenizer: Any) -> int | None:
@@ -54,7 +68,13 @@ def check_length(directory: Path, length: int) -> None:
 
 def context_length(directory: Path) -> int | None:
     """The tokens a model takes, where its config.json says."""
-    config = read_json(directory / "config.json")
-    config = config.get("text_config") or config
+    config = _text_config(directory)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     return positions if isinstance(positions, int) else None
+
+
+def _text_config(directory: Path) -> dict[str, Any]:
+    """What config.json says of the language model, which may be one of several parts."""
+    config = read_json(directory / "config.json")
+    found: dict[str, Any] = config.get("text_config") or config
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from compress_methods.calibration.settings import CalibrationSettings
 from compress_methods.calibration.text import leading_bos, windows
 from compress_methods.calibration.tokenizer import load_tokenizer
 from compress_methods.calibration.tokens import load_tokens, text_name
-from compress_methods.errors import CalibrationError
+from compress_methods.errors import CalibrationError, CheckpointError
 
+ASSET = Path(__file__).parents[3] / "assets" / "novels-8m"
 SMALL = CalibrationSettings(samples=4, length=16, seed=0, held_out=2)
 WORDS = [f"chapter {i} tells of number {i * 7919 % 1000} and little else" for i in range(60)]
 
@@ -233,3 +235,14 @@ def test_reports_name_the_text_but_not_where_it_lay(tmp_path: Path) -> None:
     path = text_file(tmp_path, "hello")
     assert text_name(path) == "text.txt (sha256 2cf24dba5fb0)"
     assert text_name(None) == "sampled from the model itself"
+
+
+def test_a_token_the_model_has_no_embedding_for_is_refused(tmp_path: Path, some_text: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ASSET / name, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 512}')
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"gives token \d+ \(.*its model knows 512 tokens"):
+        windows(some_text, tokenizer, 64)
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 4096}}')
+    assert windows(some_text, load_tokenizer(tmp_path), 64)
