@@ -28,22 +28,27 @@ EMBEDDING = "VocabParallelEmbedding"
 HEAD = "ParallelLMHead"
 PACKAGE = "vllm.model_executor.models"
 OURS = {"NomicBertModel": "CompressedNomicBertModel", "GteModel": "CompressedGteModel"}
-"""Architectures whose compressed checkpoints a class of `rope_encoders.py` loads."""
+"""Architectures whose compressed checkpoints a class of `encoders.py` loads."""
+WITH_RELU = {"BertForSequenceClassification": "CompressedDistilBertForSequenceClassification"}
+"""The same where config.json names that activation of the pooler."""
 
 
 def register_classes() -> None:
     """Make vLLM know our classes, by names that no checkpoint has; loads none of them."""
     from vllm.model_executor.models import ModelRegistry
 
-    for name in OURS.values():
-        ModelRegistry.register_model(name, f"vllm_compress.rope_encoders:{name}")
+    for name in (*OURS.values(), *WITH_RELU.values()):
+        ModelRegistry.register_model(name, f"vllm_compress.encoders:{name}")
 
 
 def choose_classes(hf_config: Any) -> None:
     """Have vLLM build ours for a compressed checkpoint. What it asks of an architecture before it
     has asked of the vLLM class by the name in config.json."""
+    from compress_methods.model.relayout import ACTIVATION
+
+    ours = WITH_RELU if getattr(hf_config, ACTIVATION, None) == "relu" else OURS
     names = getattr(hf_config, "architectures", None) or []
-    hf_config.architectures = [OURS.get(name, name) for name in names]
+    hf_config.architectures = [ours.get(name, name) for name in names]
 
 
 def check_vocabulary(architectures: list[str], config: CompressConfig) -> None:

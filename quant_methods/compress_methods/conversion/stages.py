@@ -42,7 +42,7 @@ from compress_methods.conversion.planning.sharing import plan_shared, share_agai
 from compress_methods.conversion.running import Running
 from compress_methods.errors import RecipeError
 from compress_methods.evaluation.outputs.judge import require_tokens
-from compress_methods.model.relayout import relaid
+from compress_methods.model.relayout import relaid, require_ours
 from compress_methods.model.skeleton import Skeleton, build_skeleton
 from compress_methods.recipe.stages import StagedRecipe
 from compress_methods.transforms import Pass
@@ -126,6 +126,7 @@ def open_stages(
     config = read_json(directory / "config.json")
     config.pop("quantization_config", None)
     config = {**skeleton.architecture.added_config, **relaid(config)}
+    require_ours(config, plain=recipe.packing is None or layout is not OWN)
     if not skeleton.tied and build_skeleton(directory).tied:
         config = untied(config)
     if skeleton.tied and any(visitor.turns for visitor in recipe.transforms):

@@ -2,7 +2,9 @@
 
 A DistilBERT is a BERT without types of tokens and without a pooler: norms after the sums, GELU, an
 epsilon of 1e-12. What comes out of a conversion is a BERT, which any vLLM serves, with labels of
-tokens too. With one label of a text it is none: a ReLU is where BERT's pooler has a tanh.
+tokens too. Where it labels texts a ReLU is where BERT's pooler has a tanh: config.json says so by a
+key of ours, which our loaders and our class for vLLM read. Nobody else does, so nothing is written
+there that others would load.
 
 A NomicBERT has two kinds of config.json: transformers' own and one in the words of GPT-2, which is
 what vLLM's class reads. What comes out of a conversion says everything in both.
@@ -14,6 +16,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from compress_methods.errors import RecipeError
 
 Config = Mapping[str, Any]
 
@@ -36,6 +40,7 @@ class Relayout:
         return tensor
 
 
+ACTIVATION = "pooler_activation"
 COPIED = (
     *("vocab_size", "max_position_embeddings", "pad_token_id", "initializer_range", "dtype"),
     *("id2label", "label2id", "problem_type"),
@@ -43,10 +48,12 @@ COPIED = (
 
 
 def _bert_config(config: Config) -> dict[str, Any]:
+    kind = DISTILBERT.architectures[config["architectures"][0]]
     return {
+        **({ACTIVATION: "relu"} if kind == "BertForSequenceClassification" else {}),
         **{key: config[key] for key in COPIED if key in config},
         "model_type": "bert",
-        "architectures": [DISTILBERT.architectures[config["architectures"][0]]],
+        "architectures": [kind],
         "hidden_size": config.get("dim", 768),
         "num_hidden_layers": config.get("n_layers", 6),
         "num_attention_heads": config.get("n_heads", 12),
@@ -63,6 +70,7 @@ DISTILBERT = Relayout(
         "DistilBertModel": "BertModel",
         "DistilBertForMaskedLM": "BertForMaskedLM",
         "DistilBertForTokenClassification": "BertForTokenClassification",
+        "DistilBertForSequenceClassification": "BertForSequenceClassification",
     },
     config=_bert_config,
     names=(
@@ -76,6 +84,7 @@ DISTILBERT = Relayout(
         (r"\.ffn\.lin1\.", ".intermediate.dense."),
         (r"\.ffn\.lin2\.", ".output.dense."),
         (r"\.output_layer_norm\.", ".output.LayerNorm."),
+        (r"^pre_classifier\.", "bert.pooler.dense."),
         (r"^vocab_transform\.", "cls.predictions.transform.dense."),
         (r"^vocab_layer_norm\.", "cls.predictions.transform.LayerNorm."),
         (r"^vocab_projector\.bias$", "cls.predictions.bias"),
@@ -132,3 +141,21 @@ def relaid(config: Config) -> dict[str, Any]:
     """The config.json that a model is read by."""
     found = relayout_of(config)
     return dict(config) if found is None else found.config(config)
+
+
+def set_activation(model: Any) -> None:
+    """Give the pooler of a transformers model what its config.json names."""
+    name = getattr(model.config, ACTIVATION, None)
+    if name is not None:
+        from transformers.activations import ACT2FN
+
+        model.base_model.pooler.activation = ACT2FN[name]
+
+
+def require_ours(config: Config, plain: bool) -> None:
+    """`RecipeError` where what comes out would be loaded by others, who compute something else."""
+    if plain and ACTIVATION in config:
+        raise RecipeError(
+            "a DistilBERT that labels texts has a ReLU where others' BERT has a tanh; pack its "
+            "matrices in a format of vllm-compress, which keeps it"
+        )

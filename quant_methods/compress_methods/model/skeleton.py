@@ -18,7 +18,7 @@ from torch import nn
 
 from compress_methods.errors import CheckpointError
 from compress_methods.model.architecture import Architecture, architecture_of
-from compress_methods.model.relayout import relaid, relayout_of
+from compress_methods.model.relayout import relaid, relayout_of, set_activation
 from compress_methods.model.slot import Index, Slot
 from compress_methods.model.stored_names import EXPERT, StoredNames
 from compress_methods.model.task import STATES
@@ -210,6 +210,7 @@ def build_skeleton(directory: Path, tied: bool | None = None) -> Skeleton:
             f"{directory / 'config.json'}: transformers cannot build a model from it ({reason})"
         ) from problem
     model.tie_weights()  # skipped while weights are not initialised
+    set_activation(model)
     model.eval()
     model.config.use_cache = False
     return Skeleton(model, architecture)

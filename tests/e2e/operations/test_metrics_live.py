@@ -135,12 +135,38 @@ class Deployment(VllmServer):
             return list(pool.map(ask, range(count)))
 
 
+FILE = """
+version: 1
+name: chat-int4
+service: chat
+model: ./int4
+device: {type: two-cores, count: 1, price_per_hour: 0.25}
+objectives: {ttft: 600, tpot: 1.0e-6, target: 0.9}
+vllm: {api-server-count: 2, served-model-name: novels-int4, port: 1}
+"""
+NAME = "chat-int4"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A server of FILE, and the report of the conversion of what it serves."""
+
+    server: Deployment
+    report: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def demo_a(novels_8m: Path) -> Iterator[Deployment]:
-    arguments = ["--deployment", "demo-a", "--max-num-seqs", "2"]
-    with Deployment(novels_8m, *arguments, env=ENGINE_ON_ONE_CORE) as server:
+def chat(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chat]:
+    from compress_methods import convert
+
+    place = tmp_path_factory.mktemp("chat")
+    report = convert(novels_8m, "int4-rtn", place / "int4", quiet=True)
+    (place / "chat.yaml").write_text(FILE)
+    few = ("--max-num-seqs", "2")  # so that requests wait; --port overrides the file's
+    with Deployment(place / "chat.yaml", *few, env=ENGINE_ON_ONE_CORE) as server:
+        server.model = "novels-int4"
         server.load(CLIENTS, stream=True, tokens=4)  # opens the connections
-        yield server
+        yield Chat(server, report)
 
 
 def counts(server: Deployment, name: str) -> dict[str, float]:
@@ -185,14 +211,14 @@ def check_counts(told: dict[str, float], answers: list[Answer]) -> None:
 
 
 @pytest.mark.alone
-def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
+def test_series_agree_with_the_clients(chat: Chat) -> None:
     """Counts always; each kind of time in one of the loads, as a client that is held up times
     itself, and what holds it up in one load need not be what does in another. Later loads are
     longer, so that it weighs less; a machine that is busy with others in all of them is no place
     to compare clocks. (A series of another meaning is off in every load.)"""
     nearest: dict[str, float] = {}
     for tokens in TOKENS:
-        for kind, error in errors_of_times(demo_a, tokens).items():
+        for kind, error in errors_of_times(chat.server, tokens).items():
             nearest[kind] = min(error, nearest.get(kind, error), key=abs)
         off = {kind: error for kind, error in nearest.items() if abs(error) > WITHIN}
         if not off:
@@ -205,11 +231,11 @@ def test_series_agree_with_the_clients(demo_a: Deployment) -> None:
 
 def errors_of_times(server: Deployment, tokens: int) -> dict[str, float]:
     """Load the server and check its counts; for each kind of time server's sum / client's - 1."""
-    start = counts(server, "demo-a")
+    start = counts(server, NAME)
     streamed = server.load(24, stream=True, tokens=tokens)
-    middle = counts(server, "demo-a")
+    middle = counts(server, NAME)
     whole = server.load(16, stream=False, tokens=tokens)
-    end = counts(server, "demo-a")
+    end = counts(server, NAME)
     check_counts(difference(middle, start), streamed)
     check_counts(difference(end, middle), whole)
     told = difference(middle, start)
@@ -233,7 +259,7 @@ def errors_of_times(server: Deployment, tokens: int) -> dict[str, float]:
 
 
 @pytest.mark.alone
-def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:
+def test_series_equal_those_of_vllm(chat: Chat) -> None:
     for ours, theirs in {
         "prompt_tokens_total": "prompt_tokens_total",
         "generation_tokens_total": "generation_tokens_total",
@@ -248,76 +274,56 @@ def test_series_equal_those_of_vllm(demo_a: Deployment) -> None:
         "requests_waiting": "num_requests_waiting",
         "kv_cache_usage_ratio": "kv_cache_usage_perc",
     }.items():
-        assert demo_a.total(f"vllm_compress_{ours}") == demo_a.total(f"vllm:{theirs}"), ours
+        mine, vllms = (
+            chat.server.total(name) for name in (f"vllm_compress_{ours}", f"vllm:{theirs}")
+        )
+        assert mine == vllms, ours
 
 
 @pytest.mark.alone
-def test_static_series_and_label(demo_a: Deployment) -> None:
-    samples = demo_a.samples()
-    ours = [(n, dict(ls)) for (n, ls) in samples if n.startswith("vllm_compress_")]
-    assert {labels["deployment"] for _, labels in ours} == {"demo-a"}
-    assert demo_a.total("vllm_compress_devices") == 1
-    assert demo_a.total("vllm_compress_gpus") == 0
+def test_every_series_carries_the_labels_of_the_deployment_file(chat: Chat) -> None:
+    server = chat.server
+    ours = [(n, dict(ls)) for n, ls in server.samples() if n.startswith("vllm_compress_")]
+    assert {labels["deployment"] for _, labels in ours} == {NAME}
+    assert server.total("vllm_compress_devices") == 1
+    assert server.total("vllm_compress_gpus") == 0
     (info,) = [labels for n, labels in ours if n == "vllm_compress_deployment_info"]
-    assert info["formats"] == "none"
-    assert info["bits_per_weight"] == "16.00"
-    assert "Unknown vLLM environment variable" not in demo_a.log
+    assert info["model_name"] == "novels-int4"
+    assert info["formats"] == "int4 g128"
+    assert (info["service"], info["variant"]) == ("chat", "int4-g128")
+    assert info["device_type"] == "two-cores"
+    assert info["bits_per_weight"] == f"{chat.report['bits_per_weight']:.2f}"
+    assert server.total("vllm_compress_weight_bytes") == chat.report["bytes_after"]
+    assert "Unknown vLLM environment variable" not in server.log
 
 
-FILE = """
-version: 1
-name: chat-int4
-service: chat
-model: ./int4
-device: {type: two-cores, count: 1, price_per_hour: 0.25}
-objectives: {ttft: 600, tpot: 1.0e-6, target: 0.9}
-vllm: {api-server-count: 2, served-model-name: novels-int4, port: 1}
-"""
-
-
-def test_two_api_servers_add_up_and_carry_every_label_of_a_deployment_file(
-    novels_8m: Path, tmp_path: Path
-) -> None:
+@pytest.mark.alone
+def test_two_api_servers_add_up(chat: Chat) -> None:
     """Each request meets one of two processes, each scrape too; the answer is the same."""
-    from compress_methods import convert
-
-    report = convert(novels_8m, "int4-rtn", tmp_path / "int4", quiet=True)
-    (tmp_path / "chat.yaml").write_text(FILE)
-    with Deployment(tmp_path / "chat.yaml") as server:  # --port overrides the file's
-        server.model = "novels-int4"
-        answers = server.load(20, stream=True, tokens=16)
-        for _ in range(4):
-            check_counts(counts(server, "chat-int4"), answers)
-        check_file(server, answers)
-        assert server.total("vllm_compress_requests_running") == 0
-        ours = [(n, dict(ls)) for n, ls in server.samples() if n.startswith("vllm_compress_")]
-        assert {labels["deployment"] for _, labels in ours} == {"chat-int4"}
-        (info,) = [labels for n, labels in ours if n == "vllm_compress_deployment_info"]
-        assert info["model_name"] == "novels-int4"
-        assert info["formats"] == "int4 g128"
-        assert (info["service"], info["variant"]) == ("chat", "int4-g128")
-        assert info["device_type"] == "two-cores"
-        assert info["bits_per_weight"] == f"{report['bits_per_weight']:.2f}"
-        assert server.total("vllm_compress_weight_bytes") == report["bytes_after"]
-        assert "Unknown vLLM environment variable" not in server.log
+    server = chat.server
+    counted, judged = counts(server, NAME), judgements(server)
+    answers = server.load(20, stream=True, tokens=16)
+    for _ in range(4):
+        check_counts(difference(counts(server, NAME), counted), answers)
+    assert server.total("vllm_compress_requests_running") == 0
+    assert server.total("vllm_compress_device_price_per_hour") == 0.25
+    assert server.total("vllm_compress_objective_seconds", objective="tpot") == 1e-6
+    assert server.total("vllm_compress_objective_target_ratio") == 0.9
+    # Every time to first token is within its limit, and no time per token is.
+    several = sum(answer.tokens > 1 for answer in answers)
+    assert difference(judgements(server), judged) == {
+        "ttft true": len(answers),
+        "ttft false": 0,
+        "tpot true": 0,
+        "tpot false": several,
+    }
 
 
-def check_file(server: Deployment, answers: list[Answer]) -> None:
-    """Price and objectives of FILE; every ttft is within its limit and no tpot is."""
-    p = "vllm_compress_"
-    assert server.total(p + "devices") == 1
-    assert server.total(p + "device_price_per_hour") == 0.25
-    assert server.total(p + "objective_seconds", objective="tpot") == 1e-6
-    assert server.total(p + "objective_target_ratio") == 0.9
-    judged = {
-        (objective, met): server.total(p + "objective_requests_total", objective=objective, met=met)
+def judgements(server: Deployment) -> dict[str, float]:
+    """How many requests met each objective and how many did not."""
+    name = "vllm_compress_objective_requests_total"
+    return {
+        f"{objective} {met}": server.total(name, objective=objective, met=met)
         for objective in ("ttft", "tpot")
         for met in ("true", "false")
-    }
-    several = sum(answer.tokens > 1 for answer in answers)
-    assert judged == {
-        ("ttft", "true"): len(answers),
-        ("ttft", "false"): 0,
-        ("tpot", "true"): 0,
-        ("tpot", "false"): several,
     }

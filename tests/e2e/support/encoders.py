@@ -78,6 +78,11 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], str]] = {
         {**DISTIL, "num_labels": 5},
         TOKENS,
     ),
+    "distilbert-classes": (
+        "DistilBertForSequenceClassification",
+        {**DISTIL, "num_labels": 3},
+        CLASSIFY,
+    ),
     "nomic": ("NomicBertModel", BERT, EMBED),
     "gte": ("GteModel", BERT, EMBED),
     "qwen2-embedding": ("Qwen2ForCausalLM", CAUSAL, EMBED),

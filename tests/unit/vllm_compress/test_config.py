@@ -18,6 +18,7 @@ from vllm_compress import register
 from vllm_compress.config import CompressConfig
 from vllm_compress.model_classes import (
     OURS,
+    WITH_RELU,
     check_vocabulary,
     choose_classes,
     takes_quant_config,
@@ -70,15 +71,19 @@ def test_a_class_of_ours_is_for_compressed_checkpoints_alone() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     register()
-    for theirs, mine in OURS.items():
-        hf_config = SimpleNamespace(architectures=[theirs])
+    relu = SimpleNamespace(pooler_activation="relu")
+    pairs = [(pair, SimpleNamespace()) for pair in OURS.items()]
+    pairs += [(pair, relu) for pair in WITH_RELU.items()]
+    for (theirs, mine), hf_config in pairs:
+        hf_config.architectures = [theirs]
         choose_classes(hf_config)
         assert hf_config.architectures == [mine]
         assert ModelRegistry.models[mine].load_model_cls().__name__ == mine
         assert "vllm_compress" not in ModelRegistry.models[theirs].module_name
-    other = SimpleNamespace(architectures=["BertModel"])
-    choose_classes(other)
-    assert other.architectures == ["BertModel"]
+    for name in ("BertModel", "BertForSequenceClassification"):
+        other = SimpleNamespace(architectures=[name])
+        choose_classes(other)
+        assert other.architectures == [name]
 
 
 def test_fused_layers_are_found_by_their_parts() -> None:

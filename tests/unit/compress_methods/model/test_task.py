@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from compress_methods import convert
 from compress_methods.checkpoint.loading.model import load_model
 from compress_methods.checkpoint.safetensors import read_tensors, write_tensors
+from compress_methods.errors import RecipeError
 from compress_methods.model.architecture import architecture_of
 from compress_methods.model.block_runner import BlockRunner
-from compress_methods.model.relayout import relayout_of
 from compress_methods.model.skeleton import build_skeleton
 from compress_methods.model.task import CLASSES, NEXT_TOKEN, SAME_TOKEN, STATES, task_of
 from tests.e2e.support.encoders import make_encoder
@@ -38,7 +39,9 @@ def test_without_a_name_the_row_tells() -> None:
     assert architecture_of({"model_type": "bert"}).loss == SAME_TOKEN
 
 
-@pytest.mark.parametrize("name", ["distilbert", "distilbert-masked", "distilbert-tokens"])
+@pytest.mark.parametrize(
+    "name", ["distilbert", "distilbert-masked", "distilbert-tokens", "distilbert-classes"]
+)
 def test_a_distilbert_is_read_as_the_bert_that_computes_the_same(name: str, tmp_path: Path) -> None:
     import transformers
 
@@ -55,9 +58,15 @@ def test_a_distilbert_is_read_as_the_bert_that_computes_the_same(name: str, tmp_
     assert float((expected - computed).abs().max()) < 1e-5
 
 
-def test_a_distilbert_with_labels_of_texts_is_no_bert() -> None:
-    kind = {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]}
-    assert relayout_of(kind) is None
+@pytest.mark.parametrize("layout", [None, "compressed-tensors"])
+def test_a_distilbert_that_labels_texts_is_written_for_our_loaders_alone(
+    layout: str | None, tmp_path: Path, some_text: Path
+) -> None:
+    model = make_encoder("distilbert-classes", tmp_path / "model")
+    recipe = "int4-rtn" if layout else {"stages": [{"transform": "depth", "drop": 1}]}
+    with pytest.raises(RecipeError, match="a ReLU where others' BERT has a tanh"):
+        convert(model, recipe, tmp_path / "out", calibration=some_text, layout=layout, quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pooler_that_is_not_stored_is_not_missed(tmp_path: Path) -> None:

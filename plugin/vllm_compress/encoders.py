@@ -1,8 +1,9 @@
-"""vLLM's classes for NomicBERT and GTE, for checkpoints that `convert` has written: queries, keys
-and values lie apart there, as do gate and up, under the names that transformers' classes have.
+"""vLLM's classes for encoders, changed where checkpoints that `convert` has written want it.
 
-vLLM's own classes load `Wqkv` whole and know no shard of it. `model_classes.py` puts these in their
-place, for compressed checkpoints alone; the layers and what they compute are vLLM's.
+NomicBERT, GTE: queries, keys and values lie apart, as do gate and up, under the names that
+transformers' classes have; vLLM's own classes load `Wqkv` whole and know no shard of it. A DistilBERT
+that labels texts is a BERT with a ReLU in its pooler. `model_classes.py` puts these in the place of
+vLLM's, for compressed checkpoints alone; the layers and what they compute are vLLM's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.bert import BertForSequenceClassification
 from vllm.model_executor.models.bert_with_rope import NomicBertModel, SnowflakeGteNewModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
@@ -61,3 +65,11 @@ class CompressedGteModel(SnowflakeGteNewModel):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights, mapper=NAMES)
+
+
+class CompressedDistilBertForSequenceClassification(BertForSequenceClassification):
+    """vLLM's BERT, with the activation of DistilBERT before its classifier."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.bert.pooler.act_fn = nn.ReLU()
