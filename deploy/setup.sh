@@ -53,26 +53,40 @@ sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; then
   die "needs Python 3.11 to 3.14 with the venv module (Debian, Ubuntu: apt install python3-venv); or set PYTHON"
 }
 
+# Compiled by all cores at the end; pip would use one.
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
+install() { pip install --no-compile "$@"; }
 
-install_cpu() {
+install_torch() {
   local torch
   torch=$(grep '^torch==' "$requirements")
-  say "1/3 $torch"
-  if ! pip install --no-deps "$torch" 2>/dev/null; then
-    say "    not in pip's own sources; asking $torch_index"
-    pip install --no-deps --extra-index-url "$torch_index" "$torch"
+  if ! install --no-deps "$torch" 2>/dev/null; then
+    say "    $torch is not in pip's own sources; asking $torch_index"
+    install --no-deps --extra-index-url "$torch_index" "$torch"
   fi
-  say "2/3 vLLM and $(grep -c '==' "$requirements") pinned packages, the longest part"
-  pip install --no-deps -r "$requirements"
+}
+
+# Torch and the rest go in side by side: without dependencies to look for, neither waits for the
+# other, and both are downloaded and unpacked by one core.
+install_cpu() {
+  local rest torch status=0
+  rest=$(mktemp)
+  grep -v '^torch==' "$requirements" >"$rest"
+  say "torch, vLLM and $(grep -c '==' "$rest") more pinned packages, the longest part"
+  install_torch &
+  torch=$!
+  install --no-deps -r "$rest" || status=$?
+  wait "$torch" || status=$?
+  rm "$rest"
+  ((status == 0)) || exit "$status"
   "$venv/bin/python" deploy/vllm_alias.py
 }
 
 install_gpu() {
-  say "1/3 pip"
-  pip install --upgrade pip
-  say "2/3 vLLM for NVIDIA GPUs and what it depends on, several GB"
-  pip install -r "$requirements"
+  say "pip"
+  install --upgrade pip
+  say "vLLM for NVIDIA GPUs and what it depends on, several GB"
+  install -r "$requirements"
 }
 
 cd "$root"
@@ -104,8 +118,10 @@ fi
 touch "$unfinished"
 
 "install_$device"
-say "3/3 vllm-compress, editable"
-pip install --no-deps --no-build-isolation --editable .
+# Some packages bring files for Pythons that are to come, which this one cannot compile.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
+say "vllm-compress, editable"
+install --no-deps --no-build-isolation --editable .
 
 rm "$unfinished"
 echo "$wanted" >"$stamp"
