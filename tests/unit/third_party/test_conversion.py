@@ -75,8 +75,9 @@ def test_wrapper_format_corrects_its_base(
     toy: Any, novels_8m: Path, some_text: Path, tmp_path: Path
 ) -> None:
     formats = {"base": INT2, "both": {"format": "low_rank", "base": INT2, "rank": 32}}
-    alone = [{"match": "blocks", "format": "base", "algorithm": "gptq"}]
-    both = [{"match": "blocks", "format": "both", "algorithm": "corrected_gptq"}]
+    half = r"re:model\.layers\.[0-3]\..*"
+    alone = [{"match": half, "format": "base", "algorithm": "gptq"}]
+    both = [{"match": half, "format": "both", "algorithm": "corrected_gptq"}]
     plain = converted(novels_8m, tmp_path / "a", recipe(formats, alone), some_text)
     fixed = converted(novels_8m, tmp_path / "b", recipe(formats, both), some_text)
     assert fixed["held_out"]["kl"] < 0.8 * plain["held_out"]["kl"]

@@ -12,7 +12,7 @@ from tests.robustness.flips import try_flips
 from tests.robustness.kills import try_kills
 from tests.robustness.outcomes import Outcome
 
-KILLS, FLIPS = 32, 2000
+KILLS, FLIPS = 20, 2000
 
 
 @pytest.mark.slow
