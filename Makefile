@@ -9,7 +9,7 @@ help: ## list the targets
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv, about three minutes once, then nothing
+setup: ## make .venv, about two minutes once, then nothing
 	@deploy/setup.sh
 
 tools: ## Prometheus, nginx and Chromium for the tests of deploy/

@@ -1,9 +1,9 @@
 """vLLM's classes for encoders, changed where checkpoints that `convert` has written want it.
 
 NomicBERT, GTE: queries, keys and values lie apart, as do gate and up, under the names that
-transformers' classes have; vLLM's own classes load `Wqkv` whole and know no shard of it. A DistilBERT
-that labels texts is a BERT with a ReLU in its pooler. `model_classes.py` puts these in the place of
-vLLM's, for compressed checkpoints alone; the layers and what they compute are vLLM's.
+transformers' classes have; vLLM's own classes load `Wqkv` whole and know no shard of it. A
+DistilBERT that labels texts is a BERT with a ReLU in its pooler. `model_classes.py` puts these in
+the place of vLLM's, for compressed checkpoints alone; layers and what they compute are vLLM's.
 """
 
 from __future__ import annotations

@@ -47,14 +47,14 @@ def evaluate(
     limit_tokens: int | None = None,
     progress: Progress | None = None,
     device: str = AUTO,
-    kv_cache: bool = False,
+    kv_cache: str | None = None,
 ) -> Outcome:
     """Compare a model with its original on a .txt, .jsonl or .parquet file, without a server.
 
     The text is cut into windows of `length` tokens by the original's tokenizer; `limit_tokens`
     keeps the first so many. `progress` counts tokens; its total is set here. Models run on `device`
-    (`auto`, `cpu`, `cuda:N`). `kv_cache`: the model has the keys and values that a cache in FP8
-    with its scales would give it. Raises `CheckpointError` or `CalibrationError`.
+    (`auto`, `cpu`, `cuda:N`). `kv_cache`: `fp8` or `fp8-cpu`, where the model has the keys and
+    values that such a cache with its scales gives. Raises `CheckpointError` or `CalibrationError`.
     """
     model_path, base_path = Path(model_dir), Path(base_dir)
     place = resolve_device(device)
@@ -76,7 +76,7 @@ def evaluate(
     for window in texts:
         tokens, places = (window, None) if mask is None else mask.hide(window)
         expected = outputs(base, tokens)
-        with rounded_cache(model, scales) if kv_cache else nullcontext():
+        with rounded_cache(model, scales, kv_cache) if kv_cache else nullcontext():
             found = outputs(model, tokens)
         if expected.shape != found.shape:
             what = "values per embedding" if architecture.loss == STATES else "logits per token"

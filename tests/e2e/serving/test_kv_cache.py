@@ -1,6 +1,5 @@
 """A cache of keys and values in FP8 is served with the scales of the checkpoint, where the server
-asks for one. On CPUs vLLM's own arithmetic on it loses more than rounding to E4M3 does (seen: 0.12
-nats of a token's log-probability, of which `eval` says 0.03), so the bound is wide."""
+asks for one: as vLLM's kernel for CPUs cuts values, log-probabilities are those of transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def test_served_with_its_scales(
     convert(novels_8m, recipe, tmp_path / "out", calibration=some_text, quiet=True)
     tokens = novel_tokens[0][:96]
     model = load_model(tmp_path / "out")
-    with rounded_cache(model, read_scales(tmp_path / "out")):
+    with rounded_cache(model, read_scales(tmp_path / "out"), "fp8-cpu"):
         rounded = all_logits(model, torch.tensor(tokens))
     expected = rounded.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     found = {
@@ -47,5 +46,5 @@ def test_served_with_its_scales(
         kind: float((torch.tensor(one.logprobs[0][-len(expected) :]) - expected).abs().mean())
         for kind, one in found.items()
     }
-    assert apart["fp8"] < 0.25
+    assert apart["fp8"] < 0.01
     assert found["fp8"].logprobs != found["auto"].logprobs

@@ -112,9 +112,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        choices=("auto", "fp8"),
+        choices=("auto", "fp8", "fp8-cpu"),
         default="auto",
-        help="fp8: round keys and values of DIR as vLLM's --kv-cache-dtype fp8 does, by its scales",
+        help="round keys and values of DIR as vLLM's --kv-cache-dtype fp8 does, by its scales: fp8 "
+        "as on GPUs, fp8-cpu as its kernel for CPUs, which cuts towards zero",
     )
     add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -134,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError("expected --text FILE, --tasks FILE, --pairs FILE or several")
     if args.kv_cache != "auto" and (args.url is not None or args.text is None):
         raise CalibrationError(
-            "--kv-cache fp8 is of --text without --url; a server has its own --kv-cache-dtype"
+            f"--kv-cache {args.kv_cache} is of --text without --url; "
+            "a server has its own --kv-cache-dtype"
         )
     if args.pairs is not None and args.url is not None:
         raise CalibrationError("--pairs loads DIR; leave out --url")
@@ -221,7 +223,7 @@ def _measure(args: argparse.Namespace) -> Outcome:
                 limit_tokens=args.tokens,
                 progress=progress,
                 device=args.device,
-                kv_cache=args.kv_cache == "fp8",
+                kv_cache=None if args.kv_cache == "auto" else args.kv_cache,
             )
         return evaluate_url(
             args.url,

@@ -15,6 +15,7 @@ from compress_methods import convert
 from compress_methods.checkpoint.compressed import open_compressed, read_entries
 from compress_methods.checkpoint.loading.kv_cache import (
     at_attention,
+    cut_e4m3,
     read_scales,
     round_e4m3,
     rounded_cache,
@@ -90,10 +91,10 @@ def test_what_a_cache_loses_is_told(
     common = ["eval", str(made), "--against", str(novels_8m), "--text", str(some_text), "--quiet"]
     common += ["--tokens", "300", "--length", "64", "--json"]
     losses = []
-    for kind in ("auto", "fp8"):
+    for kind in ("auto", "fp8", "fp8-cpu"):
         assert cli.main([*common, "--kv-cache", kind]) == 0
         losses.append(json.loads(capsys.readouterr().out)["kl"])
-    assert losses[0] < losses[1] < 0.05
+    assert losses[0] < losses[1] < losses[2] < 0.05
     assert cli.main(["eval", str(novels_8m), *common[2:], "--kv-cache", "fp8"]) == 2
     assert "has no scales for an FP8 KV cache" in capsys.readouterr().err
     model, tokens = load_model(made), torch.arange(5, 40)
@@ -117,6 +118,15 @@ def test_rounding_is_torchs() -> None:
     x = torch.randn(1000) * 3
     expected = (x / 0.02).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.02
     assert torch.equal(round_e4m3(x, 0.02), expected)
+
+
+def test_cutting_takes_the_next_value_towards_zero() -> None:
+    every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = torch.cat([torch.randn(1000) * 100, torch.randn(200) * 2**-7, torch.tensor([600.0, 0.0])])
+    places = torch.searchsorted(every, x.abs(), right=True) - 1
+    assert torch.equal(cut_e4m3(x, 1.0).abs(), every[places])
+    assert bool((cut_e4m3(x, 1.0) * x >= 0).all())
+    assert torch.equal(cut_e4m3(x * 0.25, 0.25), 0.25 * cut_e4m3(x, 1.0))
 
 
 def test_an_export_declares_them_as_vllm_reads_it(
