@@ -53,9 +53,8 @@ sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; then
   die "needs Python 3.11 to 3.14 with the venv module (Debian, Ubuntu: apt install python3-venv); or set PYTHON"
 }
 
-# Compiled by all cores at the end; pip would use one.
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
-install() { pip install --no-compile "$@"; }
+# Python files are compiled by all cores at the end; pip would use one.
+install() { "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-compile "$@"; }
 
 install_torch() {
   local torch

@@ -49,8 +49,8 @@ NAMES = WeightsMapper(
 )
 
 
-class CompressedNomicBertModel(NomicBertModel):
-    """vLLM's, with a loader for the parts."""
+class InParts:
+    """A loader for what vLLM's own would look for in one piece."""
 
     hf_to_vllm_mapper = NAMES
 
@@ -58,13 +58,12 @@ class CompressedNomicBertModel(NomicBertModel):
         return AutoWeightsLoader(self).load_weights(weights, mapper=NAMES)
 
 
-class CompressedGteModel(SnowflakeGteNewModel):
-    """vLLM's, with a loader for the parts."""
+class CompressedNomicBertModel(InParts, NomicBertModel):
+    """vLLM's NomicBERT."""
 
-    hf_to_vllm_mapper = NAMES
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=NAMES)
+class CompressedGteModel(InParts, SnowflakeGteNewModel):
+    """vLLM's GTE."""
 
 
 class CompressedDistilBertForSequenceClassification(BertForSequenceClassification):

@@ -169,11 +169,11 @@ def chat(novels_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield Chat(server, report)
 
 
-def counts(server: Deployment, name: str) -> dict[str, float]:
-    """Counters and sums of one deployment, now."""
+def counts(server: Deployment) -> dict[str, float]:
+    """Counters and sums of the deployment, now."""
     p = "vllm_compress_"
     out = {
-        key: server.total(p + key, deployment=name)
+        key: server.total(p + key, deployment=NAME)
         for key in (
             "prompt_tokens_total",
             "generation_tokens_total",
@@ -186,7 +186,7 @@ def counts(server: Deployment, name: str) -> dict[str, float]:
         )
     }
     for reason in ("stop", "length", "abort", "error"):
-        key = {"deployment": name, "finish_reason": reason}
+        key = {"deployment": NAME, "finish_reason": reason}
         out[reason] = server.total(p + "requests_total", **key)
     return out
 
@@ -231,11 +231,11 @@ def test_series_agree_with_the_clients(chat: Chat) -> None:
 
 def errors_of_times(server: Deployment, tokens: int) -> dict[str, float]:
     """Load the server and check its counts; for each kind of time server's sum / client's - 1."""
-    start = counts(server, NAME)
+    start = counts(server)
     streamed = server.load(24, stream=True, tokens=tokens)
-    middle = counts(server, NAME)
+    middle = counts(server)
     whole = server.load(16, stream=False, tokens=tokens)
-    end = counts(server, NAME)
+    end = counts(server)
     check_counts(difference(middle, start), streamed)
     check_counts(difference(end, middle), whole)
     told = difference(middle, start)
@@ -301,10 +301,10 @@ def test_every_series_carries_the_labels_of_the_deployment_file(chat: Chat) -> N
 def test_two_api_servers_add_up(chat: Chat) -> None:
     """Each request meets one of two processes, each scrape too; the answer is the same."""
     server = chat.server
-    counted, judged = counts(server, NAME), judgements(server)
+    counted, judged = counts(server), judgements(server)
     answers = server.load(20, stream=True, tokens=16)
     for _ in range(4):
-        check_counts(difference(counts(server, NAME), counted), answers)
+        check_counts(difference(counts(server), counted), answers)
     assert server.total("vllm_compress_requests_running") == 0
     assert server.total("vllm_compress_device_price_per_hour") == 0.25
     assert server.total("vllm_compress_objective_seconds", objective="tpot") == 1e-6

@@ -45,9 +45,8 @@ from pathlib import Path
 from compress_methods import convert, load_model
 from tests.e2e.support.tiny import reference
 place, recipes, prompts = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
-for name, (model, text, recipe) in recipes.items():
-    text = place / text if text else None
-    convert(place / model, recipe, place / name, calibration=text, quiet=True)
+for name, (model, recipe) in recipes.items():
+    convert(place / model, recipe, place / name, quiet=True)
 expected = {n: reference(place / n, prompts)[0] for n in recipes if n != "encoder"}
 import torch
 with torch.no_grad():
@@ -80,17 +79,23 @@ def packing(algorithm: str = "rtn", **formats: Any) -> dict[str, Any]:
 
 
 PLAIN = packing(blocks=INT4)
-STAGES = [{"transform": "share", "layer": 1, "owner": 0}, {**PLAIN}]
-CORRECTED = packing("corrected_gptq", blocks={"format": "low_rank", "base": INT4, "rank": 8})
-RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "lookup": ("model", "", packing(blocks={"format": "lookup2"})),
-    "wrapper": ("model", "", CORRECTED),
-    "tables": ("model", "", packing(embedding={"format": "two_tables"}, blocks=INT4)),
-    "shared": ("model", "", {"calibration": STAGES[1].pop("calibration"), "stages": STAGES}),
-    "plain": ("model", "", PLAIN),
-    "encoder": ("bert", "", PLAIN),
+SHARED = {
+    "stages": [
+        {"transform": "share", "layer": 1, "owner": 0},
+        {key: PLAIN[key] for key in ("formats", "modules")},
+    ],
+    "calibration": PLAIN["calibration"],
 }
-"""Name of what comes out -> model, text and recipe."""
+CORRECTED = packing("corrected_gptq", blocks={"format": "low_rank", "base": INT4, "rank": 8})
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lookup": ("model", packing(blocks={"format": "lookup2"})),
+    "wrapper": ("model", CORRECTED),
+    "tables": ("model", packing(embedding={"format": "two_tables"}, blocks=INT4)),
+    "shared": ("model", SHARED),
+    "plain": ("model", PLAIN),
+    "encoder": ("bert", PLAIN),
+}
+"""Name of what comes out -> model and recipe."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(installed: dict[str, str], place: Path, some_text: Path) -> dict[str, Any]:
+def expected(installed: dict[str, str], place: Path) -> dict[str, Any]:
     """Convert in a process where the toys are installed; what transformers computes with the stored
     values, by the name of the recipe."""
     from transformers import BertConfig, BertForMaskedLM
@@ -119,7 +124,6 @@ def expected(installed: dict[str, str], place: Path, some_text: Path) -> dict[st
     for name in ("tokenizer.json", "tokenizer_config.json"):
         source = REPOSITORY / "tests" / "assets" / "novels-8m" / name
         (model / name).write_bytes(source.read_bytes())
-    (place / "text.txt").write_bytes(some_text.read_bytes())
     torch.manual_seed(0)
     save_with_biases(BertForMaskedLM(BertConfig(**BERT)), place / "bert")
     done = subprocess.run(
